@@ -1,0 +1,359 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train the demo teacher: judge, VAE, then text encoder and UNet, on landscapes drawn here.
+
+    bash scripts/demo/make_teacher.sh
+
+runs this file in two processes. Each stage leaves its result in --work_dir and is skipped when that is there.
+Output: a complete `StableDiffusionPipeline` in float16 and the judge.
+"""
+
+import argparse
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.training_utils import EMAModel, compute_snr
+from judge import Judge
+from landscapes import caption_of, draw_dataset, vocabulary
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+RESOLUTION = 64
+TOKENS = 24
+TEXT_WIDTH = 96
+EMPTY_CAPTIONS = 0.1
+MIN_SNR_GAMMA = 5.0
+
+
+def load_pictures(accelerator, args):
+    """Return (pictures uint8 [N,H,W,3] memory-mapped, labels [N,4]); the first process draws them once."""
+    path = args.work_dir / f"pictures-{args.num_samples}.npy"
+    if accelerator.is_main_process and not path.exists():
+        pictures, labels = draw_dataset(args.num_samples, seed=0, size=RESOLUTION)
+        np.save(path.with_name("labels.npy"), labels)
+        np.save(path, pictures)
+    accelerator.wait_for_everyone()
+    return np.load(path, mmap_mode="r"), torch.as_tensor(np.load(path.with_name("labels.npy")))
+
+
+def to_pixels(pictures):
+    """Return float pixels [B,3,H,W] in [-1,1] of uint8 pictures [B,H,W,3]."""
+    return torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_size=64, after=None):
+    """Train `model` with AdamW and return it with its averaged weights (EMA).
+
+    `batch_loss(model, indices)` gives the loss of samples [B]. The rate is constant, with a warm-up and a decay to
+    zero over the last quarter. `after(step, model)`, if given, is called every 1000 updates with the averaged weights.
+    """
+    set_seed(accelerator.process_index)
+    ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
+
+    def rate(step):
+        return min(1.0, (step + 1) / 100, 4 * (updates - step) / updates)
+
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    losses, started = [], time.monotonic()
+    for step in range(1, updates + 1):
+        indices = torch.randint(num_samples, (batch_size // accelerator.num_processes,))
+        loss = batch_loss(wrapped, indices)
+        accelerator.backward(loss)
+        accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        ema.step(model.parameters())
+        losses.append(loss.detach())
+        if step % 100 == 0 or step == updates:
+            mean, losses = torch.stack(losses).mean().item(), []
+            pace = (time.monotonic() - started) / step
+            accelerator.print(
+                f"{name} {step}/{updates} loss {mean:.4f}, {pace * (updates - step) / 60:.1f} min left",
+                flush=True,
+            )
+        if after and step % 1000 == 0 and step < updates:
+            ema.store(model.parameters())
+            ema.copy_to(model.parameters())
+            after(step, model)
+            ema.restore(model.parameters())
+    ema.copy_to(model.parameters())
+    return model.eval()
+
+
+def train_judge(accelerator, args, pictures, labels):
+    """Return the judge, trained on sharp, blurred and noisy pictures so that a VAE's softness does not mislead it."""
+    path = args.output_dir / "judge.safetensors"
+    if path.exists():
+        return Judge.load(path)
+
+    def batch_loss(model, indices):
+        pixels = to_pixels(pictures[indices.numpy()])
+        if torch.rand(()) < 0.5:
+            factor = [0.5, 0.625, 0.75][torch.randint(3, ())]
+            pixels = nn.functional.interpolate(pixels, scale_factor=factor, mode="area")
+            pixels = nn.functional.interpolate(pixels, size=RESOLUTION, mode="bilinear")
+        pixels = pixels + 0.08 * torch.rand(()) * torch.randn_like(pixels)
+        _, logits = model(pixels)
+        return sum(nn.functional.cross_entropy(part, labels[indices, i]) for i, part in enumerate(logits))
+
+    judge = fit(accelerator, "judge", Judge(), batch_loss, args.judge_updates, 2e-3, len(pictures) - 2000)
+    if accelerator.is_main_process:
+        judge.save(path)
+    _, predicted = judge.read(pictures[-2000:])
+    accuracy = (predicted == labels[-2000:]).double()
+    accelerator.print(
+        f"judge: accuracy {accuracy.mean():.4f} of attributes, {accuracy.prod(1).mean():.4f} of pictures"
+    )
+    return judge
+
+
+class Reconstruction(nn.Module):
+    """The VAE's training step as one module, so that DistributedDataParallel sees one forward."""
+
+    def __init__(self, vae):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, pixels):
+        """Return L1 + gradient L1 + a small KL of pixels [B,3,H,W]."""
+        posterior = self.vae.encode(pixels).latent_dist
+        error = self.vae.decode(posterior.sample()).sample.float() - pixels
+        edges = error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean()
+        return error.abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean() / pixels[0].numel() * 64
+
+
+def train_vae(accelerator, args, pictures, judge, labels):
+    """Return the VAE, with its scaling factor set to 1 / standard deviation of the latents."""
+    path = args.work_dir / "vae"
+    if path.exists():
+        return AutoencoderKL.from_pretrained(path).eval()
+    torch.manual_seed(0)
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
+        block_out_channels=(24, 48, 96), layers_per_block=1, norm_num_groups=8, sample_size=RESOLUTION,
+    )  # fmt: skip
+
+    def batch_loss(model, indices):
+        # Crops of half the side cost a quarter; every fourth batch is whole pictures, a quarter as many.
+        if torch.rand(()) < 0.25:
+            pixels = to_pixels(pictures[indices[: len(indices) // 4].numpy()])
+        else:
+            half = RESOLUTION // 2
+            top, left = torch.randint(half + 1, (2,)).tolist()
+            pixels = to_pixels(pictures[indices.numpy()][:, top : top + half, left : left + half])
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(pixels)
+
+    fit(
+        accelerator,
+        "vae",
+        Reconstruction(vae),
+        batch_loss,
+        args.vae_updates,
+        1.5e-3,
+        len(pictures) - 2000,
+        batch_size=32,
+    )
+    held_out = to_pixels(pictures[-512:])
+    with torch.no_grad():
+        latents = vae.encode(held_out).latent_dist.sample()
+        decoded = vae.decode(latents).sample.clamp(-1, 1)
+    vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
+    psnr = 10 * torch.log10(4 / (decoded - held_out).square().mean())
+    _, predicted = judge.read(((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte())
+    accuracy = (predicted == labels[-512:]).double().mean()
+    accelerator.print(
+        f"vae: {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}, judge reads {accuracy:.4f} of decoded"
+    )
+    if accelerator.is_main_process:
+        vae.save_pretrained(path)
+    accelerator.wait_for_everyone()
+    return vae
+
+
+def build_tokenizer(folder):
+    """Return a CLIP tokenizer in which every caption word is one token and any other text splits into letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    # CLIP's byte-level BPE alphabet: printable bytes stand for themselves, the others for code points from 256.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
+    merges = []
+    for word in vocabulary():
+        pieces = [*word[:-1], word[-1] + "</w>"]
+        for pair in merges:
+            pieces = merge(pieces, pair)
+        while len(pieces) > 1:
+            merges.append(tuple(pieces[:2]))
+            pieces = merge(pieces, merges[-1])
+    tokens = [
+        *letters,
+        *(c + "</w>" for c in letters),
+        *("".join(p) for p in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(p) for p in merges) + "\n")
+    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
+
+
+def merge(pieces, pair):
+    """Return pieces with every neighbouring occurrence of pair joined, as one BPE merge does."""
+    result = []
+    for piece in pieces:
+        if result and (result[-1], piece) == pair:
+            result[-1] += piece
+        else:
+            result.append(piece)
+    return result
+
+
+class TextToNoise(nn.Module):
+    """Text encoder and UNet as one module."""
+
+    def __init__(self, text_encoder, unet):
+        super().__init__()
+        self.text_encoder, self.unet = text_encoder, unet
+
+    def forward(self, z_t, timesteps, input_ids):
+        """Return the noise predicted for z_t [B,4,h,w] at timesteps [B] with tokens [B,L]."""
+        return self.unet(z_t, timesteps, self.text_encoder(input_ids).last_hidden_state).sample
+
+
+def build_pipeline(args, vae):
+    """Return an untrained StableDiffusionPipeline of SD 1.5's architecture in small, with SD 1.5's noise schedule."""
+    torch.manual_seed(1)
+    tokenizer = build_tokenizer(args.work_dir / "tokenizer")
+    text_encoder = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2,
+            num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="quick_gelu", projection_dim=TEXT_WIDTH,
+            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=RESOLUTION // 4, block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode_pictures(accelerator, args, vae, pictures):
+    """Return the VAE's posterior parameters [N, 8, h, w] of all pictures; each process encodes a part."""
+    path = args.work_dir / f"moments-{len(pictures)}.npy"
+    part = args.work_dir / f"moments-part{accelerator.process_index}.npy"
+    if not path.exists():
+        share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
+        chunks = [
+            vae.encode(to_pixels(pictures[share[i : i + 128]])).latent_dist.parameters
+            for i in range(0, len(share), 128)
+        ]
+        np.save(part, torch.cat(chunks).numpy())
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
+            parts = [
+                np.load(args.work_dir / f"moments-part{rank}.npy")
+                for rank in range(accelerator.num_processes)
+            ]
+            whole = np.empty((len(pictures), *parts[0].shape[1:]), np.float32)
+            for rank, values in enumerate(parts):
+                whole[rank :: accelerator.num_processes] = values
+            np.save(path, whole)
+    accelerator.wait_for_everyone()
+    return torch.as_tensor(np.load(path))
+
+
+def train_unet(accelerator, args, pipe, moments, labels):
+    """Train the pipeline's text encoder and UNet jointly to predict noise, saving the pipeline as it goes."""
+    scheduler = pipe.scheduler
+    captions = [caption_of(row) for row in labels.tolist()]
+    tokenize = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
+    ids_of = {text: pipe.tokenizer(text, **tokenize).input_ids[0] for text in {*captions, ""}}
+
+    def batch_loss(model, indices):
+        mean, logvar = moments[indices].chunk(2, dim=1)
+        latents = (
+            mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)
+        ) * pipe.vae.config.scaling_factor
+        kept = ["" if torch.rand(()) < EMPTY_CAPTIONS else captions[i] for i in indices]
+        eps, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
+        z_t = scheduler.add_noise(latents, eps, timesteps)
+        error = (
+            (model(z_t, timesteps, torch.stack([ids_of[text] for text in kept])) - eps)
+            .square()
+            .mean((1, 2, 3))
+        )
+        snr = compute_snr(scheduler, timesteps)
+        return (
+            error * snr.clamp(max=MIN_SNR_GAMMA) / snr
+        ).mean()  # min-SNR weight (arXiv:2303.09556) for eps
+
+    def save(step, model):
+        if accelerator.is_main_process:
+            save_pipeline(pipe, args.output_dir)
+
+    model = TextToNoise(pipe.text_encoder, pipe.unet)
+    fit(accelerator, "unet", model, batch_loss, args.unet_updates, 1e-3, len(moments), after=save)
+
+
+def save_pipeline(pipe, folder):
+    """Write a float16 copy of the pipeline as safetensors, leaving the pipeline itself in float32."""
+    pipe.to(torch.float16)
+    pipe.save_pretrained(folder)
+    pipe.to(torch.float32)
+
+
+def main():
+    """Run the stages that have not run yet."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output_dir", type=Path, required=True, help="folder for the pipeline and the judge"
+    )
+    parser.add_argument("--work_dir", type=Path, required=True, help="folder for pictures and stage results")
+    parser.add_argument(
+        "--num_samples", type=int, default=40000, help="pictures to draw (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--judge_updates", type=int, default=1200, help="updates of the judge (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--unet_updates", type=int, default=6500, help="updates of the UNet (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    accelerator = Accelerator(cpu=True)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+    pictures, labels = load_pictures(accelerator, args)
+    judge = train_judge(accelerator, args, pictures, labels)
+    vae = train_vae(accelerator, args, pictures, judge, labels)
+    moments = encode_pictures(accelerator, args, vae, pictures)
+    pipe = build_pipeline(args, vae)
+    train_unet(accelerator, args, pipe, moments, labels)
+    if accelerator.is_main_process:
+        save_pipeline(pipe, args.output_dir)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Tiny teachers and shards, made here; the scripts under test, loaded by path."""
+
+import importlib.util
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import webdataset as wds
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from PIL import Image
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+ROOT = Path(__file__).parent.parent
+SIDE = 32  # px of the test pictures; latents are half of it
+sys.path.insert(0, str(ROOT / "scripts" / "demo"))
+torch.set_num_threads(1)
+
+
+def load_script(path):
+    """Return a script as a module, loaded by path as a user's copy would be."""
+    name = Path(path).stem
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, ROOT / path)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
+
+
+@pytest.fixture(scope="session")
+def trainer():
+    return load_script("train_lcm_lora_sd15.py")
+
+
+def build_teacher(folder, prediction_type="epsilon", **schedule):
+    """Write a random StableDiffusionPipeline that has every module a LoRA targets."""
+    from train_teacher import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(folder / "tokenizer-files")
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=SIDE // 2, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIDE, scaling_factor=0.5,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, prediction_type=prediction_type, **schedule,
+    )  # fmt: skip
+    pipe = StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    return build_teacher(tmp_path_factory.mktemp("teacher"))
+
+
+def picture_bytes(index, side=SIDE, suffix="PNG"):
+    """Return an encoded picture of smooth noise, a function of its index."""
+    coarse = np.random.default_rng(index).integers(0, 255, (4, 4, 3), dtype=np.uint8)
+    data = io.BytesIO()
+    Image.fromarray(coarse).resize((side, side), Image.Resampling.BICUBIC).save(data, suffix)
+    return data.getvalue()
+
+
+def write_shard(path, samples):
+    """Write samples, dicts of suffix -> bytes, str or json record, as one tar."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with wds.TarWriter(str(path)) as writer:
+        for number, sample in enumerate(samples):
+            encoded = {
+                name: json.dumps(value).encode() if isinstance(value, dict) else
+                value.encode() if isinstance(value, str) else value
+                for name, value in sample.items()
+            }  # fmt: skip
+            writer.write({"__key__": f"{path.stem}-{number:05d}", **encoded})
+    return path
+
+
+def write_shards(folder, num_shards=2, samples_per_shard=12, side=SIDE):
+    """Write numbered shards whose captions are the samples' numbers, and return their paths."""
+    return [
+        write_shard(
+            folder / f"{shard:05d}.tar",
+            [
+                {"png": picture_bytes(i, side), "txt": f"sea {i}", "json": {"width": side, "height": side}}
+                for i in range(shard * samples_per_shard, (shard + 1) * samples_per_shard)
+            ],
+        )
+        for shard in range(num_shards)
+    ]
+
+
+@pytest.fixture(scope="session")
+def shards(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("shards")
+    write_shards(folder)
+    return str(folder)
+
+
+def flags(teacher, shards, output_dir, **changes):
+    """Return the trainer's command line for a small run; True stands for a bare flag, None leaves a flag out."""
+    values = {
+        "pretrained_teacher_model": teacher, "train_shards_path_or_url": shards, "output_dir": output_dir,
+        "resolution": SIDE, "train_batch_size": 2, "max_train_steps": 4, "lora_rank": 4, "lora_alpha": 8,
+        "report_to": "none", "validation_steps": 0, "checkpointing_steps": 2, "logging_steps": 1,
+        "validation_prompts": "sea at dawn", "mixed_precision": "no", "learning_rate": 1e-3,
+    } | changes  # fmt: skip
+    line = []
+    for name, value in values.items():
+        if value is None:
+            continue
+        line += [f"--{name}"] + (
+            [] if value is True else [str(v) for v in (value if isinstance(value, list) else [value])]
+        )
+    return line
+
+
+ENVIRONMENT = os.environ | {
+    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+}  # fmt: skip
+
+
+def launch(arguments, script="train_lcm_lora_sd15.py", processes=1, timeout=240, **kwargs):
+    """Run a script as a user would and return the finished process, its output as text."""
+    launcher = [sys.executable]
+    if processes > 1:
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    return subprocess.run(
+        [*launcher, str(ROOT / script), *map(str, arguments)],
+        capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT | kwargs.pop("env", {}), **kwargs,
+    )  # fmt: skip
+
+
+def read_log(output_dir):
+    """Return the lines of a run's log.jsonl."""
+    return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
