@@ -1514,6 +1514,11 @@ def start(args):
         raise UnusableInput(
             f"{accelerator.distributed_type} is not supported; launch with one or several GPUs or CPUs (DDP)"
         )
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        raise UnusableInput(
+            f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; on CPUs set "
+            "ACCELERATE_USE_CPU=true and start them with torchrun"
+        )
     if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
         raise UnusableInput(f"--mixed_precision {accelerator.mixed_precision}: must be no, fp16 or bf16")
     if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":

@@ -1,0 +1,41 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Distil an LCM-LoRA from the small teacher in assets/, and show what it is worth: in a grid and in a table.
+# Needs Python 3.11 or later and two CPU cores. A second run reuses what is there; delete outputs/ to start over.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+. scripts/environment.sh
+export PATH=$PWD/.venv/bin:$PATH ACCELERATE_USE_CPU=true
+teacher=assets/demo-teacher-sd15 data=outputs/demo-data out=outputs/demo-sd15
+
+say() { printf '\n== %s\n' "$*"; }
+
+say "1/4 pictures to train on: $data"
+if [ ! -e "$data/complete" ]; then
+  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000
+  touch "$data/complete"
+fi
+
+say "2/4 training: $out"
+if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
+  torchrun --nproc_per_node 2 train_lcm_lora_sd15.py \
+    --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
+    --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 3e-4 \
+    --lora_rank 16 --w_min 4 --w_max 9 --report_to tensorboard \
+    --checkpointing_steps 100 --checkpoints_total_limit 1 --validation_steps 100
+fi
+
+say "3/4 pictures: $out/grid.png"
+if [ ! -e "$out/grid.png" ]; then
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out" --prompts \
+    "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
+    "forest at noon with snow and a house"
+fi
+
+say "4/4 table: $out/results.json"
+if [ ! -e "$out/results.json" ]; then
+  torchrun --nproc_per_node 2 scripts/demo/measure.py \
+    --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out"
+else
+  cat "$out/table.md"
+fi

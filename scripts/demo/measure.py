@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure an LCM-LoRA of the demo teacher against the teacher's own solvers; print a table, write results.json.
+
+    python scripts/demo/measure.py --lora outputs/demo-sd15 --output_dir outputs/demo-sd15
+
+`distance` is the Fréchet distance, on the judge's features, to the teacher's guided 50-step samples of the same
+prompts and other noise; the teacher's own 50-step samples with third noise give the floor. `accuracy` is the share
+of caption attributes that the judge finds in the picture. Intervals (95%) are from a bootstrap over pictures.
+Under `torchrun --nproc_per_node N` the pictures are shared among N processes.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from judge import Judge, frechet_distance
+from landscapes import ATTRIBUTES, caption_of
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+from sample import draw, load_pipeline, set_sampler
+
+STEPS = (1, 2, 4, 8)
+TEACHER_STEPS, TEACHER_GUIDANCE = 50, 7.5
+OTHER_GUIDANCES = (2.0, 3.0, 5.0)
+BOOTSTRAPS = 100
+BATCH = 64
+NAMES = {
+    "ddim": "DDIM",
+    "dpmsolver++": "DPM-Solver++",
+    "lcm-lora": "LCM-LoRA",
+    "lcm-without-lora": "LCMScheduler without the LoRA",
+}
+
+
+def list_rows():
+    """Return every (sampler, steps, guidance) of the comparison."""
+    rows = [("ddim", TEACHER_STEPS, TEACHER_GUIDANCE)]
+    for sampler in ("ddim", "dpmsolver++"):
+        rows += [(sampler, steps, g) for g in (TEACHER_GUIDANCE, *OTHER_GUIDANCES) for steps in STEPS]
+    return rows + [(sampler, steps, 1.0) for sampler in ("lcm-lora", "lcm-without-lora") for steps in STEPS]
+
+
+def draw_row(pipe, sampler, steps, guidance, captions, seeds):
+    """Return (pictures uint8 [n,H,W,3], seconds a picture) of captions, in batches."""
+    set_sampler(pipe, sampler)
+    pictures, seconds = [], 0.0
+    for start in range(0, len(captions), BATCH):
+        part = slice(start, start + BATCH)
+        images, each = draw(pipe, captions[part], steps, guidance, seeds[part], output_type="np")
+        pictures.append((np.asarray(images) * 255).round().astype(np.uint8))
+        seconds += each * len(images)
+    return np.concatenate(pictures), seconds / len(captions)
+
+
+def read_everywhere(judge, pictures, seconds):
+    """Return the judge's (features, predictions) of all processes' pictures in order, and mean seconds."""
+    parts = gather_object([(*judge.read(torch.as_tensor(pictures)), seconds)])
+    features, predicted, times = zip(*parts, strict=True)
+    return torch.cat(features), torch.cat(predicted), sum(times) / len(times)
+
+
+def score(features, predicted, labels, reference, rng):
+    """Return distance and accuracies with their 95% half-widths."""
+    right = (predicted == labels).double()
+    resamples = [torch.as_tensor(rng.integers(len(right), size=len(right))) for _ in range(BOOTSTRAPS)]
+    half_width = [
+        1.96 * float(np.std([measure(pick) for pick in resamples]))
+        for measure in (
+            lambda pick: frechet_distance(features[pick], reference),
+            lambda pick: right[pick].mean().item(),
+            lambda pick: right[pick].prod(1).mean().item(),
+        )
+    ]
+    return {
+        "distance": frechet_distance(features, reference),
+        "accuracy": right.mean().item(),
+        "all_right": right.prod(1).mean().item(),
+        "distance_95": half_width[0],
+        "accuracy_95": half_width[1],
+        "all_right_95": half_width[2],
+    }
+
+
+def measure(args, accelerator):
+    """Return the results: floor, teacher and one row each of `list_rows`."""
+    rng = np.random.default_rng(args.seed)
+    labels = torch.as_tensor(np.stack([rng.integers(len(names), size=args.num_images) for names in ATTRIBUTES], 1))
+    captions = [caption_of(row) for row in labels.tolist()]
+    judge = Judge.load(Path(args.pretrained_teacher_model) / "judge.safetensors")
+    pipe = load_pipeline(args.pretrained_teacher_model)
+    pipe.load_lora_weights(args.lora, adapter_name="lcm")
+    with accelerator.split_between_processes(list(range(args.num_images))) as share:
+        mine = [captions[i] for i in share]
+
+    def drawn(row, noise):
+        pictures, seconds = draw_row(pipe, *row, mine, [noise * args.num_images + i for i in share])
+        return read_everywhere(judge, pictures, seconds)
+
+    rows = list_rows()
+    reference, _, _ = drawn(rows[0], noise=0)
+    results = []
+    for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
+        features, predicted, seconds = drawn(row, noise=1)
+        scores = score(features, predicted, labels, reference, np.random.default_rng(0))
+        results.append(dict(zip(("sampler", "steps", "guidance"), row, strict=True)) | scores | {"seconds": seconds})
+    return {"floor": results[0]["distance"], "num_images": args.num_images, "rows": results}
+
+
+def best(rows, sampler, steps):
+    """Return the row with the least distance of a sampler at a step count, over guidances."""
+    return min((r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)), key=lambda r: r["distance"])
+
+
+def pick(rows, sampler, steps, guidance):
+    """Return the row of a sampler, a step count and a guidance."""
+    return next(r for r in rows if (r["sampler"], r["steps"], r["guidance"]) == (sampler, steps, guidance))
+
+
+def table(results):
+    """Return the comparison as Markdown."""
+    rows = results["rows"]
+    chosen = [rows[0]]
+    for sampler in ("ddim", "dpmsolver++"):
+        for steps in STEPS:
+            chosen += [pick(rows, sampler, steps, TEACHER_GUIDANCE), best(rows, sampler, steps)]
+    chosen += [pick(rows, sampler, steps, 1.0) for sampler in ("lcm-without-lora", "lcm-lora") for steps in STEPS]
+    lines = ["| sampler | steps | guidance | distance | accuracy | all four right | ms a picture |", "|---|---|---|---|---|---|---|"]
+    for row, before in zip(chosen, [None, *chosen], strict=False):
+        if row is before:
+            continue
+        free = row["sampler"] in ("ddim", "dpmsolver++") and row["guidance"] != TEACHER_GUIDANCE
+        lines.append(
+            f"| {NAMES[row['sampler']]} | {row['steps']} | {row['guidance']:g}{' (its best)' if free else ''} "
+            f"| {row['distance']:.1f} ± {row['distance_95']:.1f} | {row['accuracy']:.3f} ± {row['accuracy_95']:.3f} "
+            f"| {row['all_right']:.2f} ± {row['all_right_95']:.2f} | {1000 * row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def goals(results):
+    """Return the comparison in four sentences: excess distance over the floor, and accuracy, as ratios."""
+    rows, floor = results["rows"], results["floor"]
+
+    def excess(row):
+        return row["distance"] - floor
+
+    lcm = {steps: pick(rows, "lcm-lora", steps, 1.0) for steps in STEPS}
+    lines = []
+    for steps in (2, 4):
+        for sampler in ("ddim", "dpmsolver++"):
+            guided, least = pick(rows, sampler, steps, TEACHER_GUIDANCE), best(rows, sampler, steps)
+            lines.append(
+                f"{steps} steps: LCM-LoRA's excess distance is {excess(lcm[steps]) / excess(guided):.3f} of {NAMES[sampler]}'s "
+                f"at guidance {TEACHER_GUIDANCE:g}, {excess(lcm[steps]) / excess(least):.3f} of its best (guidance {least['guidance']:g})"
+            )
+    for steps in (1, 4):
+        lines.append(f"{steps} steps: LCM-LoRA's accuracy is {lcm[steps]['accuracy'] / rows[0]['accuracy']:.3f} of the teacher's at 50")
+    return "\n".join(lines)
+
+
+def main():
+    """Measure from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pretrained_teacher_model", default="assets/demo-teacher-sd15", help="default: %(default)s")
+    parser.add_argument("--lora", required=True, help="folder or file of the LoRA")
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and table.md")
+    parser.add_argument("--num_images", type=int, default=256, help="pictures a row (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (default: %(default)s)")
+    args = parser.parse_args()
+    accelerator = Accelerator(cpu=True)
+    results = measure(args, accelerator)
+    if accelerator.is_main_process:
+        args.output_dir.mkdir(parents=True, exist_ok=True)
+        (args.output_dir / "results.json").write_text(json.dumps(results, indent=1))
+        text = f"{table(results)}\n\nfloor {results['floor']:.2f}; {args.num_images} pictures a row\n\n{goals(results)}\n"
+        (args.output_dir / "table.md").write_text(text)
+        print(text)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    main()
