@@ -26,6 +26,7 @@ import io
 import json
 import logging
 import math
+import operator
 import os
 import random
 import shutil
@@ -37,7 +38,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 
 SCRIPT_VERSION = "0.1.0"
@@ -52,7 +53,10 @@ DEFAULT_RESOLUTION_PX = 512
 DEFAULT_W_MIN = 5.0  # range of the released SD 1.5 recipe
 KOHYA_ARCHITECTURE = "stable-diffusion-v1/lora"
 KOHYA_BASE_MODEL = "sd_v1"
-CARD_TAGS = ["stable-diffusion", "stable-diffusion-diffusers"]
+CARD_TAGS = (
+    "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
+    "stable-diffusion stable-diffusion-diffusers"
+)
 
 # >>> shared: constants
 # Shapes: B batch, H and W pixels, h and w latent pixels, R resolution in pixels, T = 1000 training timesteps,
@@ -265,8 +269,9 @@ FLAG_RULES = (
     ("at least 1", lambda value: value >= 1, "lora_rank num_ddim_timesteps resolution train_batch_size "
      "gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples checkpointing_steps "
      "checkpoints_total_limit logging_steps vae_encode_batch_size shuffle_buffer_samples max_image_pixels"),
-    ("at least 0", lambda value: 0 <= value < math.inf, "dataloader_num_workers lr_warmup_steps seed "
+    ("at least 0", lambda value: 0 <= value < math.inf, "dataloader_num_workers lr_warmup_steps "
      "validation_steps min_image_side_px w_min adam_weight_decay"),
+    ("in [0, 2^63)", lambda value: 0 <= value < 2**63, "seed"),
     ("a finite number greater than 0", lambda value: 0 < value < math.inf, "lora_alpha learning_rate "
      "adam_epsilon max_grad_norm huber_c timestep_scaling_factor"),
     ("in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout adam_beta1 adam_beta2"),
@@ -349,9 +354,10 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
+from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import Image, ImageDraw, ImageFont, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -390,18 +396,16 @@ def make_schedule(scheduler_config, num_ddim_timesteps, timestep_scaling, device
     prediction_type = scheduler.config.prediction_type
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UnusableInput(
-            f"the teacher's prediction_type {prediction_type!r} is not epsilon, v_prediction or sample"
+            f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample"
         )
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
     if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
         raise UnusableInput(
-            "the teacher predicts eps on a schedule with zero terminal SNR; it needs v_prediction there"
+            "teacher: predicts eps at zero terminal SNR, where only v_prediction can be distilled"
         )
     num_timesteps = len(alphas_cumprod)
     if num_ddim_timesteps > num_timesteps:
-        raise UnusableInput(
-            f"--num_ddim_timesteps {num_ddim_timesteps}: the teacher has {num_timesteps} timesteps"
-        )
+        raise UnusableInput(f"--num_ddim_timesteps {num_ddim_timesteps}: the teacher has {num_timesteps}")
     k = num_timesteps // num_ddim_timesteps
     return Schedule(
         alphas=alphas_cumprod.sqrt().to(device),
@@ -565,13 +569,7 @@ METADATA_KEYS = {
     "height": ("original_height", "height"),
     "watermark": ("pwatermark", "watermark", "watermark_score"),
     "unsafe": ("punsafe", "unsafe", "unsafe_score"),
-    "aesthetic": (
-        "aesthetic",
-        "aesthetic_score",
-        "aesthetics",
-        "aesthetic_score_laion_v2",
-        "predicted_aesthetic",
-    ),
+    "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2"),
 }
 
 
@@ -587,16 +585,12 @@ def list_shards(values):
     """
     shards = []
     for value in values:
-        folder = not is_remote(value) and Path(value).is_dir()
-        found = (
-            sorted(str(path) for path in Path(value).glob("*.tar"))
-            if folder
-            else wds.SimpleShardList(value).urls
-        )
+        if is_remote(value) or not Path(value).is_dir():
+            shards += wds.SimpleShardList(value).urls
+            continue
+        found = sorted(str(path) for path in Path(value).glob("*.tar"))
         if not found:
-            raise UnusableInput(
-                f"--train_shards_path_or_url {value}: the folder holds no .tar file; name a folder that does"
-            )
+            raise UnusableInput(f"--train_shards_path_or_url {value}: holds no .tar file; name one that does")
         shards += found
     for shard in shards:
         if not is_remote(shard):
@@ -631,20 +625,20 @@ def read_shard(shard, skipped):
     """Yield a shard's samples, undecoded; a broken stream is read again, then counted and left."""
     done = 0
     for attempt in range(READ_ATTEMPTS):
+        time.sleep(attempt)
         try:
-            samples = wds.tarfile_samples(
-                [{"url": shard}], select_files=lambda name: name.rpartition(".")[2].lower() in SHARD_SUFFIXES
-            )
-            for sample in islice(samples, done, None):
+            for sample in islice(wds.tarfile_samples([{"url": shard}], select_files=is_data), done, None):
                 done += 1
                 yield sample
             return
         except (OSError, EOFError, ValueError, tarfile.TarError) as error:
-            cause = (
-                f"shard {shard} broke off ({type(error).__name__}: {error.args[0] if error.args else error})"
-            )
-            time.sleep(attempt)
-    skipped[cause] += 1
+            cause = f"{type(error).__name__}: {error.args[0] if error.args else error}"
+    skipped[f"shard {shard} broke off ({cause})"] += 1
+
+
+def is_data(name):
+    """Return whether a member of a shard is read: pictures, text and json, nothing like a program."""
+    return name.rpartition(".")[2].lower() in SHARD_SUFFIXES
 
 
 def metadata_of(sample):
@@ -661,22 +655,18 @@ def metadata_of(sample):
         for value in (record.get(spelling) for spelling in spellings):
             if isinstance(value, (int, float)) and math.isfinite(value):
                 found.setdefault(name, float(value))
+    if {"width", "height"} <= found.keys():
+        found["side"] = min(found["width"], found["height"])
     return found
 
 
 def check_metadata(metadata, args):
     """Raise SkippedSample where the filters reject a sample."""
-    side = min(metadata["width"], metadata["height"]) if {"width", "height"} <= metadata.keys() else None
     rules = (
-        ("smaller side", side, args.min_image_side_px or None, lambda value, limit: value >= limit),
-        ("watermark", metadata.get("watermark"), args.max_watermark, lambda value, limit: value <= limit),
-        ("unsafe", metadata.get("unsafe"), args.max_unsafe, lambda value, limit: value <= limit),
-        (
-            "aesthetic score",
-            metadata.get("aesthetic"),
-            args.min_aesthetic,
-            lambda value, limit: value >= limit,
-        ),
+        ("smaller side", metadata.get("side"), args.min_image_side_px or None, operator.ge),
+        ("watermark", metadata.get("watermark"), args.max_watermark, operator.le),
+        ("unsafe", metadata.get("unsafe"), args.max_unsafe, operator.le),
+        ("aesthetic score", metadata.get("aesthetic"), args.min_aesthetic, operator.ge),
     )
     for name, value, limit, passes in rules:
         if limit is None:
@@ -704,16 +694,11 @@ def open_picture(data, args):
         if picture.width * picture.height > args.max_image_pixels:
             raise SkippedSample("picture over --max_image_pixels")
         original = picture.size
-        picture.draft(
-            "RGB", (args.resolution, args.resolution)
-        )  # JPEG: decode at 1/2, 1/4, 1/8 where that is enough
-        upright = ImageOps.exif_transpose(picture)
-        if (
-            upright.size[0] * original[1] != upright.size[1] * original[0]
-            and upright.size[::-1] == picture.size
-        ):
+        if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side
             original = original[::-1]
-        return to_rgb(upright), original
+        # JPEG: decode at 1/2, 1/4 or 1/8 of the size where that is enough.
+        picture.draft("RGB", (args.resolution, args.resolution))
+        return to_rgb(ImageOps.exif_transpose(picture)), original
     except SkippedSample:
         raise
     except Image.DecompressionBombError as error:
@@ -764,7 +749,7 @@ def prepare_sample(sample, args, epoch):
     check_metadata(metadata, args)
     caption = caption_of(sample, metadata)
     picture, original = open_picture(image, args)
-    if args.min_image_side_px and "width" not in metadata and min(original) < args.min_image_side_px:
+    if "side" not in metadata and min(original) < args.min_image_side_px:
         raise SkippedSample("filtered by smaller side")
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
     pixels, (top, left) = crop(picture, args, rng)
@@ -859,16 +844,13 @@ def audit(shards, args):
         UnusableInput: none of them can be used; with counts by cause.
     """
     skipped, captions, examined = Counter(), [], 0
-    for shard in shards:
-        for sample in read_shard(shard, skipped):
-            examined += 1
-            try:
-                captions.append(prepare_sample(sample, args, epoch=0)["caption"])
-            except SkippedSample as cause:
-                skipped[str(cause)] += 1
-            if len(captions) == AUDIT_USABLE_SAMPLES or examined == AUDIT_SAMPLES:
-                break
-        if len(captions) == AUDIT_USABLE_SAMPLES or examined == AUDIT_SAMPLES:
+    samples = chain.from_iterable(read_shard(shard, skipped) for shard in shards)
+    for examined, sample in enumerate(islice(samples, AUDIT_SAMPLES), 1):  # noqa: B007
+        try:
+            captions.append(prepare_sample(sample, args, epoch=0)["caption"])
+        except SkippedSample as cause:
+            skipped[str(cause)] += 1
+        if len(captions) == AUDIT_USABLE_SAMPLES:
             break
     causes = describe(skipped)
     if not captions:
@@ -877,9 +859,8 @@ def audit(shards, args):
             f"({causes or 'no samples'}); shards hold KEY.jpg|png|webp with KEY.txt or caption in KEY.json; "
             "loosen the filters or mend the shards"
         )
-    return captions, f"{len(shards)} shards; of {examined} samples {len(captions)} usable" + (
-        f" ({causes})" if causes else ""
-    )
+    report = f"{len(shards)} shards; of the first {examined} samples {len(captions)} can be used"
+    return captions, f"{report} ({causes})" if causes else report
 
 
 def make_loader(stream, cuda):
@@ -979,18 +960,11 @@ def add_lora(unet, args):
         UnusableInput: a suffix of --lora_target_modules matches no module.
     """
     targets = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
-    names = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, (torch.nn.Linear, torch.nn.Conv2d))
-    ]
+    layers = (torch.nn.Linear, torch.nn.Conv2d)
+    names = [f".{name}" for name, module in unet.named_modules() if isinstance(module, layers)]
     for target in targets:
-        if target == "conv_shortcut" or target.startswith(("upsamplers", "downsamplers")):
-            continue  # not every UNet has them
-        if not any(name == target or name.endswith(f".{target}") for name in names):
-            raise UnusableInput(
-                f"--lora_target_modules: no linear or convolution layer of the teacher ends in {target!r}"
-            )
+        if not any(name.endswith(f".{target}") for name in names):
+            raise UnusableInput(f"--lora_target_modules: the teacher has no layer {target!r}; leave it out")
     torch.manual_seed(args.seed)
     unet.add_adapter(
         LoraConfig(
@@ -1180,8 +1154,8 @@ def save_checkpoint(accelerator, state, args):
             "files": {str(path.relative_to(scratch)): digest(path) for path in files},
         }
         write_atomically(scratch / MANIFEST_NAME, json.dumps(manifest, indent=1))
-        if final.exists():
-            shutil.rmtree(final)
+        if final.exists():  # damaged, or of a longer run that was resumed from an earlier checkpoint
+            os.replace(final, scratch.with_name(f"{scratch.name}-old"))
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
     accelerator.wait_for_everyone()
@@ -1308,13 +1282,8 @@ class Log:
             return
         values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
         values = self.accelerator.reduce(values, "mean").tolist()
-        elapsed, now = time.monotonic() - self.started, time.monotonic()
-        batch = (
-            self.args.train_batch_size
-            * self.args.gradient_accumulation_steps
-            * self.accelerator.num_processes
-        )
-        speed = len(self.rows) * batch / elapsed
+        elapsed = time.monotonic() - self.started
+        speed = len(self.rows) * samples_per_update(self.args, self.accelerator) / elapsed
         lines = [
             {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
             for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
@@ -1338,7 +1307,11 @@ class Log:
             peak_gib = torch.cuda.max_memory_allocated() / 2**30
             self.accelerator.log({"train/peak_memory_gib": peak_gib}, step=lines[-1]["step"])
         self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
-        self.rows, self.started = [], now
+        self.rows = []
+
+    def restart_clock(self):
+        """Measure speed from now on: what was done since the last flush was not training."""
+        self.started = time.monotonic()
 
 
 def validate(accelerator, pipe, prompts, args, global_step, dtype):
@@ -1413,7 +1386,7 @@ def write_card(args, drawn, prompts, num_processes):
         picture.save(folder / f"image_{number}.png")
     teacher = args.pretrained_teacher_model
     from_hub = not Path(teacher).exists()
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
+    name = repository_name(args)
     training = "\n".join(
         f"| {flag} | {getattr(args, flag)} |"
         for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
@@ -1446,19 +1419,8 @@ ComfyUI and A1111. Pictures above: 4 steps, guidance 1. The LoRA inherits the te
         library_name="diffusers",
         license=teacher_license(args, from_hub),
         pipeline_tag="text-to-image",
-        tags=[
-            "text-to-image",
-            "diffusers",
-            "diffusers-training",
-            "lora",
-            "lcm-lora",
-            "template:sd-lora",
-            *CARD_TAGS,
-        ],
-        widget=[
-            {"text": prompt, "output": {"url": f"image_{number}.png"}}
-            for number, prompt in enumerate(prompts)
-        ],
+        tags=CARD_TAGS.split(),
+        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(prompts)],
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}").save(folder / "README.md")
 
@@ -1473,15 +1435,35 @@ def teacher_license(args, from_hub):
     return None
 
 
+def repository_name(args):
+    """Return the Hub repository of a run."""
+    return args.hub_model_id or Path(args.output_dir).resolve().name
+
+
+def make_repository(args):
+    """Make the Hub repository, if it is not there, before any GPU hour is spent.
+
+    Raises:
+        UnusableInput: the Hub refuses, or cannot be reached.
+    """
+    try:
+        create_repo(repository_name(args), exist_ok=True, token=args.hub_token)
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        raise UnusableInput(
+            f"--push_to_hub: {repository_name(args)} cannot be made: {' '.join(str(error).split())[:300]}; "
+            "log in with `hf auth login`, or leave the flag out"
+        ) from error
+
+
 def push(args):
-    """Upload LoRA files, pictures and card, nothing else."""
-    name = args.hub_model_id or Path(args.output_dir).resolve().name
-    repo = create_repo(name, exist_ok=True, token=args.hub_token).repo_id
-    upload_folder(
-        repo_id=repo, folder_path=args.output_dir, token=args.hub_token, commit_message="LCM-LoRA",
+    """Upload LoRA files, pictures and card, nothing else, and return the repository's address."""
+    return upload_folder(
+        repo_id=create_repo(repository_name(args), exist_ok=True, token=args.hub_token).repo_id,
+        folder_path=args.output_dir,
+        token=args.hub_token,
+        commit_message="LCM-LoRA",
         allow_patterns=[WEIGHTS_NAME, KOHYA_NAME, "README.md", "image_*.png"],
-    )  # fmt: skip
-    return repo
+    )
 
 
 # <<< shared: log
@@ -1529,9 +1511,14 @@ def start(args):
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     if args.max_train_steps is None:
-        batch = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-        args.max_train_steps = math.ceil(args.num_train_epochs * args.max_train_samples / batch)
+        num_samples = args.num_train_epochs * args.max_train_samples
+        args.max_train_steps = math.ceil(num_samples / samples_per_update(args, accelerator))
     return accelerator
+
+
+def samples_per_update(args, accelerator):
+    """Return how many samples all processes together put into one update."""
+    return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def agree(accelerator, function, *arguments):
@@ -1611,40 +1598,64 @@ def next_batch(batches, state):
     return batch
 
 
-def batch_loss(student, pipe, schedule, batch, state, micro_step, args, accelerator, dtype):
+@dataclass
+class Job:
+    """Everything that a run works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    dtype: torch.dtype  # of the UNet's, VAE's and text encoder's arithmetic
+    pipe: object  # the teacher's pipeline; its UNet carries the LoRA
+    schedule: Schedule
+    student: torch.nn.Module  # the same UNet, wrapped for several processes
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    prompts: list  # to draw at validation
+    state: RunState
+
+
+def batch_loss(job, batch, micro_step):
     """Return the distillation loss of one batch from the loader."""
-    device, side = accelerator.device, args.resolution // pipe.vae_scale_factor
+    args, pipe, device = job.args, job.pipe, job.accelerator.device
+    side = args.resolution // pipe.vae_scale_factor
     shape = (len(batch["caption"]), pipe.vae.config.latent_channels, side, side)
-    draws = draw(args, shape, state.global_step, micro_step, accelerator.process_index, device)
+    draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
     with torch.no_grad():
-        latents = encode_latents(
-            pipe.vae, batch["pixels"].to(device, non_blocking=True), draws.posterior_eps, args
-        )
+        pixels = batch["pixels"].to(device, non_blocking=True)
+        latents = encode_latents(pipe.vae, pixels, draws.posterior_eps, args)
         conditioning, uncond = condition(pipe, batch, draws.empty, device)
-    return distillation_loss(student, pipe.unet, schedule, latents, conditioning, uncond, draws, args, dtype)
+    return distillation_loss(
+        job.student, pipe.unet, job.schedule, latents, conditioning, uncond, draws, args, job.dtype
+    )
 
 
-def train(
-    accelerator, student, pipe, schedule, loader, optimizer, lr_schedule, state, log, prompts, args, dtype
-):
-    """Update the LoRA until --max_train_steps, saving and drawing on the way."""
+def update(job, batches, parameters):
+    """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
+    losses = []
+    for micro_step in range(job.args.gradient_accumulation_steps):
+        batch = next_batch(batches, job.state)
+        with job.accelerator.accumulate(job.student):
+            loss = batch_loss(job, batch, micro_step)
+            job.accelerator.backward(loss)
+            losses.append(loss.detach())
+            if job.accelerator.sync_gradients:
+                grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+    job.lr_schedule.step()
+    job.state.global_step += 1
+    return torch.stack(losses).mean(), grad_norm
+
+
+def train(job, loader, log):
+    """Update the LoRA until --max_train_steps, logging, saving and drawing on the way."""
+    args, accelerator, state = job.args, job.accelerator, job.state
     batches = iter(loader)
-    parameters = [parameter for parameter in pipe.unet.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in job.pipe.unet.parameters() if parameter.requires_grad]
     while state.global_step < args.max_train_steps:
-        losses = []
-        for micro_step in range(args.gradient_accumulation_steps):
-            batch = next_batch(batches, state)
-            with accelerator.accumulate(student):
-                loss = batch_loss(student, pipe, schedule, batch, state, micro_step, args, accelerator, dtype)
-                accelerator.backward(loss)
-                losses.append(loss.detach())
-                if accelerator.sync_gradients:
-                    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        log.add(state.global_step + 1, torch.stack(losses).mean(), grad_norm, lr_schedule.get_last_lr()[0])
-        lr_schedule.step()
-        state.global_step += 1
+        lr = job.lr_schedule.get_last_lr()[0]
+        loss, grad_norm = update(job, batches, parameters)
+        log.add(state.global_step, loss, grad_norm, lr)
         last = state.global_step == args.max_train_steps
         save = last or state.global_step % args.checkpointing_steps == 0
         if save or state.global_step % args.logging_steps == 0:
@@ -1655,17 +1666,20 @@ def train(
             save_checkpoint(accelerator, state, args)
         if args.validation_steps and state.global_step % args.validation_steps == 0 and not last:
             if accelerator.is_main_process:
-                validate(accelerator, pipe, prompts, args, state.global_step, dtype)
+                validate(accelerator, job.pipe, job.prompts, args, state.global_step, job.dtype)
             accelerator.wait_for_everyone()
+        if not log.rows:
+            log.restart_clock()
 
 
-def finish(accelerator, pipe, prompts, state, args, dtype):
+def finish(job):
     """Write the LoRA, the last pictures and the model card, and upload them where asked."""
-    total = sum((Counter(part) for part in gather_object([dict(state.skipped)])), Counter())
+    args, accelerator, pipe = job.args, job.accelerator, job.pipe
+    total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
         save_lora(pipe.unet, type(pipe), args.output_dir, args)
-        drawn = validate(accelerator, pipe, prompts, args, state.global_step, dtype)
-        write_card(args, drawn, prompts, accelerator.num_processes)
+        drawn = validate(accelerator, pipe, job.prompts, args, job.state.global_step, job.dtype)
+        write_card(args, drawn, job.prompts, accelerator.num_processes)
         tqdm.write(f"skipped samples: {describe(total) or 'none'}", file=sys.stderr)
         tqdm.write(f"the LoRA is {Path(args.output_dir) / WEIGHTS_NAME}", file=sys.stderr)
         if args.push_to_hub:
@@ -1674,17 +1688,47 @@ def finish(accelerator, pipe, prompts, state, args, dtype):
     accelerator.end_training()
 
 
+def make_job(args, accelerator, prompts):
+    """Return the Job of a run from its start: models, LoRA, optimizer."""
+    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
+    pipe = load_teacher(args, dtype, accelerator.device)
+    schedule = make_schedule(
+        pipe.scheduler.config, args.num_ddim_timesteps, args.timestep_scaling_factor, accelerator.device
+    )
+    parameters = add_lora(pipe.unet, args)
+    make_fast(pipe.unet, args)
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes)
+    register_hooks(accelerator, pipe.unet, type(pipe), args)
+    student, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    accelerator.register_for_checkpointing(lr_schedule)
+    return Job(args, accelerator, dtype, pipe, schedule, student, optimizer, lr_schedule, prompts, RunState())
+
+
+def make_stream(job, shards, manifest):
+    """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
+    args, accelerator, state = job.args, job.accelerator, job.state
+    stream = ShardStream(shards, args, accelerator.num_processes, accelerator.process_index)
+    if manifest:
+        state.global_step = manifest["global_step"]
+        state.positions = {
+            consumer: position
+            for consumer, position in manifest["positions"].items()
+            if int(consumer) in range(stream.first_consumer, stream.first_consumer + stream.workers)
+        }
+        stream.num_batches = state.global_step * args.gradient_accumulation_steps
+        stream.positions = dict(state.positions)
+    return stream
+
+
 def main(args):
     """Distil the LoRA that the flags describe."""
     accelerator = start(args)
-    state = RunState()
-    listen(state)
 
     def say(message):
         if accelerator.is_main_process:
             tqdm.write(message, file=sys.stderr)
 
-    # Data first: what cannot be trained on is said before any model loads.
+    # What cannot be trained on is said before any model loads.
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     captions, report = agree(accelerator, audit, shards, args)
     say(f"data: {report}")
@@ -1697,36 +1741,20 @@ def main(args):
     if args.dry_run:
         say(json.dumps({name: value for name, value in vars(args).items() if name != "hub_token"}, indent=1))
         return
+    if args.push_to_hub:
+        agree(accelerator, make_repository, args)
     write_record(args, accelerator)
 
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    pipe = load_teacher(args, dtype, accelerator.device)
-    schedule = make_schedule(
-        pipe.scheduler.config, args.num_ddim_timesteps, args.timestep_scaling_factor, accelerator.device
-    )
-    parameters = add_lora(pipe.unet, args)
-    make_fast(pipe.unet, args)
-    say(f"LoRA: {sum(parameter.numel() for parameter in parameters):,} trainable parameters")
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes)
-    register_hooks(accelerator, pipe.unet, type(pipe), args)
-    student, optimizer = accelerator.prepare(pipe.unet, optimizer)
-    accelerator.register_for_checkpointing(lr_schedule)
-
+    job = make_job(args, accelerator, args.validation_prompts or captions[:4])
+    say(f"LoRA: {job.pipe.unet.num_parameters(only_trainable=True):,} trainable parameters")
+    listen(job.state)
     if manifest:
         accelerator.load_state(str(folder))
-        state.global_step, state.positions = manifest["global_step"], manifest["positions"]
-    num_batches = state.global_step * args.gradient_accumulation_steps
-    stream = ShardStream(
-        shards, args, accelerator.num_processes, accelerator.process_index, num_batches, state.positions
-    )
-    loader = make_loader(stream, accelerator.device.type == "cuda")
-    log = Log(accelerator, args, state.global_step)
-    prompts = args.validation_prompts or captions[:4]
-    train(
-        accelerator, student, pipe, schedule, loader, optimizer, lr_schedule, state, log, prompts, args, dtype
-    )
+    loader = make_loader(make_stream(job, shards, manifest), accelerator.device.type == "cuda")
+    log = Log(accelerator, args, job.state.global_step)
+    train(job, loader, log)
     log.bar.close()
-    finish(accelerator, pipe, prompts, state, args, dtype)
+    finish(job)
 
 
 def run(args):

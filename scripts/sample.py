@@ -20,7 +20,6 @@ import re
 import sys
 import textwrap
 import time
-import warnings
 from itertools import product
 from pathlib import Path
 from pickle import UnpicklingError
@@ -52,11 +51,14 @@ def build_parser():
     prompts = group.add_mutually_exclusive_group(required=True)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
-    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], help="1 to 1000, LCM to 50 (default: 1 2 4 8)")
+    text = "solver steps, 1 to 1000, LCM rows to 50; a column each (default: 1 2 4 8)"
+    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
     text = f"rows, of {', '.join(SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
     add("--samplers", nargs="+", choices=SAMPLERS, metavar="NAME", help=text)
-    add("--guidance_scale", type=float, default=7.5, help="teacher's, w + 1; 1 is off (default: %(default)s)")
-    add("--lcm_guidance_scale", type=float, default=1.0, help="LCM's, 1 (off) to about 2 (default: %(default)s)")
+    text = "guidance of the teacher rows, the paper's w + 1; up to 1 is off (default: %(default)s)"
+    add("--guidance_scale", type=float, default=7.5, metavar="G", help=text)
+    text = "guidance of the LCM rows, from 1 (off) to 2 (default: %(default)s)"
+    add("--lcm_guidance_scale", type=float, default=1.0, metavar="G", help=text)
     add("--negative_prompt", metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
     add("--seed", type=int, default=0, help="image i of a prompt starts from seed + i (default: %(default)s)")
     add("--num_images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
@@ -140,16 +142,16 @@ def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, devic
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
-    # Without the safety checker: 1.2 GB less to load, no blackened pictures.
-    options = {"dtype": dtype, "safety_checker": None, "requires_safety_checker": False}
     families = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)
     try:
         if Path(model).is_file():
             is_xl = infer_diffusers_model_type(load_single_file_checkpoint(str(model))).startswith("xl")
-            pipe = families[is_xl].from_single_file(str(model), **options)
+            pipe = families[is_xl].from_single_file(str(model), dtype=dtype)
         else:
-            options |= {"revision": revision, "variant": variant}
-            pipe = diffusers.DiffusionPipeline.from_pretrained(str(model), **options)
+            # Without the safety checker: 1.2 GB less to load, no blackened pictures. SDXL ignores the words.
+            options = {"safety_checker": None, "requires_safety_checker": False, "variant": variant}
+            load = diffusers.DiffusionPipeline.from_pretrained
+            pipe = load(str(model), revision=revision, dtype=dtype, **options)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
         raise InputError(f"model {model} does not load; check its name and files ({why})") from error
@@ -162,11 +164,10 @@ def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, devic
 def load_lora(pipe, lora):
     """Load a LoRA (file, folder or Hub id); raises InputError unless all its UNet tensors fit."""
     logs = diffusers.utils.logging
-    logs.set_verbosity(logs.CRITICAL)  # the libraries also log what they raise, and only warn of stray keys
+    logs.set_verbosity(logs.CRITICAL)  # diffusers logs what it raises, and only warns of keys without a place
     try:
-        with warnings.catch_warnings(action="ignore"):
-            weights = pipe.lora_state_dict(str(lora), unet_config=pipe.unet.config)[0]
-            pipe.load_lora_weights(str(lora), adapter_name="lcm")
+        weights = pipe.lora_state_dict(str(lora), unet_config=pipe.unet.config)[0]
+        pipe.load_lora_weights(str(lora), adapter_name="lcm")
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
         raise InputError(f"LoRA {lora} does not load; give one made for this model ({why})") from error
@@ -176,9 +177,7 @@ def load_lora(pipe, lora):
     fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name="lcm")) if found else 0
     if not found or fitted < found:
         raise InputError(f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model")
-    # peft makes the new layers in float32 and, if the LoRA was trained with dropout, in training mode.
-    pipe.to(pipe.device, pipe.dtype)
-    pipe.unet.eval()
+    pipe.unet.eval()  # new layers come in training mode, where a LoRA trained with dropout still drops
 
 
 def set_sampler(pipe, name):

@@ -14,7 +14,7 @@ import torch
 import webdataset as wds
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel
 
 ROOT = Path(__file__).parent.parent
 SIDE = 32  # px of the test pictures; latents are half of it
@@ -44,8 +44,9 @@ def build_teacher(folder, prediction_type="epsilon", **schedule):
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer-files")
     text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=24, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
     )  # fmt: skip
     unet = UNet2DConditionModel(
         sample_size=SIDE // 2, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
@@ -54,7 +55,8 @@ def build_teacher(folder, prediction_type="epsilon", **schedule):
     )  # fmt: skip
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIDE, scaling_factor=0.5,
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIDE,
+        scaling_factor=0.5,
     )  # fmt: skip
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
@@ -117,7 +119,7 @@ def shards(tmp_path_factory):
 
 
 def flags(teacher, shards, output_dir, **changes):
-    """Return the trainer's command line for a small run; True stands for a bare flag, None leaves a flag out."""
+    """Return the trainer's command line for a small run; True is a bare flag, None leaves a flag out."""
     values = {
         "pretrained_teacher_model": teacher, "train_shards_path_or_url": shards, "output_dir": output_dir,
         "resolution": SIDE, "train_batch_size": 2, "max_train_steps": 4, "lora_rank": 4, "lora_alpha": 8,
@@ -135,7 +137,8 @@ def flags(teacher, shards, output_dir, **changes):
 
 
 ENVIRONMENT = os.environ | {
-    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The judge: a small network that reads a landscape's four attributes off the picture, and what is computed with it.
+"""The judge: a small network that reads a landscape's four attributes off the picture.
 
 Its logits give prompt-following accuracy, its features the Fréchet distance between two sets of pictures.
 """
@@ -18,6 +18,7 @@ class Judge(nn.Module):
     """Seven convolutions, a feature layer, and one linear head over all attribute values."""
 
     def __init__(self):
+        """Build the untrained network."""
         super().__init__()
         layers, channels = [], 3
         for width, stride in ((24, 2), (48, 1), (48, 2), (96, 1), (96, 2), (128, 1), (128, 2)):
@@ -28,7 +29,7 @@ class Judge(nn.Module):
         self.head = nn.Linear(FEATURES, sum(map(len, ATTRIBUTES)))
 
     def forward(self, pixels):
-        """Return (features [B, FEATURES], one logits tensor [B, values] for each attribute); pixels [B,3,H,W] in [-1,1]."""
+        """Return (features [B, FEATURES], logits of each attribute) of pixels [B,3,H,W] in [-1,1]."""
         hidden = nn.functional.adaptive_avg_pool2d(self.body(pixels), 2).flatten(1)
         features = self.features(hidden)
         logits = self.head(nn.functional.silu(features))
@@ -48,7 +49,7 @@ class Judge(nn.Module):
 
     @torch.no_grad()
     def read(self, pictures):
-        """Return (features [N, FEATURES] float64, predicted attribute indices [N, 4]) of uint8 pictures [N,H,W,3]."""
+        """Return (features [N, FEATURES] f64, attribute indices [N, 4]) of uint8 pictures [N,H,W,3]."""
         features, predicted = [], []
         for chunk in torch.as_tensor(pictures).split(256):
             f, logits = self(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1)
@@ -60,8 +61,8 @@ class Judge(nn.Module):
 def frechet_distance(a, b):
     """Return the Fréchet distance of two Gaussians fitted to features a [N, D] and b [M, D] (float64).
 
-    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)); the trace of the root is the sum of the roots of
-    the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric (Heusel et al., arXiv:1706.08500, eq. 6).
+    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv:1706.08500, eq. 6); the root's trace
+    is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
     """
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
     values, vectors = torch.linalg.eigh(cov_a)

@@ -2,8 +2,8 @@
 """Draw captioned landscapes, the pictures on which the demo teachers are trained.
 
 A caption such as "mountains at sunset with clouds and a balloon" says what is there and leaves where and how
-to chance: horizon, ridges, colours, the object's place and size. That freedom is what makes solvers with few steps fail on a
-teacher trained on these pictures, as they fail on Stable Diffusion.
+to chance: horizon, ridges, colours, the object's place and size. That freedom is what makes solvers with few
+steps fail on a teacher trained on these pictures, as they fail on Stable Diffusion.
 
     python scripts/demo/landscapes.py --output_dir outputs/demo-data --num_samples 8000
 
@@ -80,6 +80,7 @@ class Scene:
     """One landscape being drawn on a canvas of side `size` times SUPERSAMPLING."""
 
     def __init__(self, labels, rng, size):
+        """Choose light and horizon for four attribute indices."""
         self.time, self.terrain, self.weather, self.thing = (
             names[i] for names, i in zip(ATTRIBUTES, labels, strict=True)
         )
@@ -386,7 +387,7 @@ def draw_sample(index, seed=0, size=64):
 
 
 def draw_dataset(num_samples, seed=0, size=64):
-    """Return (pictures uint8 [num_samples, size, size, 3], labels int64 [num_samples, 4]), drawn on all cores."""
+    """Return (pictures uint8 [N, size, size, 3], labels int64 [N, 4]), drawn on all cores."""
     with ProcessPoolExecutor() as pool:
         drawn = list(pool.map(partial(draw_sample, seed=seed, size=size), range(num_samples), chunksize=250))
     return np.stack([picture for picture, _ in drawn]), np.array([labels for _, labels in drawn])

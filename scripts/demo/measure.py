@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure an LCM-LoRA of the demo teacher against the teacher's own solvers; print a table, write results.json.
+"""Measure an LCM-LoRA of the demo teacher against the teacher's own solvers: a table and results.json.
 
     python scripts/demo/measure.py --lora outputs/demo-sd15 --output_dir outputs/demo-sd15
 
-`distance` is the Fréchet distance, on the judge's features, to the teacher's guided 50-step samples of the same
-prompts and other noise; the teacher's own 50-step samples with third noise give the floor. `accuracy` is the share
-of caption attributes that the judge finds in the picture. Intervals (95%) are from a bootstrap over pictures.
+`distance` is the Fréchet distance, on the judge's features, to the teacher's guided 50-step samples of the
+same prompts and other noise; that of the teacher's own 50-step samples is the floor. `accuracy` is the share
+of caption attributes that the judge finds in the picture. The 95% intervals are from a bootstrap over pictures.
 Under `torchrun --nproc_per_node N` the pictures are shared among N processes.
 """
 
@@ -23,7 +23,7 @@ from landscapes import ATTRIBUTES, caption_of
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from sample import draw, load_pipeline, set_sampler
+from sample import draw, load_lora, load_pipeline, set_sampler
 
 STEPS = (1, 2, 4, 8)
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 7.5
@@ -90,11 +90,13 @@ def score(features, predicted, labels, reference, rng):
 def measure(args, accelerator):
     """Return the results: floor, teacher and one row each of `list_rows`."""
     rng = np.random.default_rng(args.seed)
-    labels = torch.as_tensor(np.stack([rng.integers(len(names), size=args.num_images) for names in ATTRIBUTES], 1))
+    labels = torch.as_tensor(
+        np.stack([rng.integers(len(names), size=args.num_images) for names in ATTRIBUTES], 1)
+    )
     captions = [caption_of(row) for row in labels.tolist()]
     judge = Judge.load(Path(args.pretrained_teacher_model) / "judge.safetensors")
     pipe = load_pipeline(args.pretrained_teacher_model)
-    pipe.load_lora_weights(args.lora, adapter_name="lcm")
+    load_lora(pipe, args.lora)
     with accelerator.split_between_processes(list(range(args.num_images))) as share:
         mine = [captions[i] for i in share]
 
@@ -108,13 +110,17 @@ def measure(args, accelerator):
     for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
         features, predicted, seconds = drawn(row, noise=1)
         scores = score(features, predicted, labels, reference, np.random.default_rng(0))
-        results.append(dict(zip(("sampler", "steps", "guidance"), row, strict=True)) | scores | {"seconds": seconds})
+        results.append(
+            dict(zip(("sampler", "steps", "guidance"), row, strict=True)) | scores | {"seconds": seconds}
+        )
     return {"floor": results[0]["distance"], "num_images": args.num_images, "rows": results}
 
 
 def best(rows, sampler, steps):
     """Return the row with the least distance of a sampler at a step count, over guidances."""
-    return min((r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)), key=lambda r: r["distance"])
+    return min(
+        (r for r in rows if (r["sampler"], r["steps"]) == (sampler, steps)), key=lambda r: r["distance"]
+    )
 
 
 def pick(rows, sampler, steps, guidance):
@@ -129,15 +135,21 @@ def table(results):
     for sampler in ("ddim", "dpmsolver++"):
         for steps in STEPS:
             chosen += [pick(rows, sampler, steps, TEACHER_GUIDANCE), best(rows, sampler, steps)]
-    chosen += [pick(rows, sampler, steps, 1.0) for sampler in ("lcm-without-lora", "lcm-lora") for steps in STEPS]
-    lines = ["| sampler | steps | guidance | distance | accuracy | all four right | ms a picture |", "|---|---|---|---|---|---|---|"]
+    chosen += [
+        pick(rows, sampler, steps, 1.0) for sampler in ("lcm-without-lora", "lcm-lora") for steps in STEPS
+    ]
+    lines = [
+        "| sampler | steps | guidance | distance | accuracy | all four right | ms a picture |",
+        "|---|---|---|---|---|---|---|",
+    ]
     for row, before in zip(chosen, [None, *chosen], strict=False):
         if row is before:
             continue
         free = row["sampler"] in ("ddim", "dpmsolver++") and row["guidance"] != TEACHER_GUIDANCE
         lines.append(
-            f"| {NAMES[row['sampler']]} | {row['steps']} | {row['guidance']:g}{' (its best)' if free else ''} "
-            f"| {row['distance']:.1f} ± {row['distance_95']:.1f} | {row['accuracy']:.3f} ± {row['accuracy_95']:.3f} "
+            f"| {NAMES[row['sampler']]} | {row['steps']} | {row['guidance']:g}{' (best)' if free else ''} "
+            f"| {row['distance']:.1f} ± {row['distance_95']:.1f} "
+            f"| {row['accuracy']:.3f} ± {row['accuracy_95']:.3f} "
             f"| {row['all_right']:.2f} ± {row['all_right_95']:.2f} | {1000 * row['seconds']:.0f} |"
         )
     return "\n".join(lines)
@@ -156,18 +168,24 @@ def goals(results):
         for sampler in ("ddim", "dpmsolver++"):
             guided, least = pick(rows, sampler, steps, TEACHER_GUIDANCE), best(rows, sampler, steps)
             lines.append(
-                f"{steps} steps: LCM-LoRA's excess distance is {excess(lcm[steps]) / excess(guided):.3f} of {NAMES[sampler]}'s "
-                f"at guidance {TEACHER_GUIDANCE:g}, {excess(lcm[steps]) / excess(least):.3f} of its best (guidance {least['guidance']:g})"
+                f"- {steps} steps: LCM-LoRA's excess distance is {excess(lcm[steps]) / excess(guided):.3f} "
+                f"of {NAMES[sampler]}'s at guidance {TEACHER_GUIDANCE:g}, "
+                f"{excess(lcm[steps]) / excess(least):.3f} of its least (guidance {least['guidance']:g})"
             )
     for steps in (1, 4):
-        lines.append(f"{steps} steps: LCM-LoRA's accuracy is {lcm[steps]['accuracy'] / rows[0]['accuracy']:.3f} of the teacher's at 50")
+        ratio = lcm[steps]["accuracy"] / rows[0]["accuracy"]
+        lines.append(f"- {steps} steps: LCM-LoRA's accuracy is {ratio:.3f} of the teacher's at 50")
     return "\n".join(lines)
 
 
 def main():
     """Measure from the command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pretrained_teacher_model", default="assets/demo-teacher-sd15", help="default: %(default)s")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--pretrained_teacher_model", default="assets/demo-teacher-sd15", help="default: %(default)s"
+    )
     parser.add_argument("--lora", required=True, help="folder or file of the LoRA")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and table.md")
     parser.add_argument("--num_images", type=int, default=256, help="pictures a row (default: %(default)s)")
@@ -178,7 +196,8 @@ def main():
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
         (args.output_dir / "results.json").write_text(json.dumps(results, indent=1))
-        text = f"{table(results)}\n\nfloor {results['floor']:.2f}; {args.num_images} pictures a row\n\n{goals(results)}\n"
+        note = f"Floor of the distance: {results['floor']:.2f}. {args.num_images} pictures a row."
+        text = f"{table(results)}\n\n{note}\n\n{goals(results)}\n"
         (args.output_dir / "table.md").write_text(text)
         print(text)
     accelerator.end_training()

@@ -8,6 +8,7 @@ Output: a complete `StableDiffusionPipeline` in float16 and the judge.
 """
 
 import argparse
+import copy
 import json
 import time
 from pathlib import Path
@@ -49,8 +50,8 @@ def to_pixels(pictures):
 def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_size=64, after=None):
     """Train `model` with AdamW and return it with its averaged weights (EMA).
 
-    `batch_loss(model, indices)` gives the loss of samples [B]. The rate is constant, with a warm-up and a decay to
-    zero over the last quarter. `after(step, model)`, if given, is called every 1000 updates with the averaged weights.
+    `batch_loss(model, indices)` gives the loss of samples [B]. The rate is constant, with a warm-up and a
+    decay to zero over the last quarter. `after()` is called every 1000 updates, averaged weights in place.
     """
     set_seed(accelerator.process_index)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -82,14 +83,14 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
         if after and step % 1000 == 0 and step < updates:
             ema.store(model.parameters())
             ema.copy_to(model.parameters())
-            after(step, model)
+            after()
             ema.restore(model.parameters())
     ema.copy_to(model.parameters())
     return model.eval()
 
 
 def train_judge(accelerator, args, pictures, labels):
-    """Return the judge, trained on sharp, blurred and noisy pictures so that a VAE's softness does not mislead it."""
+    """Return the judge, trained on blurred and noisy pictures too, as a VAE makes them."""
     path = args.output_dir / "judge.safetensors"
     if path.exists():
         return Judge.load(path)
@@ -119,6 +120,7 @@ class Reconstruction(nn.Module):
     """The VAE's training step as one module, so that DistributedDataParallel sees one forward."""
 
     def __init__(self, vae):
+        """Wrap a VAE."""
         super().__init__()
         self.vae = vae
 
@@ -171,7 +173,7 @@ def train_vae(accelerator, args, pictures, judge, labels):
     _, predicted = judge.read(((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte())
     accuracy = (predicted == labels[-512:]).double().mean()
     accelerator.print(
-        f"vae: {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}, judge reads {accuracy:.4f} of decoded"
+        f"vae: {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}, judge's accuracy {accuracy:.4f}"
     )
     if accelerator.is_main_process:
         vae.save_pretrained(path)
@@ -180,9 +182,9 @@ def train_vae(accelerator, args, pictures, judge, labels):
 
 
 def build_tokenizer(folder):
-    """Return a CLIP tokenizer in which every caption word is one token and any other text splits into letters."""
+    """Return a CLIP tokenizer: every caption word is one token, any other text splits into letters."""
     folder.mkdir(parents=True, exist_ok=True)
-    # CLIP's byte-level BPE alphabet: printable bytes stand for themselves, the others for code points from 256.
+    # CLIP's byte-level alphabet: printable bytes are themselves, the others code points from 256.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
     merges = []
@@ -220,6 +222,7 @@ class TextToNoise(nn.Module):
     """Text encoder and UNet as one module."""
 
     def __init__(self, text_encoder, unet):
+        """Wrap both."""
         super().__init__()
         self.text_encoder, self.unet = text_encoder, unet
 
@@ -229,14 +232,15 @@ class TextToNoise(nn.Module):
 
 
 def build_pipeline(args, vae):
-    """Return an untrained StableDiffusionPipeline of SD 1.5's architecture in small, with SD 1.5's noise schedule."""
+    """Return an untrained StableDiffusionPipeline: SD 1.5's architecture in small, and its noise schedule."""
     torch.manual_seed(1)
     tokenizer = build_tokenizer(args.work_dir / "tokenizer")
     text_encoder = CLIPTextModel(
         CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH, num_hidden_layers=2,
-            num_attention_heads=4, max_position_embeddings=TOKENS, hidden_act="quick_gelu", projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
+            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
+            hidden_act="quick_gelu", projection_dim=TEXT_WIDTH, bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
     unet = UNet2DConditionModel(
@@ -246,7 +250,8 @@ def build_pipeline(args, vae):
         cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
     )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1,
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        set_alpha_to_one=False, steps_offset=1,
     )  # fmt: skip
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
@@ -305,7 +310,7 @@ def train_unet(accelerator, args, pipe, moments, labels):
             error * snr.clamp(max=MIN_SNR_GAMMA) / snr
         ).mean()  # min-SNR weight (arXiv:2303.09556) for eps
 
-    def save(step, model):
+    def save():
         if accelerator.is_main_process:
             save_pipeline(pipe, args.output_dir)
 
@@ -314,10 +319,12 @@ def train_unet(accelerator, args, pipe, moments, labels):
 
 
 def save_pipeline(pipe, folder):
-    """Write a float16 copy of the pipeline as safetensors, leaving the pipeline itself in float32."""
-    pipe.to(torch.float16)
-    pipe.save_pretrained(folder)
-    pipe.to(torch.float32)
+    """Write a float16 copy of the pipeline; casting the pipeline itself would undo DDP's gradient hooks."""
+    halves = {
+        name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
+        for name, part in pipe.components.items()
+    }
+    type(pipe)(**halves, requires_safety_checker=False).save_pretrained(folder)
 
 
 def main():
@@ -339,7 +346,7 @@ def main():
         "--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)"
     )
     parser.add_argument(
-        "--unet_updates", type=int, default=6500, help="updates of the UNet (default: %(default)s)"
+        "--unet_updates", type=int, default=5000, help="updates of the UNet (default: %(default)s)"
     )
     args = parser.parse_args()
     accelerator = Accelerator(cpu=True)

@@ -1,0 +1,645 @@
+"""Data: who reads which sample, where a resumed run goes on, and what damaged or odd shards do."""
+
+import http.server
+import io
+import itertools
+import json
+import pickle
+import random
+import shutil
+import signal
+import tarfile
+import threading
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, SIDE, flags, load_script, picture_bytes, write_shard, write_shards
+from PIL import Image
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
+UNEQUAL = (7, 1, 12, 5, 9, 3, 8, 6)  # samples of each shard
+DEADLINE_S = 60  # no test here may hang
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")  # more than CPUs
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return load_script(request.param)
+
+
+@pytest.fixture(autouse=True)
+def deadline():
+    """Turn an endless loop into a failure."""
+
+    def fail(*_):
+        raise TimeoutError(f"no end after {DEADLINE_S} s")
+
+    signal.signal(signal.SIGALRM, fail)
+    signal.alarm(DEADLINE_S)
+    yield
+    signal.alarm(0)
+
+
+def make_args(script, shards, **changes):
+    return script.parse_args(flags("a/teacher", shards, "unused", **changes))
+
+
+def make_stream(script, shards, processes=1, rank=0, done=0, positions=None, **changes):
+    """Return the stream of one process after `done` of its batches."""
+    args = make_args(script, shards, **changes)
+    return script.ShardStream(script.list_shards([str(shards)]), args, processes, rank, done, positions)
+
+
+def batches_of(script, stream, count):
+    """Return the first batches that the real loader gives."""
+    loader = iter(script.make_loader(stream, cuda=False))
+    return [next(loader) for _ in range(count)]
+
+
+def captions_of(batches):
+    return [caption for batch in batches for caption in batch["caption"]]
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    """Folders of 1, 3 and 8 shards: of unequal sizes, and of twelve samples each."""
+    folder = tmp_path_factory.mktemp("layouts")
+    for count in (1, 3, 8):
+        write_shards(folder / f"equal-{count}", count, 12)
+        for shard, size in enumerate((36,) if count == 1 else UNEQUAL[:count]):
+            samples = [{"png": picture_bytes(0), "txt": f"sea {i}"} for i in range(size)]
+            write_shard(folder / f"unequal-{count}" / f"{shard:05d}.tar", samples)
+    return folder
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Who reads what
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["equal", "unequal"])
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_each_sample_is_read_once_an_epoch(script, layouts, count, kind):
+    shards = layouts / f"{kind}-{count}"
+    total = 12 * count if kind == "equal" else 36 if count == 1 else sum(UNEQUAL[:count])
+    for processes, workers, epoch in itertools.product((1, 2, 3), (0, 1, 3), (0, 1)):
+        stream = make_stream(script, shards, processes, dataloader_num_workers=workers)
+        assert stream.consumers == processes * max(1, workers)
+        skipped = Counter()
+        parts = [
+            [sample["__key__"] for sample in stream.raw_samples(epoch, consumer, skipped)]
+            for consumer in range(stream.consumers)
+        ]
+        read = Counter(key for part in parts for key in part)
+        assert len(read) == total and set(read.values()) == {1} and not skipped
+        sizes = [len(part) for part in parts]
+        assert kind == "unequal" or max(sizes) - min(sizes) <= 2, f"unequal parts {sizes}"
+
+
+def test_a_real_loader_reads_each_sample_once_an_epoch(script, layouts):
+    changes = {"train_batch_size": 3, "dataloader_num_workers": 3}
+    streams = [make_stream(script, layouts / "equal-3", 2, rank, **changes) for rank in (0, 1)]
+    captions = [caption for stream in streams for caption in captions_of(batches_of(script, stream, 6))]
+    assert sorted(captions) == sorted(f"sea {i}" for i in range(36))
+
+
+def test_order_follows_seed_epoch_and_rank(script, layouts):
+    def order(rank=0, batches=9, **changes):
+        stream = make_stream(script, layouts / "equal-3", 2, rank, **changes)
+        return captions_of(batches_of(script, stream, batches))
+
+    first = order()
+    assert first == order()
+    assert first != order(seed=1)
+    assert first != sorted(first, key=lambda caption: int(caption.split()[1]))
+    assert not set(first) & set(order(rank=1))
+    both = Counter(order(batches=18)) + Counter(order(rank=1, batches=18))
+    assert set(both.values()) == {2}, "two epochs"
+    assert order(batches=18)[18:] != first, "the second epoch has another order"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where a resumed run goes on
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [0, 3])
+def test_resumed_stream_goes_on_as_an_unbroken_one(script, layouts, workers):
+    def stream(done=0, positions=None):
+        return make_stream(
+            script, layouts / "equal-3", 2, 1, done, positions, train_batch_size=4,
+            dataloader_num_workers=workers, random_flip=True, shuffle_buffer_samples=5,
+        )  # fmt: skip
+
+    unbroken = batches_of(script, stream(), 12)  # 48 samples of this process's 18: over epoch boundaries
+    assert max(batch["position"][1] for batch in unbroken) == 2
+    positions = {}
+    for done, last in enumerate(unbroken, 1):
+        consumer, *position = last["position"]
+        positions[str(consumer)] = position
+        if done not in (1, 2, 4, 7, 9):
+            continue
+        resumed = batches_of(script, stream(done, json.loads(json.dumps(positions))), 12 - done)
+        for ours, theirs in zip(resumed, unbroken[done:], strict=True):
+            assert ours["caption"] == theirs["caption"] and ours["position"] == theirs["position"]
+            assert ours["crop_top_left"] == theirs["crop_top_left"]
+            assert torch.equal(ours["pixels"], theirs["pixels"])
+
+
+def test_what_is_passed_over_is_not_decoded(script, layouts, monkeypatch):
+    prepared = []
+    prepare = script.prepare_sample
+    monkeypatch.setattr(script, "prepare_sample", lambda *sample: prepared.append(1) or prepare(*sample))
+    next(iter(make_stream(script, layouts / "equal-3", done=15, positions={"0": [0, 30]})))
+    assert len(prepared) == 2, "one batch"
+
+
+def test_every_consumer_needs_a_sample(script, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", [{"png": picture_bytes(i), "txt": "sea"} for i in range(2)])
+    batches = [list(itertools.islice(make_stream(script, shard, 4, rank), 1)) for rank in range(4)]
+    errors = [batch["error"] for (batch,) in batches if "error" in batch]
+    assert len(errors) == 2 and all("fewer samples than processes x loader workers" in e for e in errors)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_consumer_without_a_usable_sample_ends_the_run(script, tmp_path, workers):
+    write_shard(tmp_path / "0.tar", [{"png": picture_bytes(i), "txt": "sea"} for i in range(4)])
+    write_shard(tmp_path / "1.tar", [{"png": b"garbage", "txt": "sea"} for _ in range(4)])
+    state = script.RunState()
+    with pytest.raises(script.UnusableInput, match="no usable sample: picture cannot be decoded: [24]"):
+        for rank in (0, 1):
+            stream = make_stream(script, tmp_path, 2, rank, dataloader_num_workers=workers)
+            batches = iter(script.make_loader(stream, cuda=False))
+            for _ in range(4):
+                script.next_batch(batches, state)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damage: each row ends in a counted skip with its cause, or in one line that names the shard
+# ----------------------------------------------------------------------------------------------------------
+
+
+def good(number=0, **members):
+    return {"png": picture_bytes(number), "txt": f"sea {number}"} | members
+
+
+def changed(every, **members):
+    """Return 8 samples of which the first and each `every`-th after it have other members; None: left out."""
+    samples = [good(i, **members) if i % every == 0 else good(i) for i in range(8)]
+    return [{name: value for name, value in sample.items() if value is not None} for sample in samples]
+
+
+def png(width, height):
+    data = io.BytesIO()
+    Image.new("RGB", (width, height), "teal").save(data, "PNG")
+    return data.getvalue()
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+class Bomb:
+    """Leaves a file behind when it is unpickled."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (Path.touch, (self.path,))
+
+
+def end_of(path):
+    """Return how many bytes of zeros end a tar."""
+    data = path.read_bytes()
+    return len(data) - -(-len(data.rstrip(b"\0")) // 512) * 512
+
+
+WHOLE_SHARD = {
+    "truncated inside a sample": (lambda path: cut(path, 2 * 1024 + 100), "is truncated"),
+    "its end mark cut off": (lambda path: cut(path, -end_of(path)), "is truncated"),
+    "not a tar": (lambda path: path.write_bytes(b"<html>not found</html>" * 99), "is not a tar"),
+    "zero bytes": (lambda path: path.write_bytes(b""), "is empty"),
+    "an empty tar": (lambda path: path.write_bytes(bytes(10240)), "is empty"),
+    "gone": (lambda path: path.unlink(), "No such file"),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_SHARD)
+def test_a_broken_shard_is_named_before_training(script, tmp_path, name):
+    damage, message = WHOLE_SHARD[name]
+    write_shards(tmp_path, 3)
+    damage(tmp_path / "00001.tar")
+    with pytest.raises(script.UnusableInput, match=rf"00001\.tar.*{message}"):
+        script.list_shards([f"{tmp_path}/{{00000..00002}}.tar"])
+
+
+def test_a_folder_without_shards_is_named(script, tmp_path):
+    with pytest.raises(script.UnusableInput, match=rf"{tmp_path}.*no \.tar"):
+        script.list_shards([str(tmp_path)])
+
+
+SURROGATE = b'{"caption": "sea \\ud83d"}'  # half of an emoji: json that no tokenizer can encode
+SOME_SAMPLES = {
+    "garbage picture": ({"png": b"garbage"}, {}, "picture cannot be decoded"),
+    "truncated picture": ({"png": picture_bytes(0)[:-400]}, {}, "picture cannot be decoded"),
+    "no picture": ({"png": None}, {}, "no picture"),
+    "no caption": ({"txt": None}, {}, "no caption"),
+    "caption not UTF-8": ({"txt": b"caf\xe9"}, {}, "caption is not UTF-8"),
+    "caption with half a character": ({"txt": None, "json": SURROGATE}, {}, "caption is not UTF-8"),
+    "broken json": ({"json": b'{"width": 32'}, {}, "json cannot be read"),
+    "json is a list": ({"json": b"[1, 2]"}, {}, "json cannot be read"),
+    "json nested deep": ({"json": b"[" * 100_000}, {}, "json cannot be read"),
+    "small": ({"png": png(16, 99)}, {"min_image_side_px": SIDE}, "filtered by smaller side"),
+    "small, one side known": (
+        {"png": png(16, 99), "json": {"width": 99}}, {"min_image_side_px": SIDE}, "filtered by smaller side"
+    ),
+    "large": ({"png": png(100, 100)}, {"max_image_pixels": 9999}, "picture over --max_image_pixels"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SOME_SAMPLES)
+def test_a_damaged_sample_is_skipped_and_counted(script, tmp_path, name):
+    members, changes, cause = SOME_SAMPLES[name]
+    samples = changed(4, **members)
+    shard = write_shard(tmp_path / "0.tar", samples)
+    captions, report = script.audit([str(shard)], make_args(script, shard, **changes))
+    assert sorted(captions) == sorted(f"sea {i}" for i in range(8) if i % 4)
+    assert f"({cause}: 2)" in report
+    batches = list(itertools.islice(make_stream(script, shard, **changes), 6))
+    skipped = sum((Counter(batch["skipped"]) for batch in batches), Counter())
+    assert skipped.keys() == {cause} and 2 <= skipped[cause] <= 4  # some may come after these batches
+    assert Counter(captions_of(batches)) == Counter(2 * captions)
+
+
+@pytest.mark.parametrize(
+    ("members", "changes", "cause"),
+    [
+        ({"png": b"garbage"}, {}, "picture cannot be decoded: 8"),
+        ({"txt": None}, {}, "no caption: 8"),
+        ({}, {"min_image_side_px": SIDE + 1}, "filtered by smaller side: 8"),
+    ],
+)
+def test_a_data_set_without_a_usable_sample_is_an_error(script, tmp_path, members, changes, cause):
+    shard = write_shard(tmp_path / "0.tar", changed(1, **members))
+    with pytest.raises(script.UnusableInput, match=cause):
+        script.audit([str(shard)], make_args(script, shard, **changes))
+
+
+@pytest.mark.parametrize(
+    ("members", "changes"),
+    [
+        ({"json": {"width": None, "height": None}}, {"min_image_side_px": SIDE}),
+        ({"json": b'{"width": 1' + b"0" * 400 + b"}"}, {}),
+        ({"png": png(2000, 2)}, {}),
+        ({"txt": ""}, {}),
+        ({}, {"train_batch_size": 50}),
+    ],
+    ids=["null sizes", "a width of 1e400", "2000x2 picture", "empty caption", "batch over the data"],
+)
+def test_odd_samples_are_trained_on(script, tmp_path, members, changes):
+    shard = write_shard(tmp_path / "0.tar", changed(1, **members))
+    (batch,) = itertools.islice(make_stream(script, shard, **changes), 1)
+    assert batch["pixels"].shape == (changes.get("train_batch_size", 2), 3, SIDE, SIDE)
+    assert not batch["skipped"]
+
+
+def test_a_strip_is_not_blown_up(script, monkeypatch):
+    """A resize to the training resolution must not cost a strip's length times that."""
+    asked, resize = [], Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda *args, **kw: asked.append(args[1]) or resize(*args, **kw)
+    )
+    outcome(script, {}, {"png": png(9000, 1)}, max_image_pixels=9999)
+    assert all(width * height < 10**6 for width, height in asked)
+
+
+def test_pickles_in_a_shard_are_not_read(script, tmp_path):
+    bomb = pickle.dumps(Bomb(tmp_path / "exploded"))
+    shard = write_shard(tmp_path / "0.tar", changed(1, pkl=bomb, pyd=bomb, pickle=bomb, pth=bomb, npy=bomb))
+    stream = make_stream(script, shard)
+    next(iter(stream))
+    assert not (tmp_path / "exploded").exists()
+    (raw, *_) = stream.raw_samples(0, 0, Counter())
+    assert {name for name in raw if not name.startswith("__")} == {"png", "txt"}
+
+
+def test_a_shard_with_duplicate_names_is_named_and_left(script, tmp_path, monkeypatch):
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    shard = write_shard(tmp_path / "0.tar", [good(i) for i in range(4)])
+    with tarfile.open(shard, "a") as tar:
+        for name in ("twice.txt", "twice.txt"):
+            tar.addfile(tarfile.TarInfo(name))
+    skipped = Counter()
+    assert len(list(script.read_shard(str(shard), skipped))) == 4
+    ((cause, count),) = skipped.items()
+    assert str(shard) in cause and "duplicate" in cause and count == 1
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Where shards come from
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Handler(http.server.SimpleHTTPRequestHandler):
+    """Serves a folder; `cut-SIZE-NAME` breaks off after SIZE bytes, `flaky-SIZE-NAME` only the first time."""
+
+    seen = Counter()
+
+    def do_GET(self):
+        how, _, rest = self.path.lstrip("/").partition("-")
+        self.seen[self.path] += 1
+        if how not in ("cut", "flaky"):
+            return super().do_GET()
+        size, _, name = rest.partition("-")
+        data = (Path(self.directory) / name).read_bytes()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        whole = how == "flaky" and self.seen[self.path] > 1
+        self.wfile.write(data if whole else data[: int(size)])
+        self.close_connection = True
+
+    def log_message(self, *_):
+        """Say nothing."""
+
+
+@pytest.fixture
+def server(layouts, monkeypatch):
+    """Serve a folder of three shards at an address of this machine."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    def handler(*connection):
+        return Handler(*connection, directory=layouts / "equal-3")
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as httpd:
+        thread = threading.Thread(target=httpd.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+        thread.join()
+
+
+def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, layouts, server):
+    folder = layouts / "equal-3"
+    names = [str(folder / f"{i:05d}.tar") for i in range(3)]
+    assert script.list_shards([str(folder)]) == names
+    assert script.list_shards([f"{folder}/{{00000..00002}}.tar"]) == names
+    assert script.list_shards([f"{folder}/{{00000..00001}}.tar", names[2]]) == names
+    assert len(script.list_shards([f"{server}/{{00000..00002}}.tar"])) == 3
+    for url in (f"{server}/00001.tar", f"pipe:cat {names[1]}"):
+        skipped = Counter()
+        captions = [sample["txt"].decode() for sample in script.read_shard(url, skipped)]
+        assert captions == [f"sea {i}" for i in range(12, 24)] and not skipped
+
+
+def member_offset(folder, number):
+    with tarfile.open(folder / "equal-3" / "00000.tar") as tar:
+        return tar.getmembers()[number].offset
+
+
+@pytest.mark.parametrize("inside", [True, False], ids=["inside a file", "between two files"])
+def test_a_connection_that_dies_is_named_and_its_shard_left(script, layouts, server, monkeypatch, inside):
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    size = member_offset(layouts, 15) + 700 * inside  # five whole samples
+    url, skipped = f"{server}/cut-{size}-00000.tar", Counter()
+    assert len(list(script.read_shard(url, skipped))) <= 5
+    ((cause, count),) = skipped.items()
+    assert url in cause and count == 1
+    assert Handler.seen[f"/cut-{size}-00000.tar"] == script.READ_ATTEMPTS
+
+
+def test_a_connection_that_dies_once_loses_nothing(script, layouts, server, monkeypatch):
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    size = member_offset(layouts, 16) + 700
+    url, skipped = f"{server}/flaky-{size}-00000.tar", Counter()
+    captions = [sample["txt"].decode() for sample in script.read_shard(url, skipped)]
+    assert captions == [f"sea {i}" for i in range(12)] and not skipped
+
+
+@pytest.mark.parametrize("source", ["http", "pipe"])
+def test_an_address_that_gives_nothing_is_an_error_that_names_it(script, server, monkeypatch, source):
+    monkeypatch.setattr(script.time, "sleep", lambda _: None)
+    url = f"{server}/missing.tar" if source == "http" else "pipe:cat /no/such.tar"
+    with pytest.raises(script.UnusableInput, match=url):
+        script.audit(script.list_shards([url]), make_args(script, url))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+LEFT, RIGHT = (200, 40, 80), (20, 120, 220)
+
+
+def halves(mode, left, right):
+    picture = Image.new(mode, (64, 48), right)
+    picture.paste(left, (0, 0, 32, 48))
+    return picture
+
+
+def encode(picture, suffix="PNG", **options):
+    data = io.BytesIO()
+    picture.save(data, suffix, **options)
+    return data.getvalue()
+
+
+def palette(transparent):
+    picture = halves("P", 1, 2)
+    picture.putpalette([9, 9, 9, *LEFT, *RIGHT])
+    return encode(picture, **({"transparency": 1} if transparent else {}))
+
+
+WHITE, GREY = (255,) * 3, (128,) * 3
+PICTURES = {
+    "RGB": (encode(halves("RGB", LEFT, RIGHT)), LEFT, RIGHT),
+    "CMYK": (encode(halves("RGB", LEFT, RIGHT).convert("CMYK"), "JPEG", quality=95), LEFT, RIGHT),
+    "palette": (palette(transparent=False), LEFT, RIGHT),
+    "palette with transparency": (palette(transparent=True), WHITE, RIGHT),
+    "RGBA": (encode(halves("RGBA", (0, 0, 0, 0), (*RIGHT, 255))), WHITE, RIGHT),
+    "RGBA, half": (encode(halves("RGBA", (0, 0, 0, 127), (*RIGHT, 255))), GREY, RIGHT),
+    "LA": (encode(halves("LA", (0, 0), (128, 255))), WHITE, GREY),
+    "16-bit grey": (encode(halves("I;16", 32896, 65535)), GREY, WHITE),
+    "16-bit grey, dark": (encode(halves("I;16", 0, 200)), (0,) * 3, (1,) * 3),
+    "1-bit": (encode(halves("1", 1, 0)), WHITE, (0,) * 3),
+    "WebP": (encode(halves("RGB", LEFT, RIGHT), "WEBP", lossless=True), LEFT, RIGHT),
+}
+
+
+@pytest.mark.parametrize(("data", "left", "right"), PICTURES.values(), ids=PICTURES)
+def test_every_kind_of_picture_comes_out_in_its_colours(script, data, left, right):
+    picture, original = script.open_picture(data, make_args(script, "pipe:"))
+    assert picture.mode == "RGB" and picture.size == original == (64, 48)
+    for x, colour in ((8, left), (56, right)):
+        assert np.allclose(picture.getpixel((x, 24)), colour, atol=4)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_pictures_are_turned_upright(script, orientation):
+    # How a camera stores a picture that is upright once EXIF's orientation is obeyed.
+    stored = {
+        2: "FLIP_LEFT_RIGHT", 3: "ROTATE_180", 4: "FLIP_TOP_BOTTOM", 5: "TRANSPOSE", 6: "ROTATE_90",
+        7: "TRANSVERSE", 8: "ROTATE_270",
+    }  # fmt: skip
+    upright = halves("RGB", LEFT, RIGHT)
+    upright.paste((255, 255, 255), (0, 0, 32, 24))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    turned = upright.transpose(Image.Transpose[stored[orientation]]) if orientation > 1 else upright
+    picture, original = script.open_picture(encode(turned, exif=exif), make_args(script, "pipe:"))
+    assert original == picture.size == (64, 48)
+    assert np.array_equal(np.asarray(picture), np.asarray(upright))
+
+
+@pytest.mark.parametrize(
+    ("size", "orientation"),
+    [((640, 480), 1), ((641, 333), 6), ((199, 201), 1), ((255, 256), 1), ((255, 256), 8)],
+)
+def test_jpeg_is_decoded_small_but_not_too_small(script, size, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    data = encode(Image.effect_noise(size, 50).convert("RGB"), "JPEG", exif=exif)
+    picture, original = script.open_picture(data, make_args(script, "pipe:", resolution=100))
+    assert original == (size if orientation == 1 else size[::-1])
+    assert 100 <= min(picture.size) <= min(size)
+    assert min(picture.size) < 200, "decoded at 1/2 or less where that is enough"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Crops
+# ----------------------------------------------------------------------------------------------------------
+
+
+def ruler(width=60, height=40):
+    """Return a picture whose red is x and whose green is y."""
+    y, x = np.mgrid[:height, :width]
+    return Image.fromarray(np.stack([x, y, 0 * x], axis=-1).astype(np.uint8))
+
+
+def test_center_crop_takes_the_middle(script):
+    args = make_args(script, "pipe:", resolution=40, center_crop=True)
+    pixels, corner = script.crop(ruler(), args, random.Random())
+    assert corner == (0, 10) and pixels.shape == (3, 40, 40) and pixels.dtype == torch.uint8
+    assert pixels[0, 0].tolist() == list(range(10, 50)) and pixels[1, :, 0].tolist() == list(range(40))
+
+
+def test_random_crop_and_flip_are_what_they_say(script):
+    args = make_args(script, "pipe:", resolution=32, random_flip=True, interpolation_type="nearest")
+    corners, flips = set(), 0
+    for seed in range(60):
+        pixels, (top, left) = script.crop(ruler(62, 32), args, random.Random(seed))
+        row = pixels[0, 0].tolist()
+        flipped = row[0] > row[-1]
+        # Of a mirrored picture, the corner is counted from its own left side.
+        assert row == (list(range(61 - left, 29 - left, -1)) if flipped else list(range(left, left + 32)))
+        assert top == 0 and 0 <= left <= 30
+        corners.add(left)
+        flips += flipped
+    assert len(corners) > 15 and {0, 30} & corners
+    assert 18 <= flips <= 42
+    tall = [script.crop(ruler(32, 62), args, random.Random(seed)) for seed in range(9)]
+    assert all(pixels[1, 0, 0] == top for pixels, (top, _) in tall) and len({c for _, (c, _) in tall}) > 3
+
+
+@pytest.mark.parametrize("size", [(120, 80), (80, 120), (30, 20), (81, 80), (2000, 2)])
+def test_a_crop_keeps_the_aspect(script, size):
+    args = make_args(script, "pipe:", resolution=40, center_crop=True)
+    scale = 40 / min(size)
+    picture = ruler(*size) if max(size) < 256 else Image.new("RGB", size)
+    pixels, (top, left) = script.crop(picture, args, random.Random())
+    assert pixels.shape == (3, 40, 40)
+    assert (top, left) == ((round(size[1] * scale) - 40) // 2, (round(size[0] * scale) - 40) // 2)
+    if max(size) < 256:  # 20 pixels of the crop span 20 / scale of the picture, in x and in y
+        for channel, line in ((0, pixels[0, 20]), (1, pixels[1, :, 20])):
+            assert int(line[30]) - int(line[10]) == pytest.approx(20 / scale, abs=1), channel
+
+
+def test_a_sample_is_a_function_of_seed_epoch_and_key(script):
+    data = encode(ruler(200, 40))
+
+    def left(key="a", epoch=0, **changes):
+        sample = {"png": data, "txt": b"sea", "__key__": key, "__url__": "0.tar"}
+        return script.prepare_sample(sample, make_args(script, "pipe:", **changes), epoch)["crop_top_left"]
+
+    assert left() == left()
+    assert len({left(key) for key in "abcdef"}) > 3
+    assert len({left(epoch=epoch) for epoch in range(6)}) > 3
+    assert len({left(seed=seed) for seed in range(6)}) > 3
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Filters and captions
+# ----------------------------------------------------------------------------------------------------------
+
+
+def outcome(script, record, members=None, **changes):
+    """Return a sample's training sample, or the cause why it is skipped."""
+    sample = {"png": picture_bytes(0), "txt": b"sea", "json": json.dumps(record).encode()} | (members or {})
+    sample |= {"__key__": "a", "__url__": "0.tar"}
+    sample = {name: value for name, value in sample.items() if value is not None}
+    try:
+        return script.prepare_sample(sample, make_args(script, "pipe:", **changes), 0)
+    except script.SkippedSample as cause:
+        return str(cause)
+
+
+FILTERS = {  # flag, limit, a value it rejects, one it keeps, spellings
+    "watermark": ("max_watermark", 0.5, 0.6, 0.4, ["pwatermark", "watermark", "PWatermark"]),
+    "unsafe": ("max_unsafe", 0.1, 0.2, 0.0, ["punsafe", "UNSAFE"]),
+    "aesthetic score": ("min_aesthetic", 5.0, 4.9, 5.0, ["AESTHETIC_SCORE", "aesthetic"]),
+}
+
+
+@pytest.mark.parametrize("name", FILTERS)
+def test_filters(script, name):
+    flag, limit, bad, fine, keys = FILTERS[name]
+    for key in keys:
+        assert outcome(script, {key: bad}, **{flag: limit}) == f"filtered by {name}"
+        assert outcome(script, {key: fine}, **{flag: limit})["caption"] == "sea"
+        assert outcome(script, {key: bad})["caption"] == "sea", "no filter without its flag"
+    for record in ({}, {keys[0]: None}, {keys[0]: float("nan")}, {keys[0]: "high"}):
+        assert outcome(script, record, **{flag: limit})["caption"] == "sea", "missing is no rejection"
+        asked = outcome(script, record, **{flag: limit, "require_metadata": True})
+        assert asked == f"no {name} in the metadata"
+
+
+@pytest.mark.parametrize("prefix", ["", "original_"])
+def test_side_filter(script, prefix):
+    record = {f"{prefix}width": 500, f"{prefix}height": 99}
+    assert outcome(script, record, min_image_side_px=100) == "filtered by smaller side"
+    assert outcome(script, record, min_image_side_px=99)["caption"] == "sea"
+    assert outcome(script, {}, min_image_side_px=SIDE)["caption"] == "sea", "the picture's own side"
+    assert outcome(script, {}, min_image_side_px=SIDE + 1) == "filtered by smaller side"
+
+
+def test_size_before_resizing_by_img2dataset_counts(script):
+    record = {"original_width": 900, "original_height": 900, "width": 99, "height": 99}
+    assert outcome(script, record, min_image_side_px=800)["caption"] == "sea"
+
+
+def test_caption_comes_from_the_text_else_from_the_json(script):
+    assert outcome(script, {"caption": "hill"})["caption"] == "sea"
+    assert outcome(script, {"caption": " hill\n"}, {"txt": None})["caption"] == "hill"
+    assert outcome(script, {"caption": None}, {"txt": None}) == "no caption"
+    assert outcome(script, {}, {"txt": "sea é\n".encode(), "json": None})["caption"] == "sea é"
+
+
+def test_sizes_are_height_then_width(script):
+    wide = {"png": encode(ruler(80, 40))}
+    sample = outcome(script, {}, wide, center_crop=True)
+    assert sample["original_size"] == (40, 80) and sample["crop_top_left"] == (0, 16)
+
+
+def test_shards_may_sit_in_folders_with_dots_and_upper_case_suffixes(script, tmp_path):
+    shard = write_shard(tmp_path / "a.b" / "0.tar", [good()])
+    shutil.move(shard, tmp_path / "a.b" / "old")
+    with tarfile.open(tmp_path / "a.b" / "old") as old, tarfile.open(shard, "w") as new:
+        for member in old.getmembers():
+            data = old.extractfile(member)
+            member.name = member.name.upper()
+            new.addfile(member, data)
+    captions, _ = script.audit(script.list_shards([str(tmp_path / "a.b")]), make_args(script, shard))
+    assert captions == ["sea 0"]

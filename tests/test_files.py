@@ -1,0 +1,391 @@
+"""What a run leaves: LoRA files, checkpoints, model card, record, upload."""
+
+import copy
+import json
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from conftest import flags, load_script
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.utils import filter_repo_objects
+from peft import PeftModel
+from PIL import Image
+from safetensors import safe_open
+from safetensors.torch import load_file
+
+SCRIPTS = ["train_lcm_lora_sd15.py"]
+PIPELINES = {"train_lcm_lora_sd15": StableDiffusionPipeline}
+CPU = torch.device("cpu")
+TOKEN = "hf_secretSECRETsecretSECRET"
+BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
+# The released model's UNet config, its parameters, its LoRA's modules and its LoRA's parameters at rank 64.
+RELEASED = {
+    "train_lcm_lora_sd15": (
+        {
+            "sample_size": 64, "block_out_channels": (320, 640, 1280, 1280), "layers_per_block": 2,
+            "down_block_types": BLOCKS[0], "up_block_types": BLOCKS[1], "cross_attention_dim": 768,
+            "attention_head_dim": 8,
+        },
+        859_520_964, 278, 67_252_224,
+    )
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return load_script(request.param)
+
+
+@pytest.fixture
+def args(script, teacher, shards, tmp_path):
+    return script.parse_args(flags(teacher, shards, tmp_path / "run"))
+
+
+@pytest.fixture(scope="module")
+def fresh(script, teacher):
+    """Return a function that gives the teacher's pipeline as a user has it after loading."""
+    original = PIPELINES[script.__name__].from_pretrained(teacher)
+    return lambda: PIPELINES[script.__name__](
+        **{name: copy.deepcopy(part) for name, part in original.components.items()},
+        requires_safety_checker=False,
+    )
+
+
+def train_lora(script, unet, args, seed=1):
+    """Add a LoRA with random weights, as training would leave it."""
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in script.add_lora(unet, args):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+@pytest.fixture
+def trained(script, fresh, args, tmp_path):
+    """Return (UNet with a LoRA of alpha != rank, folder with its files)."""
+    pipe = fresh()
+    train_lora(script, pipe.unet, args)
+    (tmp_path / "run").mkdir()
+    script.save_lora(pipe.unet, type(pipe), tmp_path / "run", args)
+    return pipe.unet, tmp_path / "run"
+
+
+def output(unet):
+    """Return a UNet's output at fixed inputs."""
+    generator = torch.Generator().manual_seed(0)
+    z_t, text = torch.randn(2, 4, 8, 8, generator=generator), torch.randn(2, 5, 16, generator=generator)
+    with torch.no_grad():
+        return unet.eval()(z_t, torch.tensor([19, 999]), text).sample
+
+
+def count_lora_layers(unet):
+    """Return how many linear and convolution layers have a LoRA."""
+    layers = [m.get_base_layer() for m in unet.modules() if hasattr(m, "lora_A")]
+    return [sum(isinstance(layer, kind) for layer in layers) for kind in (torch.nn.Linear, torch.nn.Conv2d)]
+
+
+def test_released_models_get_the_known_lora(script):
+    config, num_unet, num_modules, num_lora = RELEASED[script.__name__]
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**config)
+        assert sum(p.numel() for p in unet.parameters()) == num_unet
+        parameters = script.add_lora(unet, script.parse_args(flags("owner/name", "pipe:", "x", lora_rank=64)))
+    assert sum(p.numel() for p in parameters) == num_lora
+    assert sum(count_lora_layers(unet)) == num_modules and len(parameters) == 2 * num_modules
+    assert {p.dtype for p in parameters} == {torch.float32}
+
+
+def test_a_target_that_matches_nothing_is_refused(script, fresh, args):
+    args.lora_target_modules = "to_q,to_w"
+    with pytest.raises(script.UnusableInput, match="--lora_target_modules.*'to_w'"):
+        script.add_lora(fresh().unet, args)
+
+
+@pytest.fixture
+def warnings_of_libraries(caplog):
+    """Collect what diffusers and peft warn of in their logs."""
+    loggers = [logging.getLogger(name) for name in ("diffusers", "peft")]
+    verbosity = diffusers_logging.get_verbosity()
+    diffusers_logging.set_verbosity_warning()
+    for logger in loggers:
+        logger.addHandler(caplog.handler)
+    yield caplog
+    for logger in loggers:
+        logger.removeHandler(caplog.handler)
+    diffusers_logging.set_verbosity(verbosity)
+
+
+@pytest.mark.parametrize(("file", "tolerance"), [("WEIGHTS_NAME", 1e-6), ("KOHYA_NAME", 2e-3)])
+def test_files_load_into_a_fresh_pipeline(
+    script, trained, fresh, warnings_of_libraries, recwarn, file, tolerance
+):
+    unet, folder = trained
+    pipe = fresh()
+    before = output(pipe.unet)
+    options = {} if file == "WEIGHTS_NAME" else {"weight_name": getattr(script, file)}
+    recwarn.clear()
+    pipe.load_lora_weights(folder, adapter_name="lcm", **options)
+    warned = [str(w.message) for w in recwarn] + [r.message for r in warnings_of_libraries.records]
+    # diffusers says of every LoRA without text encoder weights that it has none.
+    assert [text for text in warned if not text.startswith("No LoRA keys associated to CLIP")] == []
+    assert count_lora_layers(pipe.unet) == count_lora_layers(unet) and min(count_lora_layers(unet)) > 0
+    torch.testing.assert_close(output(pipe.unet), output(unet), rtol=tolerance, atol=tolerance)
+    assert (output(pipe.unet) - before).abs().max() > 0.1
+
+
+def test_kohya_file_has_three_tensors_a_module(script, trained):
+    unet, folder = trained
+    state = load_file(folder / script.KOHYA_NAME)
+    modules = {name.partition(".")[0] for name in state}
+    assert len(modules) == sum(count_lora_layers(unet))
+    sides = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(state) == {f"{module}.{side}" for module in modules for side in sides}
+    assert {tensor.dtype for tensor in state.values()} == {torch.float16}
+    assert {v.item() for name, v in state.items() if name.endswith("alpha")} == {8.0}
+    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in modules
+
+
+def test_nothing_but_the_two_files_is_left(script, trained):
+    assert {p.name for p in trained[1].iterdir()} == {script.WEIGHTS_NAME, script.KOHYA_NAME}
+
+
+def merged(base, loras):
+    """Return a UNet with LoRA files merged by hand: W + weight * alpha / rank * B @ A."""
+    unet = copy.deepcopy(base)
+    for path, weight, alpha in loras:
+        state = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+        for name in (n for n in state if n.endswith(".lora_A.weight")):
+            down, up = state[name], state[name.replace("lora_A", "lora_B")]
+            delta = weight * alpha / len(down) * (up.flatten(1) @ down.flatten(1))
+            target = unet.get_submodule(name.removesuffix(".lora_A.weight")).weight
+            target.data += delta.view_as(target)
+    return unet
+
+
+def test_set_adapters_with_a_style_lora_is_the_weighted_sum(script, trained, fresh, args, tmp_path):
+    lcm, style, pipe = trained[1], tmp_path / "style", fresh()
+    args.lora_rank, args.lora_alpha = 2, 3.0
+    style.mkdir()
+    script.save_lora(train_lora(script, fresh().unet, args, seed=2), type(pipe), style, args)
+    name = script.WEIGHTS_NAME
+    expected = output(merged(pipe.unet, [(lcm / name, 1.0, 8), (style / name, 0.8, 3)]))
+    pipe.load_lora_weights(lcm, adapter_name="lcm")
+    pipe.load_lora_weights(style, adapter_name="style")
+    pipe.set_adapters(["lcm", "style"], [1.0, 0.8])
+    torch.testing.assert_close(output(pipe.unet), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_peft_users_can_load_a_checkpoint(script, trained, fresh, tmp_path):
+    unet, folder = trained[0], tmp_path / "peft"
+    script.save_for_peft(unet, folder)
+    loaded = PeftModel.from_pretrained(fresh().unet, folder)
+    assert count_lora_layers(loaded) == count_lora_layers(unet)
+    torch.testing.assert_close(output(loaded), output(unet), rtol=1e-6, atol=1e-6)
+
+
+# Checkpoints
+
+
+def make_checkpoint(script, output_dir, step):
+    """Write a folder that looks like a complete checkpoint."""
+    folder = output_dir / f"checkpoint-{step}"
+    (folder / "unet").mkdir(parents=True)
+    files = {"optimizer.bin": b"optimizer", "unet/adapter_model.safetensors": b"lora" * step}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+    manifest = {
+        "global_step": step, "settings": {}, "positions": {},
+        "files": {name: script.digest(folder / name) for name in files},
+    }  # fmt: skip
+    (folder / script.MANIFEST_NAME).write_text(json.dumps(manifest))
+    return folder
+
+
+def find(script, output_dir, wanted="latest"):
+    """Return (name of the checkpoint to resume from, what was said)."""
+    said = []
+    args = SimpleNamespace(resume_from_checkpoint=str(wanted), output_dir=str(output_dir))
+    folder, manifest = script.find_checkpoint(args, said.append)
+    assert (folder is None) == (manifest is None)
+    return folder and folder.name, said
+
+
+def test_the_newest_complete_checkpoint_is_resumed_from(script, tmp_path):
+    assert find(script, tmp_path) == (None, [])
+    for step in (2, 10, 9):
+        make_checkpoint(script, tmp_path, step)
+    make_checkpoint(script, tmp_path, 12).rename(tmp_path / ".writing-checkpoint-12")
+    (tmp_path / "checkpoint-best").mkdir()
+    assert find(script, tmp_path) == ("checkpoint-10", [])
+    assert find(script, tmp_path, tmp_path / "checkpoint-2") == ("checkpoint-2", [])
+
+
+def remove(path):
+    path.unlink()
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def empty(path):
+    path.write_bytes(b"")
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [remove, truncate, empty, flip])
+@pytest.mark.parametrize("name", ["optimizer.bin", "unet/adapter_model.safetensors", "checkpoint.json"])
+def test_a_damaged_checkpoint_is_never_picked(script, tmp_path, name, damage):
+    older, newer = (make_checkpoint(script, tmp_path, step) for step in (2, 4))
+    damage(newer / name)
+    found, said = find(script, tmp_path)
+    assert found == "checkpoint-2"
+    assert len(said) == 1 and "checkpoint-4: " in said[0]
+    with pytest.raises(script.UnusableInput, match="checkpoint-4: .* (damaged|missing)"):
+        find(script, tmp_path, newer)
+    damage(older / name)
+    assert find(script, tmp_path)[0] is None
+
+
+def test_a_manifest_cut_anywhere_is_never_read(script, tmp_path):
+    folder = make_checkpoint(script, tmp_path, 2)
+    text = (folder / script.MANIFEST_NAME).read_bytes()
+    assert script.read_manifest(folder)[0]["global_step"] == 2
+    for length in range(len(text)):
+        (folder / script.MANIFEST_NAME).write_bytes(text[:length])
+        assert script.read_manifest(folder)[0] is None, length
+
+
+def test_none_does_not_overwrite_an_earlier_run(script, tmp_path):
+    assert find(script, tmp_path, "none") == (None, [])
+    make_checkpoint(script, tmp_path, 2)
+    with pytest.raises(script.UnusableInput, match="none: .*holds checkpoints of an earlier run"):
+        find(script, tmp_path, "none")
+
+
+def test_pruning_keeps_the_newest(script, tmp_path):
+    for step in (2, 10, 9):
+        make_checkpoint(script, tmp_path, step)
+    (tmp_path / ".writing-checkpoint-11").mkdir()
+    (tmp_path / "validation").mkdir()
+    script.prune_checkpoints(tmp_path, None)
+    assert len(script.list_checkpoints(tmp_path)) == 3
+    script.prune_checkpoints(tmp_path, 2)
+    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10", "validation"}
+
+
+# Card, record, upload
+
+
+def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby night")):  # fmt: skip
+    """Write a card as the end of a run does and return (front matter, text)."""
+    pictures = [Image.new("RGB", (8, 8)) for _ in prompts]
+    folder = script.Path(args.output_dir)
+    folder.mkdir(exist_ok=True)
+    script.write_card(args, {1: pictures, 4: pictures}, list(prompts), num_processes=1)
+    text = (folder / "README.md").read_text()
+    return yaml.safe_load(text.split("---\n")[1]), text
+
+
+def test_card_of_a_hub_teacher(script, args):
+    args.pretrained_teacher_model, args.hub_token = "owner/teacher", TOKEN
+    front, text = write_card(script, args)
+    assert front["base_model"] == "owner/teacher" and front["library_name"] == "diffusers"
+    assert front["pipeline_tag"] == "text-to-image"
+    expected = {"text-to-image", "diffusers", "diffusers-training", "lora", "lcm-lora", "template:sd-lora"}
+    assert expected | set(script.CARD_TAGS) == set(front["tags"])
+    assert [entry["output"]["url"] for entry in front["widget"]] == ["image_0.png", "image_1.png"]
+    assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
+    assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
+    assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
+
+
+def test_card_of_a_local_teacher_names_no_path(script, args, teacher, shards, tmp_path):
+    (tmp_path / "cards").mkdir()
+    args.hub_token = TOKEN
+    front, text = write_card(script, args)
+    assert "base_model" not in front and "license" not in front
+    for secret in (TOKEN, str(teacher), shards, str(tmp_path), "/tmp", "/home"):
+        assert secret not in text
+
+
+def test_card_passes_on_a_local_teachers_license(script, args, tmp_path):
+    (tmp_path / "teacher").mkdir()
+    (tmp_path / "teacher" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# teacher\n")
+    args.pretrained_teacher_model = str(tmp_path / "teacher")
+    assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"
+
+
+def write_record(script, args):
+    """Write the record of a run and return the config that its tracker got."""
+    configs = []
+    accelerator = SimpleNamespace(
+        is_main_process=True, init_trackers=lambda _project, config: configs.append(config)
+    )
+    script.write_record(args, accelerator)
+    return configs[0]
+
+
+def test_the_token_is_in_no_record(script, args, trained):
+    args.hub_token = TOKEN
+    config = write_record(script, args)
+    write_card(script, args)
+    script.save_for_peft(trained[0], trained[1] / "unet")
+    record = json.loads((trained[1] / "args.json").read_text())
+    flag_names = set(vars(args)) - {"hub_token"}
+    assert set(record) == flag_names and flag_names <= set(config)
+    assert record["learning_rate"] == config["learning_rate"] == 1e-3
+    assert all(isinstance(value, (int, float, str, bool)) for value in config.values())
+    assert TOKEN not in json.dumps(config)
+    settings = script.settings_of(args, SimpleNamespace(num_processes=1, mixed_precision="no"))
+    assert TOKEN not in json.dumps(settings)
+    for path in trained[1].rglob("*"):
+        assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
+
+
+def test_no_path_is_in_a_header(script, trained, teacher, args, tmp_path):
+    for name in (script.WEIGHTS_NAME, script.KOHYA_NAME):
+        with safe_open(trained[1] / name, framework="pt") as file:
+            header = json.dumps(file.metadata())
+        assert all(secret not in header for secret in (str(teacher), str(tmp_path), "/tmp", args.output_dir))
+    with safe_open(trained[1] / script.KOHYA_NAME, framework="pt") as file:
+        metadata = file.metadata()
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "8.0")
+    assert metadata["modelspec.architecture"] == script.KOHYA_ARCHITECTURE
+
+
+def test_versions_and_script_are_in_the_record(script, args):
+    config = write_record(script, args)
+    folder = script.Path(args.output_dir)
+    versions = json.loads((folder / "versions.json").read_text())
+    assert versions["torch"] == torch.__version__ and config["version/torch"] == torch.__version__
+    copied = folder / script.Path(script.__file__).name
+    assert copied.read_bytes() == script.Path(script.__file__).read_bytes()
+
+
+def test_push_uploads_lora_pictures_and_card_only(script, args, trained, monkeypatch):
+    folder, uploads = trained[1], []
+    write_card(script, args)
+    write_record(script, args)
+    make_checkpoint(script, folder, 4)
+    script.save_lora(trained[0], StableDiffusionPipeline, folder / "checkpoint-4", args)
+    for name in ("log.jsonl", "logs/events.out", "validation/step-4.png", "checkpoint-4/image_0.png"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("x")
+    monkeypatch.setattr(script, "create_repo", lambda name, **_options: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(script, "upload_folder", lambda **options: uploads.append(options))
+    args.hub_token = TOKEN
+    script.push(args)
+    assert uploads[0]["repo_id"] == "me/run" and uploads[0]["token"] == TOKEN
+    files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
+    sent = filter_repo_objects(files, allow_patterns=uploads[0]["allow_patterns"])
+    expected = {script.WEIGHTS_NAME, script.KOHYA_NAME, "README.md", "image_0.png", "image_1.png"}
+    assert set(sent) == expected and len(files) > 10

@@ -1,0 +1,316 @@
+"""One training step on a tiny UNet: its loss, its gradients, its precision, its conditioning."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from conftest import flags, load_script
+from diffusers import DDIMScheduler, LCMScheduler
+
+SCRIPTS = ["train_lcm_lora_sd15.py"]
+CPU = torch.device("cpu")
+F32 = torch.float32
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return load_script(request.param)
+
+
+@pytest.fixture
+def args(script, teacher, shards, tmp_path):
+    return script.parse_args(flags(teacher, shards, tmp_path))
+
+
+@pytest.fixture(scope="module")
+def pipe(script, teacher, shards):
+    args = script.parse_args(flags(teacher, shards, "unused"))
+    return script.load_teacher(args, F32, CPU)
+
+
+@pytest.fixture
+def unet(script, pipe, args):
+    """A copy of the teacher's UNet whose LoRA changes its output."""
+    return with_lora(script, pipe.unet, args)
+
+
+def with_lora(script, base, args, scale=0.1):
+    unet = copy.deepcopy(base)
+    generator = torch.Generator().manual_seed(1)
+    for parameter in script.add_lora(unet, args):
+        parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+def schedule_of(script, pipe, **changes):
+    return script.make_schedule(dict(pipe.scheduler.config) | changes, 50, 10.0, CPU)
+
+
+def inputs(script, args, pipe, index=(0, 7, 24, 49)):
+    """Return (latents, conditioning, uncond, draws) of a batch with one sample at each index of the grid."""
+    shape = (len(index), 4, 8, 8)
+    draws = script.draw(args, shape, 0, 0, 0, CPU)
+    draws = dataclasses.replace(draws, index=torch.tensor(index))
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    with torch.no_grad():
+        conditioning, uncond = script.condition(pipe, batch_of(len(index)), draws.empty, CPU)
+    return latents, conditioning, uncond, draws
+
+
+def batch_of(size):
+    return {
+        "caption": [f"sea {i}" for i in range(size)], "original_size": [(40, 50)] * size,
+        "crop_top_left": [(1, 2)] * size,
+    }  # fmt: skip
+
+
+def loss_of(script, unet, pipe, args, schedule=None, dtype=F32, data=None):
+    schedule = schedule or schedule_of(script, pipe)
+    return script.distillation_loss(
+        unet, unet, schedule, *(data or inputs(script, args, pipe)), args, dtype
+    )  # fmt: skip
+
+
+def row(conditioning, n):
+    """Return one row of a conditioning, a dict of tensors or of such dicts."""
+    return {k: row(v, n) if isinstance(v, dict) else v[n : n + 1] for k, v in conditioning.items()}
+
+
+def plain_loss(unet, config, latents, conditioning, uncond, draws, adapter=True, w_offset=0.0, swap=False):
+    """Return the loss written from its definition, sample by sample; the last three arguments break it."""
+    changes = {"timestep_spacing": "trailing", "set_alpha_to_one": False, "clip_sample": False}
+    ddim, lcm = DDIMScheduler.from_config(config, **changes), LCMScheduler.from_config(config)
+    ddim.set_timesteps(50)
+
+    def consistency(z, t, given):
+        c_skip, c_out = lcm.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
+        output = unet(z, t, **given).sample
+        return c_skip * z + c_out * ddim.step(output, t, z).pred_original_sample
+
+    losses = []
+    for n, index in enumerate(draws.index.tolist()):
+        t, t_prev, w = 20 * index + 19, max(20 * index - 1, 0), draws.w[n] + w_offset
+        given = row(conditioning, n)
+        z_t = ddim.add_noise(latents[n : n + 1], draws.eps[n : n + 1], torch.tensor([t]))
+        with torch.no_grad():
+            unet.disable_adapters()
+            cond, free = unet(z_t, t, **given).sample, unet(z_t, t, **row(uncond, n)).sample
+            z_prev = ddim.step((1 + w) * cond - w * free, t, z_t).prev_sample
+            if adapter:
+                unet.enable_adapters()
+            target = consistency(z_prev, t if swap else t_prev, given)
+            unet.enable_adapters()
+        difference = consistency(z_t, t, given) - target
+        losses.append((torch.sqrt(difference**2 + 0.001**2) - 0.001).mean())
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_loss_is_the_definition(script, pipe, unet, args, prediction_type):
+    data, config = inputs(script, args, pipe), dict(pipe.scheduler.config)
+    config["prediction_type"] = prediction_type
+    schedule = schedule_of(script, pipe, prediction_type=prediction_type)
+    loss = loss_of(script, unet, pipe, args, schedule, data=data)
+    torch.testing.assert_close(loss, plain_loss(unet, config, *data), rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("broken", [{"adapter": False}, {"w_offset": -1.0}, {"swap": True}])
+def test_loss_is_not_a_broken_variant(script, pipe, unet, args, broken):
+    data = inputs(script, args, pipe)
+    loss = loss_of(script, unet, pipe, args, data=data)
+    wrong = plain_loss(unet, pipe.scheduler.config, *data, **broken)
+    assert abs(wrong / loss - 1) > 0.001
+
+
+def test_loss_tells_a_bfloat16_schedule(script, pipe, unet, args):
+    schedule = schedule_of(script, pipe)
+    rounded = dataclasses.replace(
+        schedule, alphas=schedule.alphas.bfloat16().float(), sigmas=schedule.sigmas.bfloat16().float()
+    )
+    losses = [loss_of(script, unet, pipe, args, s) for s in (schedule, rounded)]
+    assert abs(losses[1] / losses[0] - 1) > 0.001
+
+
+def test_target_of_the_first_grid_point_is_z_prev(script, pipe, unet, args, monkeypatch):
+    seen = spy(script, monkeypatch)
+    data = inputs(script, args, pipe, index=(0, 0))
+    loss_of(script, unet, pipe, args, data=data)
+    latents, conditioning, uncond, draws = data
+    schedule, timesteps = schedule_of(script, pipe), torch.tensor([19, 19])
+    z_t = script.add_noise(schedule, latents, draws.eps, timesteps)
+    with torch.no_grad():
+        z_prev = script.teacher_step(
+            unet, schedule, z_t, timesteps, timesteps * 0, conditioning, uncond, draws.w, F32
+        )  # fmt: skip
+    assert torch.equal(seen[0][1], z_prev)
+
+
+def spy(script, monkeypatch):
+    """Return a list that fills with the (pred, target) of each loss."""
+    seen, distance = [], script.distance
+
+    def noted(pred, target, *rest):
+        seen.append((pred, target))
+        return distance(pred, target, *rest)
+
+    monkeypatch.setattr(script, "distance", noted)
+    return seen
+
+
+def test_target_carries_no_gradient(script, pipe, unet, args, monkeypatch):
+    seen = spy(script, monkeypatch)
+    loss_of(script, unet, pipe, args)
+    pred, target = seen[0]
+    assert pred.requires_grad and not target.requires_grad
+    assert pred.dtype == target.dtype == F32
+
+
+def test_every_lora_weight_and_nothing_else_has_a_gradient(script, pipe, unet, args):
+    loss_of(script, unet, pipe, args).backward()
+    for name, parameter in unet.named_parameters():
+        if "lora_" in name:
+            assert parameter.requires_grad and parameter.grad.abs().sum() > 0, name
+        else:
+            assert not parameter.requires_grad and parameter.grad is None, name
+    assert all(p.grad is None for module in (pipe.vae, pipe.text_encoder) for p in module.parameters())
+
+
+def test_an_update_changes_the_lora_alone(script, pipe, unet, args):
+    before = {name: value.clone() for name, value in unet.state_dict().items()}
+    trained = [p for p in unet.parameters() if p.requires_grad]
+    optimizer, _ = script.make_optimizer(trained, args, 1)
+    loss_of(script, unet, pipe, args).backward()
+    optimizer.step()
+    for name, value in unet.state_dict().items():
+        assert torch.equal(value, before[name]) == ("lora_" not in name), name
+
+
+def test_a_fresh_lora_changes_nothing(script, pipe, args):
+    unet = copy.deepcopy(pipe.unet)
+    script.add_lora(unet, args)
+    z_t, timesteps, conditioning = unet_inputs(script, args, pipe)
+    assert torch.equal(
+        script.predict(unet, z_t, timesteps, conditioning, F32),
+        script.predict(pipe.unet, z_t, timesteps, conditioning, F32),
+    )
+
+
+def unet_inputs(script, args, pipe):
+    latents, conditioning, _, draws = inputs(script, args, pipe)
+    return latents, draws.index * 20 + 19, conditioning
+
+
+def test_adapter_off_is_the_teacher(script, pipe, unet, args):
+    z_t, timesteps, conditioning = unet_inputs(script, args, pipe)
+    with torch.no_grad():
+        teacher = pipe.unet(z_t, timesteps, **conditioning).sample
+        student = unet(z_t, timesteps, **conditioning).sample
+        with script.adapter_off(unet):
+            assert torch.equal(unet(z_t, timesteps, **conditioning).sample, teacher)
+        assert torch.equal(unet(z_t, timesteps, **conditioning).sample, student)
+    assert (student - teacher).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("error", [None, RuntimeError])
+def test_adapter_off_restores_what_is_trained(script, unet, error):
+    before = {name: p.requires_grad for name, p in unet.named_parameters()}
+    try:
+        with script.adapter_off(unet):
+            if error:
+                raise error
+    except RuntimeError:
+        pass
+    assert {name: p.requires_grad for name, p in unet.named_parameters()} == before
+    assert all(not m.disable_adapters for m in unet.modules() if hasattr(m, "lora_A"))
+
+
+def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
+    unet = with_lora(script, copy.deepcopy(pipe.unet).to(torch.bfloat16), args)
+    for name, parameter in unet.named_parameters():
+        assert parameter.dtype == (F32 if "lora_" in name else torch.bfloat16), name
+    loss = loss_of(script, unet, pipe, args, dtype=torch.bfloat16)
+    full = loss_of(script, with_lora(script, pipe.unet, args), pipe, args)
+    loss.backward()
+    assert loss.dtype == F32 and loss.item() == pytest.approx(full.item(), rel=0.1)
+    assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
+
+
+@pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
+def test_the_unet_computes_in_the_named_dtype(script, pipe, unet, args, monkeypatch, dtype):
+    inside, seen = set(), spy(script, monkeypatch)
+    for module in unet.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            module.register_forward_hook(lambda _module, _inputs, output: inside.add(output.dtype))
+    loss_of(script, unet, pipe, args, dtype=dtype)
+    assert inside == {dtype}
+    assert {tensor.dtype for tensor in seen[0]} == {F32}
+
+
+def test_dropout_is_for_the_student_only(script, pipe, args, monkeypatch):
+    args.lora_dropout = 0.5
+    seen, unet = spy(script, monkeypatch), with_lora(script, pipe.unet, args)
+    data = inputs(script, args, pipe)
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        loss_of(script, unet, pipe, args, data=data)
+    (pred, target), (other_pred, other_target) = seen
+    assert torch.equal(target, other_target)
+    assert not torch.equal(pred, other_pred)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_gradient_checkpointing_gives_the_same_gradients(script, pipe, args, dropout):
+    args.lora_dropout, gradients = dropout, []
+    for args.gradient_checkpointing in (False, True):
+        unet = with_lora(script, pipe.unet, args)
+        script.make_fast(unet, args)
+        assert unet.is_gradient_checkpointing == args.gradient_checkpointing
+        loss_of(script, unet, pipe, args).backward()
+        gradients.append([p.grad for p in unet.parameters() if p.requires_grad])
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
+def test_w_acts_on_its_own_sample(script, pipe, unet, args):
+    latents, conditioning, uncond, draws = inputs(script, args, pipe)
+    schedule, timesteps = schedule_of(script, pipe), draws.index * 20 + 19
+    w, results = draws.w.clone(), []
+    for w[1] in (draws.w[1].clone(), draws.w[1] + 1):
+        with torch.no_grad():
+            results.append(
+                script.teacher_step(
+                    unet, schedule, latents, timesteps, timesteps - 19, conditioning, uncond, w, F32
+                )
+            )
+    assert [torch.equal(a, b) for a, b in zip(*results, strict=True)] == [True, False, True, True]
+
+
+def leaves(conditioning):
+    """Return the tensors of a conditioning, a dict of tensors or of such dicts."""
+    return [t for v in conditioning.values() for t in (leaves(v) if isinstance(v, dict) else [v])]
+
+
+def test_a_dropped_caption_is_the_unconditional_one(script, pipe):
+    empty = [False, True, False]
+    with torch.no_grad():
+        conditioning, uncond = script.condition(pipe, batch_of(3), empty, CPU)
+        alone = script.encode_prompts(pipe, ["sea 2", "sea 0", ""], CPU)["encoder_hidden_states"]
+    for tensor, free in zip(leaves(conditioning), leaves(uncond), strict=True):
+        assert tensor.shape == free.shape and len(tensor) == 3
+        assert torch.equal(tensor[1], free[1]) and torch.equal(free[0], free[2])
+    text = conditioning["encoder_hidden_states"]
+    torch.testing.assert_close(text[[2, 0]], alone[:2])
+    torch.testing.assert_close(uncond["encoder_hidden_states"][0], alone[2])
+    assert not torch.equal(text[0], text[1]) and not torch.equal(text[0], text[2])
+
+
+def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe, args):
+    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    eps = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        whole = script.encode_latents(pipe.vae, pixels, eps, args)
+        args.vae_encode_batch_size = 1
+        sliced = script.encode_latents(pipe.vae, pixels, eps, args)
+        posterior = pipe.vae.encode(pixels / 127.5 - 1).latent_dist
+    torch.testing.assert_close(whole, (posterior.mean + posterior.std * eps) * 0.5)
+    torch.testing.assert_close(sliced, whole)
