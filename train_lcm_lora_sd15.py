@@ -127,7 +127,7 @@ def add_model_args(parser):
     add("--teacher_revision", help="Hub branch, tag or commit of the teacher")
     add("--variant", help="variant of the teacher's files, such as fp16")
     add("--teacher_config",
-        help="diffusers folder or Hub id that describes a single-file teacher; else it is inferred")
+        help="diffusers folder or Hub id that describes a single-file teacher; default: fetched from the Hub")
     add("--pretrained_vae_model_name_or_path",
         help="Hub id or folder of a VAE to use in place of the teacher's own")
     add("--cache_dir", help="where files from the Hub are kept")
@@ -174,7 +174,7 @@ def add_data_args(parser):
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
     add("--random_flip", action="store_true", help="mirror every other picture")
     add("--use_fix_crop_and_size", action="store_true",
-        help="SDXL: fixed size conditioning; no effect on SD 1.x / 2.x")
+        help="tell SDXL's UNet of pictures of the training size, not cropped; SD's UNet is told neither")
     add("--dataloader_num_workers", type=int, default=0,
         help="loader processes for each training process; 0: none")
     add("--shuffle_buffer_samples", type=int, default=1000,
@@ -342,14 +342,13 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else imports warn of
 for _package in ("xformers", "bitsandbytes"):
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import diffusers
 import numpy as np
 import torch
 import webdataset as wds
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
-
-# <<< shared: imports
-from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import logging as diffusers_logging
@@ -361,6 +360,8 @@ from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
+
+# <<< shared: imports
 
 # ----------------------------------------------------------------------------------------------------------
 # Schedule and consistency mathematics: pure functions of float32 tensors
@@ -756,8 +757,9 @@ def prepare_sample(sample, args, epoch):
     return {
         "pixels": pixels,
         "caption": caption,
-        "original_size": original[::-1],  # (height, width), as SDXL's micro-conditioning has it
-        "crop_top_left": (top, left),
+        # (height, width) and (top, left): what SDXL's UNet is told of a picture.
+        "original_size": (args.resolution,) * 2 if args.use_fix_crop_and_size else original[::-1],
+        "crop_top_left": (0, 0) if args.use_fix_crop_and_size else (top, left),
     }
 
 
@@ -879,16 +881,16 @@ def make_loader(stream, cuda):
 
 
 def load_pipeline(args, dtype, **options):
-    """Return the teacher's pipeline in the compute dtype, without a safety checker."""
+    """Return the teacher's pipeline in the compute dtype, without a safety checker and its preprocessor."""
+    options |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+    options |= {"dtype": dtype, "cache_dir": args.cache_dir}
     if Path(args.pretrained_teacher_model).is_file():
-        return StableDiffusionPipeline.from_single_file(
-            args.pretrained_teacher_model, config=args.teacher_config, cache_dir=args.cache_dir,
-            torch_dtype=dtype, safety_checker=None, **options,
-        )  # fmt: skip
-    return StableDiffusionPipeline.from_pretrained(
-        args.pretrained_teacher_model, revision=args.teacher_revision, variant=args.variant,
-        cache_dir=args.cache_dir, dtype=dtype, safety_checker=None, requires_safety_checker=False, **options,
-    )  # fmt: skip
+        return diffusers.StableDiffusionPipeline.from_single_file(
+            args.pretrained_teacher_model, config=args.teacher_config, **options
+        )
+    return diffusers.StableDiffusionPipeline.from_pretrained(
+        args.pretrained_teacher_model, revision=args.teacher_revision, variant=args.variant, **options
+    )
 
 
 def check_family(pipe):
@@ -927,10 +929,21 @@ def load_teacher(args, dtype, device):
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
         pipe = load_pipeline(args, dtype, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        reason = " ".join(str(error).split())
+        for module in pipe.components.values():
+            if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
+                module.requires_grad_(False).eval().to(device)
+    except (
+        OSError, ValueError, RuntimeError, KeyError, ImportError,
+        diffusers.loaders.single_file_utils.SingleFileComponentError,
+    ) as error:  # fmt: skip
+        reason, remedy = " ".join(str(error).split()), ""
+        if Path(args.pretrained_teacher_model).is_file():
+            remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
+            if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
+                remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
         raise UnusableInput(
-            f"--pretrained_teacher_model {args.pretrained_teacher_model} cannot be loaded: {reason[:400]}"
+            f"--pretrained_teacher_model {args.pretrained_teacher_model} cannot be loaded: "
+            f"{reason[:400]}{remedy}"
         ) from error
     check_family(pipe)
     if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
@@ -946,9 +959,6 @@ def load_teacher(args, dtype, device):
         raise UnusableInput(
             f"--resolution {args.resolution}: must be a multiple of {pipe.vae_scale_factor} px"
         )
-    for module in pipe.components.values():
-        if isinstance(module, torch.nn.Module):
-            module.requires_grad_(False).eval().to(device)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -1285,7 +1295,13 @@ class Log:
         elapsed = time.monotonic() - self.started
         speed = len(self.rows) * samples_per_update(self.args, self.accelerator) / elapsed
         lines = [
-            {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": norm if math.isfinite(norm) else None,  # an update that fp16's scaler left out
+                "samples_per_second": speed,
+            }
             for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
         ]
         bad = next((line for line in lines if not math.isfinite(line["loss"])), None)
@@ -1295,9 +1311,10 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
-                self.accelerator.log(
-                    {f"train/{name}": line[name] for name in line if name != "step"}, step=line["step"]
-                )
+                values = {
+                    f"train/{name}": line[name] for name in line if name != "step" and line[name] is not None
+                }
+                self.accelerator.log(values, step=line["step"])
         if bad:
             raise NonFiniteLoss(
                 f"the loss is {bad['loss']} at update {bad['step']}; the last checkpoint is untouched. Lower "

@@ -41,6 +41,7 @@ def build_parser():
     add = cli.add_argument_group("model").add_argument
     text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
     add("--pretrained_teacher_model", required=True, metavar="MODEL", help=text)
+    add("--teacher_config", metavar="MODEL", help="folder or Hub id of one file's configs (default: by Hub)")
     add("--teacher_revision", metavar="REV", help="branch, tag or commit of a Hub id (default: main)")
     add("--variant", help="weight files of a folder or Hub id, such as fp16 (default: the plain ones)")
     add("--lora", help=f"file (diffusers or kohya keys), folder with {LORA_FILE}, or Hub id (default: none)")
@@ -85,7 +86,7 @@ def parse_args(argv=None):
 
 def problems(args):
     """Return pairs (whether it is so, message) of what can be wrong with the values of the flags."""
-    teacher, lora = Path(args.pretrained_teacher_model), Path(args.lora or "")
+    teacher, lora, config = Path(args.pretrained_teacher_model), Path(args.lora or ""), args.teacher_config
     model, side = f"--pretrained_teacher_model {args.pretrained_teacher_model}", args.resolution
     scales = (args.guidance_scale, args.lcm_guidance_scale)
     no_index = teacher.is_dir() and not (teacher / "model_index.json").exists()
@@ -96,6 +97,8 @@ def problems(args):
     return (
         (not is_source(args.pretrained_teacher_model), f"{model}: not there; give a folder, file or Hub id"),
         (no_index, f"{model}: holds no model_index.json; give the folder that save_pretrained wrote"),
+        (config and not is_source(config), f"--teacher_config {config}: not there; give a folder or Hub id"),
+        (config and not teacher.is_file(), f"--teacher_config: {teacher} is no single file, leave it out"),
         (args.teacher_revision and teacher.exists(), f"--teacher_revision: {teacher} is local, leave it out"),
         (args.variant and teacher.is_file(), f"--variant: {teacher} is one file, leave it out"),
         (args.lora and not is_source(args.lora), f"--lora {lora}: not there; give a file, folder or Hub id"),
@@ -127,7 +130,7 @@ for package in ("xformers", "bitsandbytes"):
 import diffusers
 import torch
 import transformers
-from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+from diffusers.loaders import single_file_utils as sf
 from peft import get_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
@@ -137,28 +140,28 @@ from tqdm import tqdm
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 
 
-def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, device="cpu"):
+def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, device="cpu", config=None):
     """Return the pipeline of a folder, Hub id or single file; raises InputError if it is no SD or SDXL."""
     for library in (diffusers, transformers):
         library.utils.logging.set_verbosity_error()
         library.utils.logging.disable_progress_bar()
     families = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)
+    # Without the safety checker: 1.2 GB less to load, no blackened pictures. SDXL ignores these words.
+    parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
+    load, remedy = diffusers.DiffusionPipeline.from_pretrained, "check its name and files"
+    source = {"revision": revision, "variant": variant}
     try:
         if Path(model).is_file():
-            is_xl = infer_diffusers_model_type(load_single_file_checkpoint(str(model))).startswith("xl")
-            pipe = families[is_xl].from_single_file(str(model), dtype=dtype)
-        else:
-            # Without the safety checker: 1.2 GB less to load, no blackened pictures. SDXL ignores the words.
-            options = {"safety_checker": None, "requires_safety_checker": False, "variant": variant}
-            load = diffusers.DiffusionPipeline.from_pretrained
-            pipe = load(str(model), revision=revision, dtype=dtype, **options)
-    except LOAD_ERRORS as error:
-        why = textwrap.shorten(str(error), 240)
-        raise InputError(f"model {model} does not load; check its name and files ({why})") from error
+            is_xl = sf.infer_diffusers_model_type(sf.load_single_file_checkpoint(str(model))).startswith("xl")
+            load, source = families[is_xl].from_single_file, {"config": config and str(config)}
+            remedy = "give --teacher_config FOLDER, a local diffusers model of the same architecture"
+        pipe = load(str(model), dtype=dtype, **source, **parts).to(device)  # fails if the file lacks weights
+    except (*LOAD_ERRORS, sf.SingleFileComponentError) as error:
+        raise InputError(f"{model} does not load; {remedy} ({textwrap.shorten(str(error), 240)})") from error
     if not isinstance(pipe, families):
         raise InputError(f"model {model} is a {type(pipe).__name__}; give an SD 1.x, SD 2.x or SDXL")
     pipe.set_progress_bar_config(disable=True)
-    return pipe.to(device)
+    return pipe
 
 
 def load_lora(pipe, lora):
@@ -278,14 +281,13 @@ def main(args):
         device = choose_device(args.device)
         dtype = getattr(torch, DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")])
         source = (args.pretrained_teacher_model, args.teacher_revision, args.variant)
-        pipe = load_pipeline(*source, dtype, device)
+        pipe = load_pipeline(*source, dtype, device, args.teacher_config)
         if args.lora:
             load_lora(pipe, args.lora)
     except InputError as error:
         print(f"sample.py: error: {error}", file=sys.stderr)
         return 2
-    both = (args.guidance_scale, args.lcm_guidance_scale)
-    scales = {name: both[name.startswith("lcm")] for name in args.samplers}
+    scales = {n: args.lcm_guidance_scale if n[:3] == "lcm" else args.guidance_scale for n in args.samplers}
     records, pictures = draw_all(pipe, args, scales)
     labels = {name: f"{TITLES[name]}\nguidance {scale:g}" for name, scale in scales.items()}
     make_grid(args.prompts, labels, args.steps, pictures).save(args.output_dir / "grid.png")

@@ -15,7 +15,7 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ENVIRONMENT, ROOT, build_teacher, flags, load_script, read_log
+from conftest import ENVIRONMENT, ROOT, build_teacher, flags, load_script, read_log, write_shards
 from safetensors.torch import load_file, save_file
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
@@ -28,16 +28,20 @@ def script(request):
     return load_script(request.param)
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 class Run:
     """A script's run in forked processes: as its own command, without the seconds that imports take."""
 
     def __init__(self, script, arguments, said, processes=1, hook=None):
         """Start it; `said` is the file for its output, `hook` is called with the script in each process."""
         self.said = said
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         self.pids = []
+        port = free_port()
         for rank in range(processes):
             world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
@@ -100,7 +104,7 @@ def finish(script, arguments, said, expected=0, **kwargs):
 
 
 def at_call(name, when, act):
-    """Return a hook that acts in the middle of a run: at the n-th call of a function, or where when(*args)."""
+    """Return a hook that acts at the n-th call of one of the script's functions, or where when(*args)."""
 
     def hook(script):
         function = getattr(script, name)
@@ -240,13 +244,13 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(again, unbrok
     shutil.copytree(unbroken, out)
     shutil.copytree(teacher, tmp_path / "other")
     before = contents(out)
-    said = again(
-        2, lora_rank=8, w_max=9.0, train_batch_size=1, pretrained_teacher_model=str(tmp_path / "other")
-    )
+    other = str(tmp_path / "other")
+    changes = {"max_train_steps": 8, "lora_rank": 8, "w_max": 9.0, "train_batch_size": 1}
+    said = again(2, pretrained_teacher_model=other, **changes)
     assert said[-1].startswith("error: ")
-    for change in ("lora_rank was 4, is 8", "w_max was 15.0, is 9.0", "train_batch_size was 2, is 1"):
-        assert change in said[-1]
-    assert "pretrained_teacher_model was" in said[-1] and str(tmp_path / "other") in said[-1]
+    for name, value in changes.items():
+        assert f"{name} was " in said[-1] and f"is {value}" in said[-1]
+    assert "pretrained_teacher_model was" in said[-1] and other in said[-1]
     assert "seed" not in said[-1]
     assert contents(out) == before
 
@@ -298,6 +302,46 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     assert not any("Traceback" in line for line in said)
     assert checkpoints(out) == {"checkpoint-2"} and contents(out / "checkpoint-2") == before
     assert [row["step"] for row in read_log(out)] == [1, 2]
+
+
+def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(script, teacher, shards, tmp_path):
+    def poison(script):
+        distance, calls = script.distance, []
+
+        def without_gradient(pred, *args):
+            calls.append(1)
+            loss = distance(pred, *args)
+            return loss + 0 * torch.sqrt(0 * pred.sum()) if len(calls) == 4 else loss
+
+        script.distance = without_gradient
+
+    out = tmp_path / "out"
+    said = finish(script, flags(teacher, shards, out), tmp_path / "said", 1, hook=poison)
+    assert said[-1].startswith("error: ") and "update 4" in said[-1]
+    assert checkpoints(out) == {"checkpoint-2"}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=pytest.fail)
+
+
+def test_new_shards_are_noticed_when_a_run_is_resumed(script, teacher, tmp_path):
+    """They would move every position: part of the data would come twice an epoch, part not at all."""
+    write_shards(tmp_path / "shards")
+    line = flags(teacher, tmp_path / "shards", tmp_path / "out", max_train_steps=2)
+    finish(script, line, tmp_path / "said")
+    write_shards(tmp_path / "shards", num_shards=3)
+    said = finish(script, line, tmp_path / "said", 2)
+    assert said[-1].startswith("error: ") and "shards" in said[-1]
+
+
+def test_a_run_goes_on_from_its_own_copy_of_the_script(script, teacher, shards, tmp_path):
+    out = tmp_path / "out"
+
+    def be_the_copy(script):
+        script.__file__ = str(out / Path(script.__file__).name)
+
+    finish(script, flags(teacher, shards, out, max_train_steps=1), tmp_path / "said")
+    finish(script, flags(teacher, shards, out, max_train_steps=2), tmp_path / "said", hook=be_the_copy)
+    assert len(read_log(out)) == 2
 
 
 # ----------------------------------------------------------------------------------------------------------

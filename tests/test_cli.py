@@ -4,16 +4,16 @@ import re
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import bitsandbytes
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, flags, load_script
+from conftest import ENVIRONMENT, flags, load_script
 
 SCRIPTS = ["train_lcm_lora_sd15.py"]
-# Flags of diffusers' scripts that one shared UNet, or SD 1.x, makes pointless: accepted, their help says so.
-POINTLESS = {"train_lcm_lora_sd15": {"cast_teacher_unet", "use_fix_crop_and_size"}}
+POINTLESS = {"cast_teacher_unet"}  # accepted for diffusers' launch lines; its help says that it is not needed
 KNOWN_FLAGS = """
 pretrained_teacher_model pretrained_vae_model_name_or_path teacher_revision variant output_dir cache_dir
 seed logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
@@ -65,13 +65,13 @@ def test_the_flags_that_users_know_are_there(script):
 
 
 def test_every_flag_is_read(script):
-    source = (ROOT / f"{script.__name__}.py").read_text()
+    source = Path(script.__file__).read_text()
     body = source.partition("# <<< shared: arguments")[2]
     read = set(re.findall(r"\bargs\.(\w+)", body))
     unread = set(actions(script)) - read
-    assert unread == POINTLESS[script.__name__]
+    assert unread == POINTLESS
     for name in unread:
-        assert re.search("accepted|no effect", actions(script)[name].help), name
+        assert "accepted and not needed" in actions(script)[name].help
 
 
 def test_the_launch_line_of_diffusers_readme_parses(script):
@@ -167,13 +167,29 @@ def test_values_at_the_edge_are_accepted(script, changes):
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--lora_rank=0", 2)])
 def test_help_and_errors_answer_before_the_slow_imports(script, argument, code):
     line = flags("owner/name", "pipe:cat 0.tar", "unused") + [argument]
-    command = [sys.executable, "-X", "importtime", str(ROOT / f"{script.__name__}.py"), *line]
+    command = [sys.executable, "-X", "importtime", script.__file__, *line]
     done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
     imported = set(re.findall(r"^import time:.*\| +(\w+)", done.stderr, re.MULTILINE))
     assert done.returncode == code and "argparse" in imported
     assert not imported & {"torch", "numpy", "diffusers", "accelerate", "webdataset", "PIL"}
     if code == 0:
         assert all(f"--{name}" in done.stdout for name in actions(script))
+
+
+@pytest.mark.xfail(strict=True, reason="wandb records sys.argv")
+def test_the_token_leaves_the_command_line(script, monkeypatch):
+    line = flags("owner/name", "pipe:cat 0.tar", "unused")
+    for token in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
+        monkeypatch.setattr(sys, "argv", ["script.py", *line, *token])
+        assert script.parse_args().hub_token == "hf_secret"
+        assert "hf_secret" not in " ".join(sys.argv) and "--lora_rank" in sys.argv
+
+
+@pytest.mark.xfail(strict=True, reason="the first pictures at 8 steps end the run")
+def test_fewer_solver_steps_than_are_drawn_are_refused(script, capsys):
+    with pytest.raises(SystemExit):
+        parse(script, num_ddim_timesteps=max(script.VALIDATION_STEPS) - 1)
+    assert "--num_ddim_timesteps" in capsys.readouterr().err
 
 
 # Settings of a resumed run

@@ -8,8 +8,10 @@ import pickle
 import random
 import shutil
 import signal
+import struct
 import tarfile
 import threading
+import zlib
 from collections import Counter
 from pathlib import Path
 
@@ -193,6 +195,7 @@ def changed(every, **members):
 
 
 def png(width, height):
+    """Return a PNG in one colour."""
     data = io.BytesIO()
     Image.new("RGB", (width, height), "teal").save(data, "PNG")
     return data.getvalue()
@@ -235,6 +238,11 @@ def test_a_broken_shard_is_named_before_training(script, tmp_path, name):
     damage(tmp_path / "00001.tar")
     with pytest.raises(script.UnusableInput, match=rf"00001\.tar.*{message}"):
         script.list_shards([f"{tmp_path}/{{00000..00002}}.tar"])
+
+
+def test_a_slip_in_braces_is_named(script):
+    with pytest.raises(script.UnusableInput, match="/data/{0..3.tar"):
+        script.list_shards(["/data/{0..3.tar"])
 
 
 def test_a_folder_without_shards_is_named(script, tmp_path):
@@ -315,6 +323,16 @@ def test_a_strip_is_not_blown_up(script, monkeypatch):
     )
     outcome(script, {}, {"png": png(9000, 1)}, max_image_pixels=9999)
     assert all(width * height < 10**6 for width, height in asked)
+
+
+def test_the_flag_alone_limits_the_pixels(script):
+    data = png(1, 1)
+    start = data.index(b"IHDR")
+    header = b"IHDR" + struct.pack(">II", 20_000, 10_000) + data[start + 12 : start + 17]
+    data = data[:start] + header + struct.pack(">I", zlib.crc32(header)) + data[start + 21 :]
+    picture = {"png": data}
+    assert outcome(script, {}, picture) == "picture over --max_image_pixels"
+    assert outcome(script, {}, picture, max_image_pixels=10**9) == "picture cannot be decoded"
 
 
 def test_pickles_in_a_shard_are_not_read(script, tmp_path):
@@ -477,7 +495,7 @@ def test_every_kind_of_picture_comes_out_in_its_colours(script, data, left, righ
         assert np.allclose(picture.getpixel((x, 24)), colour, atol=4)
 
 
-@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("orientation", [*range(1, 9), 99])
 def test_pictures_are_turned_upright(script, orientation):
     # How a camera stores a picture that is upright once EXIF's orientation is obeyed.
     stored = {
@@ -488,7 +506,7 @@ def test_pictures_are_turned_upright(script, orientation):
     upright.paste((255, 255, 255), (0, 0, 32, 24))
     exif = Image.Exif()
     exif[0x0112] = orientation
-    turned = upright.transpose(Image.Transpose[stored[orientation]]) if orientation > 1 else upright
+    turned = upright.transpose(Image.Transpose[stored[orientation]]) if orientation in stored else upright
     picture, original = script.open_picture(encode(turned, exif=exif), make_args(script, "pipe:"))
     assert original == picture.size == (64, 48)
     assert np.array_equal(np.asarray(picture), np.asarray(upright))

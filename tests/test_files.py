@@ -1,5 +1,6 @@
 """What a run leaves: LoRA files, checkpoints, model card, record, upload."""
 
+import ast
 import copy
 import json
 import logging
@@ -11,6 +12,7 @@ import yaml
 from conftest import flags, load_script
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from PIL import Image
@@ -19,7 +21,7 @@ from safetensors.torch import load_file
 
 SCRIPTS = ["train_lcm_lora_sd15.py"]
 PIPELINES = {"train_lcm_lora_sd15": StableDiffusionPipeline}
-CPU = torch.device("cpu")
+TAGS = {"train_lcm_lora_sd15": {"stable-diffusion", "stable-diffusion-diffusers"}}
 TOKEN = "hf_secretSECRETsecretSECRET"
 BLOCKS = ("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",), ("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3
 # The released model's UNet config, its parameters, its LoRA's modules and its LoRA's parameters at rank 64.
@@ -134,6 +136,19 @@ def test_files_load_into_a_fresh_pipeline(
     assert count_lora_layers(pipe.unet) == count_lora_layers(unet) and min(count_lora_layers(unet)) > 0
     torch.testing.assert_close(output(pipe.unet), output(unet), rtol=tolerance, atol=tolerance)
     assert (output(pipe.unet) - before).abs().max() > 0.1
+
+
+@pytest.mark.xfail(
+    strict=True, reason="the file's metadata has lora_dropout: loaded layers drop while drawing"
+)
+def test_a_lora_trained_with_dropout_draws_without(script, fresh, args, tmp_path):
+    args.lora_dropout, pipe, user = 0.5, fresh(), fresh()
+    script.save_lora(train_lora(script, pipe.unet, args), type(pipe), tmp_path, args)
+    user.load_lora_weights(tmp_path)
+    z_t, text = torch.ones(1, 4, 8, 8), torch.ones(1, 5, 16)
+    with torch.no_grad():
+        first, second = (user.unet(z_t, torch.tensor([999]), text).sample for _ in range(2))
+    assert torch.equal(first, second)
 
 
 def test_kohya_file_has_three_tensors_a_module(script, trained):
@@ -264,6 +279,17 @@ def test_a_manifest_cut_anywhere_is_never_read(script, tmp_path):
         assert script.read_manifest(folder)[0] is None, length
 
 
+@pytest.mark.xfail(strict=True, reason="nothing vouches for the manifest itself")
+def test_a_manifest_with_a_flipped_bit_is_never_read(script, tmp_path):
+    folder = make_checkpoint(script, tmp_path, 2)
+    data = (folder / script.MANIFEST_NAME).read_bytes()
+    for place in range(len(data)):
+        damaged = bytearray(data)
+        damaged[place] ^= 1
+        (folder / script.MANIFEST_NAME).write_bytes(damaged)
+        assert script.read_manifest(folder)[0] is None, place
+
+
 def test_none_does_not_overwrite_an_earlier_run(script, tmp_path):
     assert find(script, tmp_path, "none") == (None, [])
     make_checkpoint(script, tmp_path, 2)
@@ -280,6 +306,14 @@ def test_pruning_keeps_the_newest(script, tmp_path):
     assert len(script.list_checkpoints(tmp_path)) == 3
     script.prune_checkpoints(tmp_path, 2)
     assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10", "validation"}
+
+
+@pytest.mark.xfail(strict=True, reason="the checkpoint just written counts as older than a damaged newer one")
+def test_pruning_never_leaves_damaged_checkpoints_alone(script, tmp_path):
+    remove(make_checkpoint(script, tmp_path, 6) / "optimizer.bin")
+    make_checkpoint(script, tmp_path, 5)  # saved on SIGTERM, after resuming from 4
+    script.prune_checkpoints(tmp_path, 1)
+    assert find(script, tmp_path)[0] == "checkpoint-5"
 
 
 # Card, record, upload
@@ -301,11 +335,27 @@ def test_card_of_a_hub_teacher(script, args):
     assert front["base_model"] == "owner/teacher" and front["library_name"] == "diffusers"
     assert front["pipeline_tag"] == "text-to-image"
     expected = {"text-to-image", "diffusers", "diffusers-training", "lora", "lcm-lora", "template:sd-lora"}
-    assert expected | set(script.CARD_TAGS) == set(front["tags"])
+    assert expected | TAGS[script.__name__] == set(front["tags"])
     assert [entry["output"]["url"] for entry in front["widget"]] == ["image_0.png", "image_1.png"]
     assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
     assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
+
+
+@pytest.mark.xfail(strict=True, reason="a quote in the first prompt ends the snippet's string")
+def test_snippet_of_the_card_is_python(script, args):
+    _, text = write_card(script, args)
+    ast.parse(text.partition("```python\n")[2].partition("```")[0])
+
+
+@pytest.mark.xfail(strict=True, reason="a teacher without a card, or an absent network, ends the run here")
+def test_card_is_written_where_the_teachers_own_cannot_be_read(script, args, monkeypatch):
+    def load(*_arguments, **_options):
+        raise EntryNotFoundError("no README.md")
+
+    monkeypatch.setattr(script.ModelCard, "load", load)
+    args.pretrained_teacher_model, args.push_to_hub = "owner/teacher", True
+    assert "license" not in write_card(script, args)[0]
 
 
 def test_card_of_a_local_teacher_names_no_path(script, args, teacher, shards, tmp_path):

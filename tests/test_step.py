@@ -2,10 +2,11 @@
 
 import copy
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags, load_script
+from conftest import flags, load_script, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 
 SCRIPTS = ["train_lcm_lora_sd15.py"]
@@ -244,6 +245,7 @@ def test_the_unet_computes_in_the_named_dtype(script, pipe, unet, args, monkeypa
             module.register_forward_hook(lambda _module, _inputs, output: inside.add(output.dtype))
     loss_of(script, unet, pipe, args, dtype=dtype)
     assert inside == {dtype}
+    assert script.predict(unet, *unet_inputs(script, args, pipe), dtype).dtype == F32
     assert {tensor.dtype for tensor in seen[0]} == {F32}
 
 
@@ -314,3 +316,37 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
         posterior = pipe.vae.encode(pixels / 127.5 - 1).latent_dist
     torch.testing.assert_close(whole, (posterior.mean + posterior.std * eps) * 0.5)
     torch.testing.assert_close(sliced, whole)
+
+
+@pytest.mark.parametrize(
+    ("loss", "grad_norm", "scaler"),
+    [
+        ("nan", "1", None),
+        ("inf", "1", object()),
+        pytest.param("1", "nan", None, marks=pytest.mark.xfail(strict=True, reason="a NaN LoRA is saved")),
+        pytest.param("1", "inf", None, marks=pytest.mark.xfail(strict=True, reason="a NaN LoRA is saved")),
+    ],
+)
+def test_an_update_that_ruins_the_lora_stops_the_run(script, args, tmp_path, loss, grad_norm, scaler):
+    log = log_of(script, args, tmp_path, scaler)
+    log.add(1, torch.tensor(0.5), torch.tensor(2.0), 1e-3)
+    log.add(2, torch.tensor(float(loss)), torch.tensor(float(grad_norm)), 1e-3)
+    with pytest.raises(script.NonFiniteLoss, match="update 2"):
+        log.flush()
+    assert [line["step"] for line in read_log(tmp_path)] == [1]
+
+
+def test_an_update_that_the_fp16_scaler_skips_does_not_stop_the_run(script, args, tmp_path):
+    log = log_of(script, args, tmp_path, scaler=object())
+    log.add(1, torch.tensor(0.5), torch.tensor(float("inf")), 1e-3)
+    log.flush()
+    assert [(line["step"], line["loss"]) for line in read_log(tmp_path)] == [(1, 0.5)]
+
+
+def log_of(script, args, folder, scaler):
+    args.output_dir = str(folder)
+    accelerator = SimpleNamespace(
+        is_main_process=True, num_processes=1, scaler=scaler, log=lambda *_given, **_named: None,
+        reduce=lambda values, _how: values,
+    )  # fmt: skip
+    return script.Log(accelerator, args, 0)

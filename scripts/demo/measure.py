@@ -5,7 +5,7 @@
 
 `distance` is the Fréchet distance, on the judge's features, to the teacher's guided 50-step samples of the
 same prompts and other noise; that of the teacher's own 50-step samples is the floor. `accuracy` is the share
-of caption attributes that the judge finds in the picture. The 95% intervals are from a bootstrap over pictures.
+of caption attributes that the judge finds in the picture. 95% intervals are from a bootstrap over pictures.
 Under `torchrun --nproc_per_node N` the pictures are shared among N processes.
 """
 

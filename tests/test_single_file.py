@@ -1,0 +1,302 @@
+"""A teacher in one .safetensors file with the keys of the original LDM code: trainer and sampler load it."""
+
+import copy
+import json
+import re
+import shutil
+
+import pytest
+import torch
+from conftest import flags, load_script
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from safetensors.torch import load_file, save_file
+
+UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
+XL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+UNET_ENDS = {
+    "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
+    "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
+    "mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1.",
+    "mid_block.resnets.1.": "middle_block.2.",
+}  # fmt: skip
+UNET_RESNET = {
+    "norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.",
+    "norm2.": "out_layers.0.", "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection.",
+}  # fmt: skip
+VAE_NAMES = {
+    "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.",
+    "mid_block.attentions.0.": "mid.attn_1.", "group_norm.": "norm.", "to_out.0.": "proj_out.",
+    "to_q.": "q.", "to_k.": "k.", "to_v.": "v.", "conv_shortcut.": "nin_shortcut.",
+    "conv_norm_out.": "norm_out.", "downsamplers.0.": "downsample.", "upsamplers.0.": "upsample.",
+    "resnets.": "block.", "down_blocks.": "down.",
+}  # fmt: skip
+
+
+def renamed(key, names):
+    for old, new in names.items():
+        key = re.sub(rf"(?<![^.]){re.escape(old)}", new, key)
+    return key
+
+
+def ldm_unet_key(key, config):
+    """LDM numbers the layers of all levels through, a level's down- or upsampler with them."""
+    per_level = config.layers_per_block + 1  # on the way down the last is the downsampler
+    found = re.match(r"(down|up)_blocks\.(\d+)\.(\w+)\.(\d+)\.(.*)", key)
+    if not found:
+        return renamed(key, UNET_ENDS | (UNET_RESNET if "resnets" in key else {}))
+    side, level, kind, layer, rest = found.groups()
+    first = int(level) * per_level
+    if kind == "downsamplers":
+        return f"input_blocks.{first + per_level}.0.{rest.replace('conv.', 'op.')}"
+    if kind == "upsamplers":
+        after_attention = "CrossAttn" in config.up_block_types[int(level)]
+        return f"output_blocks.{first + per_level - 1}.{1 + after_attention}.{rest}"
+    blocks = (
+        f"input_blocks.{1 + first + int(layer)}" if side == "down" else f"output_blocks.{first + int(layer)}"
+    )
+    return f"{blocks}.1.{rest}" if kind == "attentions" else f"{blocks}.0.{renamed(rest, UNET_RESNET)}"
+
+
+def ldm_vae_key(key, config):
+    """LDM counts the decoder's levels from the last to the first."""
+    last = len(config.up_block_types) - 1
+    key = re.sub(r"up_blocks\.(\d+)", lambda found: f"up.{last - int(found[1])}", key)
+    return renamed(key, VAE_NAMES)
+
+
+def to_ldm(unet, vae, text_encoder):
+    """Return a dict of tensors by LDM key, with what published files hold besides the weights."""
+    weights = {UNET + ldm_unet_key(key, unet.config): value for key, value in unet.state_dict().items()}
+    for key, value in vae.state_dict().items():
+        is_conv = ".attentions." in key and value.ndim == 2  # LDM's are 1x1 convolutions
+        weights[VAE + ldm_vae_key(key, vae.config)] = value[:, :, None, None] if is_conv else value
+    for key, value in text_encoder.state_dict().items():
+        weights[TEXT + key.removeprefix("text_model.")] = value
+    length = text_encoder.config.max_position_embeddings
+    besides = {"betas": torch.ones(1000), TEXT + "embeddings.position_ids": torch.arange(length)[None]}
+    return {key: value.contiguous().clone() for key, value in (weights | besides).items()}
+
+
+@pytest.fixture(scope="module")
+def reference(teacher):
+    """A teacher of the folder's shapes whose weights are all other than the folder's, norms included."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    generator = torch.Generator().manual_seed(1)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        for parameter in part.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return pipe
+
+
+@pytest.fixture(scope="module")
+def file(reference, tmp_path_factory):
+    path = tmp_path_factory.mktemp("single") / "teacher.safetensors"
+    save_file(to_ldm(reference.unet, reference.vae, reference.text_encoder), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def bare_config(teacher, tmp_path_factory):
+    """What a user copies from a model's page: no weights, a safety checker that is named and not there."""
+    folder = tmp_path_factory.mktemp("config") / "v-teacher"
+    shutil.copytree(teacher, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    change(folder / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
+    change(
+        folder / "model_index.json",
+        safety_checker=["stable_diffusion", "StableDiffusionSafetyChecker"],
+        feature_extractor=["transformers", "CLIPFeatureExtractor"],  # gone since transformers 5
+        requires_safety_checker=True,
+    )
+    return folder
+
+
+def change(path, **values):
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return load_script("scripts/sample.py")
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch):
+    """Nothing here may ask the Hub; a network that swallows packets would hold the tests up for minutes."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+
+
+@torch.no_grad()
+def outputs(pipe):
+    """Return what every model of a pipeline makes of fixed inputs."""
+    generator = torch.Generator().manual_seed(2)
+    latents, pixels = (torch.randn(1, c, 16, 16, generator=generator) for c in (4, 3))
+    prompt_embeds, _ = pipe.encode_prompt("sea at dawn", pipe.device, 1, False)
+    return {
+        "text": prompt_embeds,
+        "unet": pipe.unet(latents, 500, prompt_embeds).sample,
+        "encoder": pipe.vae.encode(pixels).latent_dist.parameters,
+        "decoder": pipe.vae.decode(latents).sample,
+    }
+
+
+def assert_same_models(pipe, reference, parts=("text", "unet", "encoder", "decoder")):
+    ours, theirs = outputs(pipe), outputs(reference)
+    for part in parts:
+        torch.testing.assert_close(ours[part], theirs[part], msg=lambda text, part=part: f"{part}: {text}")
+    assert pipe.vae.config.scaling_factor == reference.vae.config.scaling_factor
+
+
+def test_keys_and_counts_are_those_of_published_sd15_files():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(cross_attention_dim=768)  # the rest of the defaults are SD 1.5's
+        vae = AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+            block_out_channels=(128, 256, 512, 512), layers_per_block=2,
+        )  # fmt: skip
+    keys = {ldm_unet_key(key, unet.config): value.shape for key, value in unet.state_dict().items()}
+    assert len(keys) == 686
+    assert keys["input_blocks.3.0.op.weight"] == (320, 320, 3, 3)
+    assert keys["input_blocks.4.0.skip_connection.weight"] == (640, 320, 1, 1)
+    assert keys["input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"] == (320, 768)
+    assert keys["middle_block.2.out_layers.3.weight"] == (1280, 1280, 3, 3)
+    assert keys["output_blocks.2.1.conv.weight"] == (1280, 1280, 3, 3)
+    assert keys["output_blocks.8.2.conv.weight"] == (640, 640, 3, 3)
+    assert keys["output_blocks.11.0.skip_connection.weight"] == (320, 640, 1, 1)
+    keys = {ldm_vae_key(key, vae.config): value.shape for key, value in vae.state_dict().items()}
+    assert len(keys) == 248
+    assert keys["encoder.down.2.block.0.nin_shortcut.weight"] == (512, 256, 1, 1)
+    assert keys["encoder.down.2.downsample.conv.weight"] == (512, 512, 3, 3)
+    assert keys["decoder.up.0.block.0.nin_shortcut.weight"] == (128, 256, 1, 1)
+    assert {"encoder.mid.attn_1.proj_out.weight", "decoder.norm_out.bias", "quant_conv.weight"} <= set(keys)
+
+
+@pytest.mark.parametrize("config", ["teacher", "bare_config"])
+def test_trainer_takes_weights_of_the_file_and_settings_of_the_folder(
+    request, trainer, file, reference, teacher, shards, config
+):
+    folder = request.getfixturevalue(config)
+    args = trainer.parse_args(flags(file, shards, "unused", teacher_config=folder))
+    pipe = trainer.load_teacher(args, torch.float32, torch.device("cpu"))
+    assert_same_models(pipe, reference)
+    unlike = outputs(StableDiffusionPipeline.from_pretrained(teacher))
+    assert all((unlike[part] - value).abs().max() > 0.01 for part, value in outputs(pipe).items())
+    expected = {"teacher": "epsilon", "bare_config": "v_prediction"}[config]
+    assert pipe.scheduler.config.prediction_type == expected
+    assert type(pipe.scheduler).__name__ == "DDIMScheduler" and pipe.safety_checker is None
+    assert not any(weight.requires_grad for weight in pipe.unet.parameters()) and not pipe.unet.training
+
+
+def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards):
+    changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher / "vae"}
+    args = trainer.parse_args(flags(file, shards, "unused", **changes))
+    pipe = trainer.load_teacher(args, torch.bfloat16, torch.device("cpu"))
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder):
+        assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}
+    pipe = copy.deepcopy(pipe).to(torch.float32)
+    other = StableDiffusionPipeline.from_pretrained(teacher)
+    vae = {key: value.bfloat16().float() for key, value in other.vae.state_dict().items()}
+    torch.testing.assert_close(pipe.vae.state_dict(), vae, rtol=0, atol=0)
+    unet = {key: value.bfloat16().float() for key, value in reference.unet.state_dict().items()}
+    torch.testing.assert_close(pipe.unet.state_dict(), unet, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("config", ["teacher", "bare_config"])
+def test_sampler_loads_the_same_file(request, sample, file, reference, config):
+    pipe = sample.load_pipeline(file, config=request.getfixturevalue(config))
+    assert_same_models(pipe, reference)
+    expected = {"teacher": "epsilon", "bare_config": "v_prediction"}[config]
+    assert pipe.scheduler.config.prediction_type == expected
+    sample.set_sampler(pipe, "lcm-without-lora")
+    assert pipe.scheduler.config.prediction_type == expected
+
+
+def test_sampler_draws_from_file_and_flag(sample, file, teacher, tmp_path):
+    line = ["--pretrained_teacher_model", str(file), "--teacher_config", str(teacher), "--prompts", "sea"]
+    line += ["--output_dir", str(tmp_path), "--samplers", "ddim", "--steps", "1", "--device", "cpu"]
+    assert sample.main(sample.parse_args(line)) == 0
+    assert (tmp_path / "ddim-1steps" / "0-0.png").is_file()
+
+
+@pytest.mark.parametrize("is_xl", [False, True])
+def test_file_decides_the_family_whatever_the_config(sample, file, teacher, tmp_path, monkeypatch, is_xl):
+    path, seen = tmp_path / "model.safetensors", []
+    save_file(load_file(file) | ({XL_KEY: torch.zeros(8)} if is_xl else {}), path)
+    whole = StableDiffusionPipeline.from_pretrained(teacher)
+    for family in (StableDiffusionPipeline, StableDiffusionXLPipeline):
+
+        def from_single_file(cls, *_, config, **__):
+            seen.append((cls, config))
+            return whole
+
+        monkeypatch.setattr(family, "from_single_file", classmethod(from_single_file))
+    sample.load_pipeline(path, config=teacher)
+    assert seen == [(StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline, str(teacher))]
+
+
+def run_trainer(trainer, shards, output_dir, model, config):
+    changes = {"teacher_config": config, "resume_from_checkpoint": "none"}
+    return trainer.run(trainer.parse_args(flags(model, shards, output_dir, **changes)))
+
+
+def run_sampler(sample, output_dir, model, config):
+    line = ["--pretrained_teacher_model", str(model), "--prompts", "sea", "--output_dir", str(output_dir)]
+    line += [] if config is None else ["--teacher_config", str(config)]
+    return sample.main(sample.parse_args([*line, "--device", "cpu"]))
+
+
+@pytest.fixture
+def unusable(file, teacher, bare_config, tmp_path):
+    """Return by name (model file, config, words of the message) of what cannot be loaded."""
+    weights = load_file(file)
+    changed = {
+        "lora": {"lora_unet_mid_block.alpha": torch.ones(1)},
+        "no-vae": {key: value for key, value in weights.items() if not key.startswith(VAE)},
+        "no-text": {key: value for key, value in weights.items() if not key.startswith(TEXT)},
+        "unet-hole": {k: v for k, v in weights.items() if k != UNET + "middle_block.1.proj_in.weight"},
+        "text-hole": {k: v for k, v in weights.items() if k != TEXT + "final_layer_norm.weight"},
+    }
+    for name, tensors in changed.items():
+        save_file(tensors, tmp_path / f"{name}.safetensors")
+    wider = tmp_path / "wider"
+    shutil.copytree(bare_config, wider)
+    change(wider / "unet" / "config.json", block_out_channels=[16, 16])
+    return {
+        "no config": (file, None, "give --teacher_config"),
+        "config only on the Hub": (file, "no-such/model", "give --teacher_config"),
+        "lora": (tmp_path / "lora.safetensors", bare_config, "lora.safetensors"),
+        "no VAE": (tmp_path / "no-vae.safetensors", bare_config, "AutoencoderKL"),
+        "no text encoder": (tmp_path / "no-text.safetensors", bare_config, "CLIPTextModel"),
+        "hole in the UNet": (tmp_path / "unet-hole.safetensors", teacher, "unet-hole.safetensors"),
+        "hole in the text encoder": (tmp_path / "text-hole.safetensors", teacher, "text-hole.safetensors"),
+        "config of other shapes": (file, wider, "shape"),
+    }
+
+
+CASES = [
+    "no config", "config only on the Hub", "lora", "no VAE", "no text encoder", "hole in the UNet",
+    "hole in the text encoder", "config of other shapes",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", ["trainer", "sample"])
+@pytest.mark.parametrize("case", CASES)
+def test_unusable_file_ends_in_one_line(trainer, sample, shards, unusable, tmp_path, capfd, script, case):
+    model, config, words = unusable[case]
+    if script == "trainer":
+        code = run_trainer(trainer, shards, tmp_path / "out", model, config)
+    else:
+        code = run_sampler(sample, tmp_path / "out", model, config)
+    printed = capfd.readouterr().err
+    lines = [line for line in printed.splitlines() if not line.startswith("data: ")]
+    assert code == 2 and len(lines) == 1 and words in lines[0] and str(model) in lines[0], printed
+
+
+@pytest.mark.parametrize(("model", "config"), [("file", "./nowhere"), ("teacher", "teacher")])
+def test_sampler_refuses_config_that_is_not_there_or_has_no_file(
+    request, sample, teacher, tmp_path, capsys, model, config
+):
+    config = teacher if config == "teacher" else config
+    with pytest.raises(SystemExit) as stop:
+        run_sampler(sample, tmp_path, request.getfixturevalue(model), config)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and "--teacher_config" in message and message.count("\n") == 1
