@@ -29,6 +29,7 @@ import math
 import operator
 import os
 import random
+import re
 import shutil
 import signal
 import sys
@@ -80,7 +81,8 @@ READ_ATTEMPTS = 3
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
-    "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run hub_model_id hub_token "
+    "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
+    "hub_model_id hub_token vae_encode_batch_size "
     "logging_dir logging_steps num_train_epochs max_train_samples max_train_steps output_dir push_to_hub "
     "report_to resume_from_checkpoint tracker_project_name validation_prompts validation_steps".split()
 )
@@ -115,7 +117,13 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the docstring's lines and print each default."""
+    """Keep the docstring's lines and print each default that says something."""
+
+    def _get_help_string(self, action):
+        """Return the help with its default."""
+        if action.default is None or action.default is False:
+            return action.help
+        return super()._get_help_string(action)
 
 
 # fmt: off
@@ -289,6 +297,10 @@ def check_args(args, error):
                 error(f"--{flag} {value}: must be {allowed}")
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
+    if args.num_ddim_timesteps < max(VALIDATION_STEPS):
+        error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least {max(VALIDATION_STEPS)}")
+    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
+        error(f"--learning_rate {args.learning_rate}: must be over 1e-7, where the polynomial schedule ends")
     if args.max_train_steps is None and args.max_train_samples is None:
         error(
             "--max_train_steps is missing: streamed shards have no known length; or give --max_train_samples"
@@ -327,7 +339,21 @@ def parse_args(argv=None):
     check_paths(args, parser.error)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
+    if argv is None:  # trackers record the command line
+        sys.argv = [masked(word.replace(args.hub_token or "\0", "***")) for word in sys.argv]
     return args
+
+
+def masked(text):
+    """Return a text without the secrets that shard addresses may carry."""
+    return re.sub(r"(?i)(bearer\s+)[^\s'\"]+|(://)[^/@\s]+(?=@)|hf_\w{8,}", r"\1\2***", text)
+
+
+def public_flags(args):
+    """Return the flags without secrets: what may be written and logged."""
+    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    flags["train_shards_path_or_url"] = [masked(url) for url in args.train_shards_path_or_url]
+    return flags
 
 
 # <<< shared: arguments
@@ -836,7 +862,7 @@ def collate(samples):
 
 def describe(skipped):
     """Return counts by cause as one line, the most frequent first."""
-    return ", ".join(f"{cause}: {count}" for cause, count in Counter(skipped).most_common())
+    return masked(", ".join(f"{cause}: {count}" for cause, count in Counter(skipped).most_common()))
 
 
 def audit(shards, args):
@@ -1055,9 +1081,11 @@ def save_lora(unet, pipeline_class, folder, args):
     folder = Path(folder)
     scratch = folder / ".writing"
     state = get_peft_model_state_dict(unet)
-    pipeline_class.save_lora_weights(
-        scratch, unet_lora_layers=state, **_collate_lora_metadata({"unet": unet})
-    )
+    metadata = _collate_lora_metadata({"unet": unet})
+    # Dropout is for training: diffusers would load these layers with it, and leave it on.
+    config = metadata["unet_lora_adapter_metadata"]
+    config |= {"lora_dropout": 0.0, "target_modules": sorted(config["target_modules"])}
+    pipeline_class.save_lora_weights(scratch, unet_lora_layers=state, **metadata)
     save_file(kohya_weights(state, args.lora_alpha), scratch / KOHYA_NAME, metadata=kohya_metadata(args))
     for name in (WEIGHTS_NAME, KOHYA_NAME):
         os.replace(scratch / name, folder / name)
@@ -1124,7 +1152,7 @@ def register_hooks(accelerator, unet, pipeline_class, args):
 
 def settings_of(args, accelerator):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
-    settings = {name: value for name, value in vars(args).items() if name not in FREE_FLAGS}
+    settings = {name: value for name, value in public_flags(args).items() if name not in FREE_FLAGS}
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = args.max_train_steps  # the schedule's shape depends on it
     settings |= {
@@ -1138,6 +1166,12 @@ def digest(path):
     """Return the sha256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def seal(manifest):
+    """Return a manifest with the sha256 of its own contents."""
+    text = json.dumps({name: value for name, value in manifest.items() if name != "seal"}, sort_keys=True)
+    return manifest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def save_checkpoint(accelerator, state, args):
@@ -1163,7 +1197,7 @@ def save_checkpoint(accelerator, state, args):
             "positions": positions,
             "files": {str(path.relative_to(scratch)): digest(path) for path in files},
         }
-        write_atomically(scratch / MANIFEST_NAME, json.dumps(manifest, indent=1))
+        write_atomically(scratch / MANIFEST_NAME, json.dumps(seal(manifest), indent=1))
         if final.exists():  # damaged, or of a longer run that was resumed from an earlier checkpoint
             os.replace(final, scratch.with_name(f"{scratch.name}-old"))
         os.replace(scratch, final)
@@ -1183,15 +1217,21 @@ def write_atomically(path, text):
 
 def list_checkpoints(output_dir):
     """Return the checkpoint folders in a run's folder, oldest first, complete or not."""
-    found = [path for path in Path(output_dir).glob("checkpoint-*") if path.name.partition("-")[2].isdigit()]
+    named = (path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
+    found = [path for path in named if path.name.partition("-")[2].isdecimal()]
     return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
 
 
 def prune_checkpoints(output_dir, limit):
-    """Remove the oldest checkpoints over the limit, and what interrupted writes left."""
+    """Remove the checkpoints written first, over the limit, and what interrupted writes left."""
+
+    def written(folder):
+        manifest = folder / MANIFEST_NAME
+        return manifest.stat().st_mtime_ns if manifest.exists() else 0
+
     for path in Path(output_dir).glob(".writing-checkpoint-*"):
         shutil.rmtree(path)
-    for path in list_checkpoints(output_dir)[:-limit] if limit else []:
+    for path in sorted(list_checkpoints(output_dir), key=written)[:-limit] if limit else []:
         shutil.rmtree(path)
 
 
@@ -1199,10 +1239,12 @@ def read_manifest(folder):
     """Return a checkpoint's manifest, or None and why it cannot be resumed from, as a pair."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
+        if manifest != seal(manifest):
+            return None, f"{MANIFEST_NAME} is damaged"
         for name, expected in manifest["files"].items():
             if digest(folder / name) != expected:
                 return None, f"{name} is damaged"
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return None, f"{getattr(error, 'filename', None) or MANIFEST_NAME} is missing or cannot be read"
     return manifest, ""
 
@@ -1286,7 +1328,7 @@ class Log:
         """Average the noted losses over processes, check them, and write them everywhere.
 
         Raises:
-            NonFiniteLoss: a loss is NaN or infinite.
+            NonFiniteLoss: a loss or a gradient is NaN or infinite.
         """
         if not self.rows:
             return
@@ -1299,12 +1341,17 @@ class Log:
                 "step": step,
                 "loss": loss,
                 "lr": lr,
-                "grad_norm": norm if math.isfinite(norm) else None,  # an update that fp16's scaler left out
+                "grad_norm": norm if math.isfinite(norm) else None,
                 "samples_per_second": speed,
             }
             for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
         ]
-        bad = next((line for line in lines if not math.isfinite(line["loss"])), None)
+        # The loss scaler of fp16 leaves out updates that overflow; elsewhere they ruin the weights.
+        may_skip = self.accelerator.scaler is not None
+        bad = next(
+            (x for x in lines if not math.isfinite(x["loss"]) or (x["grad_norm"] is None and not may_skip)),
+            None,
+        )
         if bad:
             lines = lines[: lines.index(bad)]
         if self.accelerator.is_main_process:
@@ -1317,7 +1364,8 @@ class Log:
                 self.accelerator.log(values, step=line["step"])
         if bad:
             raise NonFiniteLoss(
-                f"the loss is {bad['loss']} at update {bad['step']}; the last checkpoint is untouched. Lower "
+                f"loss {bad['loss']}, gradient norm {bad['grad_norm'] or 'not finite'} "
+                f"at update {bad['step']}; the last checkpoint is untouched. Lower "
                 "--learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
             )
         if torch.cuda.is_available():
@@ -1403,7 +1451,7 @@ def write_card(args, drawn, prompts, num_processes):
         picture.save(folder / f"image_{number}.png")
     teacher = args.pretrained_teacher_model
     from_hub = not Path(teacher).exists()
-    name = repository_name(args)
+    name, prompt = repository_name(args), json.dumps(prompts[0], ensure_ascii=False)
     training = "\n".join(
         f"| {flag} | {getattr(args, flag)} |"
         for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
@@ -1420,7 +1468,7 @@ from diffusers import DiffusionPipeline, LCMScheduler
 pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}")
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{name}", adapter_name="lcm")
-picture = pipe("{prompts[0]}", num_inference_steps=4, guidance_scale=1.0).images[0]
+picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
 Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. `{KOHYA_NAME}` is the same LoRA for
@@ -1444,12 +1492,20 @@ ComfyUI and A1111. Pictures above: 4 steps, guidance 1. The LoRA inherits the te
 
 def teacher_license(args, from_hub):
     """Return the license in the teacher's own card; the Hub is asked only when the run pushes to it."""
-    card = Path(args.pretrained_teacher_model) / "README.md"
-    if card.is_file():
-        return ModelCard.load(card).data.get("license")
-    if from_hub and args.push_to_hub:
-        return ModelCard.load(args.pretrained_teacher_model, token=args.hub_token).data.get("license")
-    return None
+    teacher = args.pretrained_teacher_model
+    card = Path(teacher) / "README.md"
+    if not card.is_file() and not (from_hub and args.push_to_hub):
+        return None
+    try:
+        return ModelCard.load(card if card.is_file() else teacher, token=args.hub_token).data.get("license")
+    except (
+        Exception
+    ) as error:  # a card can be missing or malformed in any way; the run is done and must end well
+        reason = " ".join(str(error).split())[:200]
+        tqdm.write(
+            f"no license for the model card: {teacher} has no readable card ({reason})", file=sys.stderr
+        )
+        return None
 
 
 def repository_name(args):
@@ -1554,7 +1610,7 @@ def agree(accelerator, function, *arguments):
 
 def write_record(args, accelerator):
     """Write flags (less the token), package versions and a copy of this script; start the trackers."""
-    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    flags = public_flags(args)
     folder = Path(args.output_dir)
     packages = {}
     for name in PACKAGES:
@@ -1574,7 +1630,8 @@ def write_record(args, accelerator):
         for name, value in flags.items()
     }
     versions = {f"version/{name}": str(value) for name, value in packages.items()}
-    accelerator.init_trackers(args.tracker_project_name, config=plain | versions)
+    options = {"wandb": {"dir": args.output_dir}}
+    accelerator.init_trackers(args.tracker_project_name, config=plain | versions, init_kwargs=options)
 
 
 def listen(state):
@@ -1682,6 +1739,7 @@ def train(job, loader, log):
         if save:
             save_checkpoint(accelerator, state, args)
         if args.validation_steps and state.global_step % args.validation_steps == 0 and not last:
+            log.flush()  # trackers want steps in order
             if accelerator.is_main_process:
                 validate(accelerator, job.pipe, job.prompts, args, state.global_step, job.dtype)
             accelerator.wait_for_everyone()
@@ -1756,7 +1814,7 @@ def main(args):
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.dry_run:
-        say(json.dumps({name: value for name, value in vars(args).items() if name != "hub_token"}, indent=1))
+        say(json.dumps(public_flags(args), indent=1))
         return
     if args.push_to_hub:
         agree(accelerator, make_repository, args)

@@ -20,9 +20,8 @@ say "2/4 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
   torchrun --nproc_per_node 2 train_lcm_lora_sd15.py \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
-    --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 3e-4 \
-    --lora_rank 16 --w_min 4 --w_max 9 --report_to tensorboard \
-    --checkpointing_steps 100 --checkpoints_total_limit 1 --validation_steps 100
+    --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 8e-4 --lr_scheduler linear \
+    --w_min 5.5 --w_max 7.5 --checkpointing_steps 100 --checkpoints_total_limit 1 --validation_steps 100
 fi
 
 say "3/4 pictures: $out/grid.png"

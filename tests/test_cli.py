@@ -123,7 +123,6 @@ WRONG = [
     ("max_train_steps", None),
     ("unknown_flag", 1),
     ("lora_ran", 4),
-    ("gradient_check", True),
 ]
 
 
@@ -176,7 +175,6 @@ def test_help_and_errors_answer_before_the_slow_imports(script, argument, code):
         assert all(f"--{name}" in done.stdout for name in actions(script))
 
 
-@pytest.mark.xfail(strict=True, reason="wandb records sys.argv")
 def test_the_token_leaves_the_command_line(script, monkeypatch):
     line = flags("owner/name", "pipe:cat 0.tar", "unused")
     for token in (["--hub_token", "hf_secret"], ["--hub_token=hf_secret"]):
@@ -185,7 +183,6 @@ def test_the_token_leaves_the_command_line(script, monkeypatch):
         assert "hf_secret" not in " ".join(sys.argv) and "--lora_rank" in sys.argv
 
 
-@pytest.mark.xfail(strict=True, reason="the first pictures at 8 steps end the run")
 def test_fewer_solver_steps_than_are_drawn_are_refused(script, capsys):
     with pytest.raises(SystemExit):
         parse(script, num_ddim_timesteps=max(script.VALIDATION_STEPS) - 1)
@@ -209,11 +206,12 @@ def test_free_flags_are_flags(script):
 def test_each_changed_setting_is_named(script):
     for name in set(actions(script)) - {"mixed_precision"}:
         changed = parse(script)
-        setattr(changed, name, "something else")
+        several = isinstance(getattr(changed, name), list)
+        setattr(changed, name, ["something else"] if several else "something else")
         if name in script.FREE_FLAGS:
             compare(script, parse(script), changed)
         else:
-            with pytest.raises(script.UnusableInput, match=f"{name} was .*, is 'something else'"):
+            with pytest.raises(script.UnusableInput, match=rf"{name} was .*, is \[?'something else'"):
                 compare(script, parse(script), changed)
 
 

@@ -320,12 +320,7 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
 
 @pytest.mark.parametrize(
     ("loss", "grad_norm", "scaler"),
-    [
-        ("nan", "1", None),
-        ("inf", "1", object()),
-        pytest.param("1", "nan", None, marks=pytest.mark.xfail(strict=True, reason="a NaN LoRA is saved")),
-        pytest.param("1", "inf", None, marks=pytest.mark.xfail(strict=True, reason="a NaN LoRA is saved")),
-    ],
+    [("nan", "1", None), ("inf", "1", object()), ("1", "nan", None), ("1", "inf", None)],
 )
 def test_an_update_that_ruins_the_lora_stops_the_run(script, args, tmp_path, loss, grad_norm, scaler):
     log = log_of(script, args, tmp_path, scaler)

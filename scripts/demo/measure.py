@@ -188,7 +188,7 @@ def main():
     )
     parser.add_argument("--lora", required=True, help="folder or file of the LoRA")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and table.md")
-    parser.add_argument("--num_images", type=int, default=256, help="pictures a row (default: %(default)s)")
+    parser.add_argument("--num_images", type=int, default=192, help="pictures a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (default: %(default)s)")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=True)
