@@ -311,8 +311,8 @@ def check_args(args, error):
 
 def check_paths(args, error):
     """Call `error` with the flag and the path where a local path does not lead anywhere."""
-    if Path(args.output_dir).exists() and not Path(args.output_dir).is_dir():
-        error(f"--output_dir {args.output_dir}: is a file; name a folder")
+    if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
+        error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -383,6 +383,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -600,6 +601,9 @@ METADATA_KEYS = {
 }
 
 
+Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
+
+
 class SkippedSample(Exception):
     """A sample that is not used; the message is the cause, the same for all samples of that cause."""
 
@@ -613,7 +617,12 @@ def list_shards(values):
     shards = []
     for value in values:
         if is_remote(value) or not Path(value).is_dir():
-            shards += wds.SimpleShardList(value).urls
+            try:
+                shards += wds.SimpleShardList(value).urls
+            except ValueError as error:
+                raise UnusableInput(
+                    f"--train_shards_path_or_url {masked(value)}: {error}; mend it"
+                ) from error
             continue
         found = sorted(str(path) for path in Path(value).glob("*.tar"))
         if not found:
@@ -675,12 +684,12 @@ def metadata_of(sample):
     try:
         record = json.loads(sample["json"])
         record = {str(name).lower(): value for name, value in record.items()}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
     found = {"caption": record["caption"]} if isinstance(record.get("caption"), str) else {}
     for name, spellings in METADATA_KEYS.items():
         for value in (record.get(spelling) for spelling in spellings):
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if isinstance(value, (int, float)) and abs(value) < 1e18:  # neither NaN nor infinite
                 found.setdefault(name, float(value))
     if {"width", "height"} <= found.keys():
         found["side"] = min(found["width"], found["height"])
@@ -709,8 +718,10 @@ def caption_of(sample, metadata):
     if "txt" not in sample and "caption" not in metadata:
         raise SkippedSample("no caption")
     try:
-        return sample["txt"].decode().strip() if "txt" in sample else metadata["caption"].strip()
-    except UnicodeDecodeError as error:
+        caption = sample["txt"].decode() if "txt" in sample else metadata["caption"]
+        caption.encode()  # json can hold half a character
+        return caption.strip()
+    except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
 
@@ -721,15 +732,13 @@ def open_picture(data, args):
         if picture.width * picture.height > args.max_image_pixels:
             raise SkippedSample("picture over --max_image_pixels")
         original = picture.size
-        if picture.getexif().get(ExifTags.Base.Orientation, 1) >= 5:  # stored on its side
+        if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # stored on its side
             original = original[::-1]
         # JPEG: decode at 1/2, 1/4 or 1/8 of the size where that is enough.
         picture.draft("RGB", (args.resolution, args.resolution))
         return to_rgb(ImageOps.exif_transpose(picture)), original
     except SkippedSample:
         raise
-    except Image.DecompressionBombError as error:
-        raise SkippedSample("picture over --max_image_pixels") from error
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
         raise SkippedSample("picture cannot be decoded") from error
 
@@ -737,10 +746,8 @@ def open_picture(data, args):
 def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
-        picture = Image.fromarray(
-            (values / (65535 if values.max() > 255 else 255) * 255).clip(0, 255).astype(np.uint8)
-        )
+        values = np.asarray(picture, np.float32) / (1 if picture.mode == "F" else 257)
+        picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
@@ -753,11 +760,12 @@ def crop(picture, args, rng):
     side = args.resolution
     scale = side / min(picture.size)
     size = tuple(max(side, round(length * scale)) for length in picture.size)
-    if size != picture.size:
-        picture = picture.resize(size, Image.Resampling[args.interpolation_type.upper()])
     spare = (size[1] - side, size[0] - side)
     top, left = (n // 2 for n in spare) if args.center_crop else (rng.randint(0, n) for n in spare)
-    pixels = np.asarray(picture.crop((left, top, left + side, top + side)))
+    # Only the part that is kept is resized: a strip would grow without bound.
+    x, y = picture.width / size[0], picture.height / size[1]
+    box = (left * x, top * y, min((left + side) * x, picture.width), min((top + side) * y, picture.height))
+    pixels = np.asarray(picture.resize((side, side), Image.Resampling[args.interpolation_type.upper()], box))
     if args.random_flip and rng.random() < 0.5:
         pixels, left = pixels[:, ::-1], spare[1] - left
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), (top, left)
@@ -895,8 +903,14 @@ def make_loader(stream, cuda):
     """Return the DataLoader of a ShardStream, which makes its own batches."""
     workers = stream.args.dataloader_num_workers
     return torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=cuda, persistent_workers=workers > 0
+        stream, batch_size=None, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals
     )
+
+
+def ignore_signals(_worker):
+    """Let a loader process outlive the signals that ask the run to save and stop; it ends with the run."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # <<< shared: data
@@ -959,7 +973,7 @@ def load_teacher(args, dtype, device):
             if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
                 module.requires_grad_(False).eval().to(device)
     except (
-        OSError, ValueError, RuntimeError, KeyError, ImportError,
+        OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError,
         diffusers.loaders.single_file_utils.SingleFileComponentError,
     ) as error:  # fmt: skip
         reason, remedy = " ".join(str(error).split()), ""
@@ -976,6 +990,12 @@ def load_teacher(args, dtype, device):
         raise UnusableInput(
             f"the teacher's UNet takes {pipe.unet.config.in_channels} channels, its VAE makes "
             f"{pipe.vae.config.latent_channels}: inpainting models cannot be teachers"
+        )
+    if pipe.tokenizer.model_max_length > 10**6:
+        raise UnusableInput("the teacher's tokenizer has no maximum length: its folder is missing or damaged")
+    if "beta_start" not in pipe.scheduler.config:
+        raise UnusableInput(
+            f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
         )
     if pipe.unet.config.time_cond_proj_dim is not None:
         raise UnusableInput(
@@ -1364,8 +1384,8 @@ class Log:
                 self.accelerator.log(values, step=line["step"])
         if bad:
             raise NonFiniteLoss(
-                f"loss {bad['loss']}, gradient norm {bad['grad_norm'] or 'not finite'} "
-                f"at update {bad['step']}; the last checkpoint is untouched. Lower "
+                f"loss {bad['loss']} at update {bad['step']}, gradient norm {bad['grad_norm'] or 'inf'}; "
+                "the last checkpoint is untouched. Lower "
                 "--learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
             )
         if torch.cuda.is_available():
@@ -1624,7 +1644,9 @@ def write_record(args, accelerator):
         write_atomically(
             folder / "versions.json", json.dumps({"script": SCRIPT_VERSION, **packages}, indent=1)
         )
-        shutil.copyfile(__file__, folder / Path(__file__).name)
+        copy = folder / Path(__file__).name
+        if not copy.exists() or not copy.samefile(__file__):
+            shutil.copyfile(__file__, copy)
     plain = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value)
         for name, value in flags.items()
@@ -1665,7 +1687,9 @@ def next_batch(batches, state):
     """
     batch = next(batches)
     if "error" in batch:
-        raise UnusableInput(batch["error"])
+        error = UnusableInput(batch["error"])
+        error.only_here = True  # other processes may have data left and say nothing
+        raise error
     consumer, epoch, number = batch["position"]
     state.positions[str(consumer)] = (epoch, number)
     state.skipped.update(batch["skipped"])
@@ -1805,6 +1829,7 @@ def main(args):
 
     # What cannot be trained on is said before any model loads.
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
+    args.num_shards = len(shards)  # one more or less would move every position of a resumed run
     captions, report = agree(accelerator, audit, shards, args)
     say(f"data: {report}")
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
@@ -1827,8 +1852,10 @@ def main(args):
         accelerator.load_state(str(folder))
     loader = make_loader(make_stream(job, shards, manifest), accelerator.device.type == "cuda")
     log = Log(accelerator, args, job.state.global_step)
-    train(job, loader, log)
-    log.bar.close()
+    try:
+        train(job, loader, log)
+    finally:
+        log.bar.close()  # so that an error has a line of its own
     finish(job)
 
 
@@ -1838,7 +1865,7 @@ def run(args):
     try:
         main(args)
     except tuple(codes) as error:
-        if int(os.environ.get("RANK", 0)) == 0:
+        if int(os.environ.get("RANK", 0)) == 0 or hasattr(error, "only_here"):
             print(f"{'stopped' if isinstance(error, StoppedBySignal) else 'error'}: {error}", file=sys.stderr)
         return codes[type(error)]
     finally:

@@ -354,7 +354,7 @@ def make_checkpoint(script, output_dir, step, **manifest):
     folder.mkdir(parents=True)
     (folder / "a").write_text("a")
     manifest = {"global_step": step, "files": {"a": script.digest(folder / "a")}} | manifest
-    (folder / script.MANIFEST_NAME).write_text(json.dumps(manifest))
+    (folder / script.MANIFEST_NAME).write_text(json.dumps(script.seal(manifest)))
     return folder
 
 

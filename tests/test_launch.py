@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from conftest import (
     ROOT,
     build_teacher,
     flags,
+    launch,
     load_script,
     picture_bytes,
     read_log,
@@ -256,7 +258,10 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path, changes):
     for name, steps in (("unbroken", 4), ("resumed", 2), ("resumed", 4)):
         line = flags(teacher, shards, tmp_path / name, max_train_steps=steps, **changes)
-        finish(script, line, tmp_path / "said")
+        done = launch(
+            line, Path(script.__file__).name
+        )  # a process of its own: bf16 kernels do not outlive a fork
+        assert done.returncode == 0, done.stderr[-2000:]
     assert_same(tmp_path / "resumed", tmp_path / "unbroken")
     for folder in ("checkpoint-2", "checkpoint-4"):
         weights = load_file(tmp_path / "resumed" / folder / "unet" / "adapter_model.safetensors")
@@ -313,7 +318,6 @@ REAL = {  # flag and value to change, what the last line has to name
     "empty teacher folder": ("pretrained_teacher_model", "{}/empty", r"--pretrained_teacher_model {}/empty"),
     "garbage shard": ("train_shards_path_or_url", "{}/garbage.tar", "picture cannot be decoded: 8"),
     "truncated shard": ("train_shards_path_or_url", "{}/cut.tar", "shard {}/cut.tar: is truncated"),
-    "fp16 on a CPU": ("mixed_precision", "fp16", "fp16"),
 }
 FORKED = {
     "inpainting teacher": ("pretrained_teacher_model", "{}/inpainting", "inpainting"),
