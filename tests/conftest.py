@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 import webdataset as wds
@@ -156,3 +157,9 @@ def launch(arguments, script="train_lcm_lora_sd15.py", processes=1, timeout=240,
 def read_log(output_dir):
     """Return the lines of a run's log.jsonl."""
     return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+def pytest_sessionfinish():
+    """Leave no process behind: one that a failed test forked would keep pytest from ending."""
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
