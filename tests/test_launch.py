@@ -133,7 +133,7 @@ def observe(folder):
     """Return a hook that notes, in folder/<rank>.jsonl, what each process trains on and its weights."""
 
     def hook(script):
-        loss_of = script.distillation_loss
+        loss_of, batch_of, batches = script.distillation_loss, script.next_batch, []
 
         def noting(*args, **kwargs):
             loss = loss_of(*args, **kwargs)
@@ -141,7 +141,7 @@ def observe(folder):
             lora = [value for value in given["unet"].parameters() if value.requires_grad]
             draws = given["draws"]
             row = {
-                "data": given["latents"].double().sum().item(), "eps": draws.eps.double().sum().item(),
+                "data": batches[-1]["caption"], "eps": draws.eps.double().sum().item(),
                 "w": draws.w.flatten().tolist(), "index": draws.index.tolist(), "loss": loss.item(),
                 "weights": sum(value.detach().double().abs().sum().item() for value in lora),
             }  # fmt: skip
@@ -149,7 +149,11 @@ def observe(folder):
                 file.write(json.dumps(row) + "\n")
             return loss
 
-        script.distillation_loss = noting
+        def keeping(*args):
+            batches.append(batch_of(*args))
+            return batches[-1]
+
+        script.distillation_loss, script.next_batch = noting, keeping
 
     return hook
 
@@ -185,7 +189,10 @@ def test_processes_differ_in_all_they_draw_and_agree_in_weights(two_processes):
     assert len(first) == len(second) == 12
     for name in ("data", "eps", "w", "index"):
         assert all(ours[name] != theirs[name] for ours, theirs in zip(first, second, strict=True)), name
-        assert len({str(row[name]) for row in first + second}) == 24, f"{name} comes twice"
+        assert name == "data" or len({str(row[name]) for row in first + second}) == 24, f"{name} comes twice"
+    for epoch in (slice(0, 6), slice(6, 12)):
+        captions = [caption for row in first[epoch] + second[epoch] for caption in row["data"]]
+        assert sorted(captions) == sorted(f"sea {i}" for i in range(24)), "each sample once an epoch"
     assert [row["weights"] for row in first] == [row["weights"] for row in second]
     assert len({row["weights"] for row in first}) == 6, "each update changes the weights"
     for row in read_log(two_processes / "out"):
