@@ -39,7 +39,7 @@ from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice
+from itertools import chain, islice, product
 from pathlib import Path
 
 SCRIPT_VERSION = "0.1.0"
@@ -52,6 +52,7 @@ FAMILY = "Stable Diffusion 1.x / 2.x"
 OTHER_SCRIPT = "train_lcm_lora_sdxl.py"
 DEFAULT_RESOLUTION_PX = 512
 DEFAULT_W_MIN = 5.0  # range of the released SD 1.5 recipe
+TEXT_PARTS = ("tokenizer", "text_encoder")
 KOHYA_ARCHITECTURE = "stable-diffusion-v1/lora"
 KOHYA_BASE_MODEL = "sd_v1"
 CARD_TAGS = (
@@ -73,7 +74,8 @@ KOHYA_NAME = "lcm_lora_kohya.safetensors"
 MANIFEST_NAME = "checkpoint.json"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-SHARD_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json")  # nothing else in a shard is read
+SHARD_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "safetensors")  # nothing else in a shard is read
+CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and says how they were made
 PACKAGES = (
     "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 )
@@ -375,6 +377,7 @@ import webdataset as wds
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import logging as diffusers_logging
@@ -384,6 +387,7 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -601,6 +605,7 @@ METADATA_KEYS = {
 }
 
 
+STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # of a shard that cannot be read on
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
 
 
@@ -624,7 +629,7 @@ def list_shards(values):
                     f"--train_shards_path_or_url {masked(value)}: {error}; mend it"
                 ) from error
             continue
-        found = sorted(str(path) for path in Path(value).glob("*.tar"))
+        found = sorted(str(path) for path in Path(value).glob("[!.]*.tar"))
         if not found:
             raise UnusableInput(f"--train_shards_path_or_url {value}: holds no .tar file; name one that does")
         shards += found
@@ -657,17 +662,24 @@ def check_shard(path):
         raise UnusableInput(f"shard {path}: is truncated, its end mark is missing{remedy}")
 
 
-def read_shard(shard, skipped):
-    """Yield a shard's samples, undecoded; a broken stream is read again, then counted and left."""
+def read_shard(shard, skipped, cache=None):
+    """Yield a shard's samples, undecoded; a broken stream is read again, then counted and left.
+
+    Where `cache` is the head of the first shard of a cache, those made in another way are counted and left.
+    """
     done = 0
     for attempt in range(READ_ATTEMPTS):
         time.sleep(attempt)
         try:
             for sample in islice(wds.tarfile_samples([{"url": shard}], select_files=is_data), done, None):
                 done += 1
-                yield sample
+                if sample["__key__"] != CACHE_KEY:
+                    yield sample
+                elif cache and cache["json"] != sample.get("json"):
+                    skipped[f"shard {shard} was cached in another way than the first one"] += 1
+                    return
             return
-        except (OSError, EOFError, ValueError, tarfile.TarError) as error:
+        except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[0] if error.args else error}"
     skipped[f"shard {shard} broke off ({cause})"] += 1
 
@@ -711,6 +723,12 @@ def check_metadata(metadata, args):
             raise SkippedSample(f"no {name} in the metadata")
         if value is not None and not passes(value, limit):
             raise SkippedSample(f"filtered by {name}")
+
+
+def check_side(original, metadata, args):
+    """Raise SkippedSample for an original of too few pixels a side, where the metadata says nothing of it."""
+    if "side" not in metadata and min(original) < args.min_image_side_px:
+        raise SkippedSample("filtered by smaller side")
 
 
 def caption_of(sample, metadata):
@@ -771,30 +789,45 @@ def crop(picture, args, rng):
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), (top, left)
 
 
-def prepare_sample(sample, args, epoch):
+def prepare_sample(sample, args, epoch, cached=False):
     """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, key).
 
     Raises:
         SkippedSample: a filter rejects it, or it cannot be read.
     """
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if image is None:
+    if image is None and not cached:
         raise SkippedSample("no picture")
     metadata = metadata_of(sample)
     check_metadata(metadata, args)
     caption = caption_of(sample, metadata)
+    if cached:
+        tensors = cached_tensors(sample)
+        check_side(tensors["time_ids"][:2].tolist(), metadata, args)
+        return tensors | {"caption": caption}
     picture, original = open_picture(image, args)
-    if "side" not in metadata and min(original) < args.min_image_side_px:
-        raise SkippedSample("filtered by smaller side")
+    check_side(original, metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
-    pixels, (top, left) = crop(picture, args, rng)
-    return {
-        "pixels": pixels,
-        "caption": caption,
-        # (height, width) and (top, left): what SDXL's UNet is told of a picture.
-        "original_size": (args.resolution,) * 2 if args.use_fix_crop_and_size else original[::-1],
-        "crop_top_left": (0, 0) if args.use_fix_crop_and_size else (top, left),
-    }
+    pixels, corner = crop(picture, args, rng)
+    size = original[::-1]
+    if args.use_fix_crop_and_size:
+        size, corner = pixels.shape[1:], (0, 0)
+    # What SDXL's UNet is told: original height and width, crop top and left, target height and width.
+    time_ids = torch.tensor([*size, *corner, *pixels.shape[1:]], dtype=torch.float32)
+    return {"pixels": pixels, "time_ids": time_ids, "caption": caption}
+
+
+def cached_tensors(sample):
+    """Return a cached sample's tensors: moments [2C,h,w], time ids [6] and the caption's embeddings."""
+    if "safetensors" not in sample:
+        raise SkippedSample("no cached tensors")
+    try:
+        tensors = load_tensors(sample["safetensors"])
+    except SafetensorError as error:
+        raise SkippedSample("cached tensors cannot be read") from error
+    if not {"moments", "time_ids", "prompt_embeds"} <= tensors.keys():
+        raise SkippedSample("cached tensors lack moments, time ids or embeddings")
+    return tensors
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -805,9 +838,12 @@ class ShardStream(torch.utils.data.IterableDataset):
     ends inside a shard, its neighbours share it by turns, sample by sample; so one shard serves any number.
     """
 
-    def __init__(self, shards, args, num_processes, process_index, num_batches=0, positions=None):
-        """Go on after `num_batches` of this process, each consumer from its (epoch, samples read in it)."""
-        self.shards, self.args = shards, args
+    def __init__(self, shards, args, num_processes, process_index, num_batches=0, positions=None, cache=None):
+        """Go on after `num_batches` of this process, each consumer from its (epoch, samples read in it).
+
+        `cache` is the head of shards that hold cached tensors, None for pictures.
+        """
+        self.shards, self.args, self.cache = shards, args, cache
         self.workers = max(1, args.dataloader_num_workers)
         self.consumers = num_processes * self.workers
         self.first_consumer = process_index * self.workers
@@ -823,12 +859,12 @@ class ShardStream(torch.utils.data.IterableDataset):
         first, last = consumer * units, (consumer + 1) * units
         for place in range(first // turns, -(-last // turns)):
             mine = range(max(first - place * turns, 0), min(last - place * turns, turns))
-            for number, sample in enumerate(read_shard(self.shards[order[place]], skipped)):
+            for number, sample in enumerate(read_shard(self.shards[order[place]], skipped, self.cache)):
                 if number % turns in mine:
                     yield sample
 
     def __iter__(self):
-        """Yield batches: pixels uint8 [B,3,R,R], lists for the rest, the position after it, skips."""
+        """Yield batches: pixels uint8 [B,3,R,R] or cached tensors, captions, the position after it, skips."""
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.num_batches) % self.workers
         consumer = self.first_consumer + worker
@@ -842,7 +878,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             )(self.raw_samples(epoch, consumer, skipped))
             for number, raw in enumerate(islice(shuffled, start, None), start + 1):
                 try:
-                    batch.append(prepare_sample(raw, self.args, epoch))
+                    batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
                 except SkippedSample as cause:
                     skipped[str(cause)] += 1
                     continue
@@ -863,9 +899,10 @@ class ShardStream(torch.utils.data.IterableDataset):
 
 
 def collate(samples):
-    """Return samples as one batch: the pixels stacked, the rest as lists."""
+    """Return samples as one batch: tensors stacked, captions as a list."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    return batch | {"pixels": torch.stack(batch["pixels"])}
+    tensors = {name for name, values in batch.items() if isinstance(values[0], torch.Tensor)}
+    return batch | {name: torch.stack(batch[name]) for name in tensors}
 
 
 def describe(skipped):
@@ -874,29 +911,85 @@ def describe(skipped):
 
 
 def audit(shards, args):
-    """Return (captions of usable samples, report line) after reading the first samples.
+    """Return (four usable samples, report line, head of the cache or None) after reading the first samples.
 
     Raises:
-        UnusableInput: none of them can be used; with counts by cause.
+        UnusableInput: none of them can be used, with counts by cause; or they are cached for another run.
     """
-    skipped, captions, examined = Counter(), [], 0
-    samples = chain.from_iterable(read_shard(shard, skipped) for shard in shards)
+    skipped, usable, examined = Counter(), [], 0
+    cache = find_cache(shards)
+    if cache:
+        check_cache(cache, args)
+    samples = chain.from_iterable(read_shard(shard, skipped, cache) for shard in shards)
     for examined, sample in enumerate(islice(samples, AUDIT_SAMPLES), 1):  # noqa: B007
         try:
-            captions.append(prepare_sample(sample, args, epoch=0)["caption"])
+            usable.append(prepare_sample(sample, args, epoch=0, cached=cache is not None))
         except SkippedSample as cause:
             skipped[str(cause)] += 1
-        if len(captions) == AUDIT_USABLE_SAMPLES:
+        if len(usable) == AUDIT_USABLE_SAMPLES:
             break
     causes = describe(skipped)
-    if not captions:
+    if not usable:
         raise UnusableInput(
             f"none of the first {examined} samples of --train_shards_path_or_url can be used "
             f"({causes or 'no samples'}); shards hold KEY.jpg|png|webp with KEY.txt or caption in KEY.json; "
             "loosen the filters or mend the shards"
         )
-    report = f"{len(shards)} shards; of the first {examined} samples {len(captions)} can be used"
-    return captions, f"{report} ({causes})" if causes else report
+    kind = "shards of cached tensors" if cache else "shards"
+    report = f"{len(shards)} {kind}; of the first {examined} samples {len(usable)} can be used"
+    for sample in usable:
+        sample.pop("pixels", None)  # other processes need only captions and their embeddings
+    return usable[:4], f"{report} ({causes})" if causes else report, cache
+
+
+def find_cache(shards):
+    """Return the head of the first shard that can be read, where it holds cached tensors, else None."""
+    for shard in shards:
+        try:
+            first = next(wds.tarfile_samples([{"url": shard}], select_files=is_data), None)
+        except STREAM_ERRORS:
+            continue  # the audit reads it again, and counts it
+        return first if first and first["__key__"] == CACHE_KEY else None
+    return None
+
+
+def check_cache(cache, args):
+    """Raise UnusableInput where the tensors of a cache were made for another run than the flags describe."""
+    remedy = "make it again with scripts/cache_latents.py, or train on the pictures"
+    try:
+        made, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
+    except (KeyError, ValueError, SafetensorError) as error:
+        raise UnusableInput(f"the cache's head cannot be read ({error}); {remedy}") from error
+    changed = [
+        f"{name} was {made.get(name)!r}, is {value!r}"
+        for name, value in cache_identity(args).items()
+        if made.get(name) != value
+    ]
+    if changed:
+        raise UnusableInput(f"the cache was made for another run ({'; '.join(changed)}); {remedy}")
+
+
+def cache_identity(args):
+    """Return what the tensors of a cache depend on, by flag; local models count by their contents."""
+    flags = (
+        "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
+        "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
+    )
+    identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags}
+    for name, value in identity.items():
+        if name.startswith("pretrained") and value and Path(value).exists():
+            identity[name] = f"sha256 {contents_digest(Path(value))}"
+    return identity
+
+
+def contents_digest(model):
+    """Return the sha256 of a model file, or of a folder's files; of a pipeline only VAE and text encoders."""
+    if model.is_file():
+        return digest(model)
+    parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
+    files = sorted(path for part in parts for path in part.rglob("*") if path.is_file())
+    whole = "".join(f"{path.relative_to(model)} {digest(path)}\n" for path in files)
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def make_loader(stream, cuda):
@@ -942,33 +1035,31 @@ def check_family(pipe):
 
 
 def encode_prompts(pipe, captions, device):
-    """Return the conditioning of captions: embeddings [B,L,D]; that of "" is the unconditional one."""
+    """Return the embeddings [B,L,D] of captions, by the pipeline's name for them; "" gives the uncond one."""
     prompt_embeds, _ = pipe.encode_prompt(captions, device, 1, do_classifier_free_guidance=False)
-    return {"encoder_hidden_states": prompt_embeds}
+    return {"prompt_embeds": prompt_embeds}
 
 
-def condition(pipe, batch, empty, device):
-    """Return (conditioning, uncond) of a batch, each with B rows; `empty` [B] marks captions to drop."""
-    captions = ["" if drop else caption for caption, drop in zip(batch["caption"], empty, strict=True)]
-    conditioning = encode_prompts(pipe, [*captions, ""], device)["encoder_hidden_states"]
-    uncond = conditioning[-1:].expand(len(captions), -1, -1)
-    return {"encoder_hidden_states": conditioning[:-1]}, {"encoder_hidden_states": uncond}
+def unet_inputs(embeds, _batch):
+    """Return what the UNet is given beside z_t and timesteps: embeddings only."""
+    return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
 # >>> shared: models
-def load_teacher(args, dtype, device):
+def load_teacher(args, dtype, device, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
+
+    `parts` take the place of the teacher's own; one that is None is not loaded.
 
     Raises:
         UnusableInput: it is missing, of another family, or its UNet does not take plain latents.
     """
-    options = {}
     try:
-        if args.pretrained_vae_model_name_or_path:
-            options["vae"] = AutoencoderKL.from_pretrained(
+        if args.pretrained_vae_model_name_or_path and "vae" not in parts:
+            parts["vae"] = AutoencoderKL.from_pretrained(
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
-        pipe = load_pipeline(args, dtype, **options)
+        pipe = load_pipeline(args, dtype, **parts)
         for module in pipe.components.values():
             if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
                 module.requires_grad_(False).eval().to(device)
@@ -985,28 +1076,35 @@ def load_teacher(args, dtype, device):
             f"--pretrained_teacher_model {args.pretrained_teacher_model} cannot be loaded: "
             f"{reason[:400]}{remedy}"
         ) from error
-    check_family(pipe)
-    if pipe.unet.config.in_channels != pipe.vae.config.latent_channels:
+    check_parts(pipe, args)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def check_parts(pipe, args):
+    """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
+    config = pipe.unet.config if pipe.unet else None
+    if config:
+        check_family(pipe)
+    if config and config.time_cond_proj_dim is not None:
         raise UnusableInput(
-            f"the teacher's UNet takes {pipe.unet.config.in_channels} channels, its VAE makes "
-            f"{pipe.vae.config.latent_channels}: inpainting models cannot be teachers"
+            "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
         )
-    if pipe.tokenizer.model_max_length > 10**6:
+    if config and config.in_channels != config.out_channels:
+        raise UnusableInput(
+            f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
+            "inpainting models cannot be teachers"
+        )
+    if pipe.tokenizer and pipe.tokenizer.model_max_length > 10**6:
         raise UnusableInput("the teacher's tokenizer has no maximum length: its folder is missing or damaged")
     if "beta_start" not in pipe.scheduler.config:
         raise UnusableInput(
             f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
         )
-    if pipe.unet.config.time_cond_proj_dim is not None:
-        raise UnusableInput(
-            "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
-        )
-    if args.resolution % pipe.vae_scale_factor:
+    if pipe.vae and args.resolution % pipe.vae_scale_factor:
         raise UnusableInput(
             f"--resolution {args.resolution}: must be a multiple of {pipe.vae_scale_factor} px"
         )
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
 
 
 def add_lora(unet, args):
@@ -1044,15 +1142,31 @@ def make_fast(unet, args):
         unet.compile_repeated_blocks()
 
 
-def encode_latents(vae, pixels, posterior_eps, args):
-    """Return scaled latents [B,4,h,w] f32 of pixels uint8 [B,3,R,R], sampled with the given noise."""
-    latents = []
-    for part, eps in zip(
-        pixels.split(args.vae_encode_batch_size), posterior_eps.split(args.vae_encode_batch_size), strict=True
-    ):
-        posterior = vae.encode((part.float() / 127.5 - 1).to(vae.dtype)).latent_dist
-        latents.append(posterior.mean.float() + posterior.std.float() * eps)
-    return torch.cat(latents) * vae.config.scaling_factor
+def encode_moments(vae, pixels, args):
+    """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,3,R,R]."""
+    parts = (part.float() / 127.5 - 1 for part in pixels.split(args.vae_encode_batch_size))
+    return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
+
+
+def sample_latents(moments, posterior_eps, scaling_factor):
+    """Return scaled latents [B,C,h,w] f32, sampled from moments [B,2C,h,w] with the given noise [B,C,h,w]."""
+    posterior = DiagonalGaussianDistribution(moments.float())
+    return (posterior.mean + posterior.std * posterior_eps) * scaling_factor
+
+
+def condition(uncond_embeds, batch, empty):
+    """Return the UNet's (conditioning, uncond) of a batch, each with B rows.
+
+    `uncond_embeds` are those of the empty caption, one row; captions that are empty or marked by `empty` [B]
+    get the same.
+    """
+    empty = [drop or not caption for drop, caption in zip(empty, batch["caption"], strict=True)]
+    uncond, embeds = {}, {}
+    for name, value in uncond_embeds.items():
+        uncond[name] = value.expand(batch[name].shape)
+        is_empty = torch.tensor(empty, device=value.device).view(-1, *[1] * (value.ndim - 1))
+        embeds[name] = torch.where(is_empty, value, batch[name].to(value.dtype))
+    return unet_inputs(embeds, batch), unet_inputs(uncond, batch)
 
 
 def make_optimizer(parameters, args, num_processes):
@@ -1399,37 +1513,37 @@ class Log:
         self.started = time.monotonic()
 
 
-def validate(accelerator, pipe, prompts, args, global_step, dtype):
+def validate(job):
     """Draw every prompt at 1, 2, 4 and 8 steps with the LoRA, and give the pictures to every tracker.
 
     Returns the pictures as {steps: [picture of each prompt]}; they are also in `validation/` as one grid.
     """
-    scheduler = pipe.scheduler
+    args, device = job.args, job.accelerator.device
+    if not job.pipe.vae:  # a run on cached latents needs it only here
+        parts = {name: getattr(job.pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
+        job.pipe = load_teacher(args, job.dtype, device, **parts)
+    pipe, scheduler = job.pipe, job.pipe.scheduler
     pipe.scheduler = LCMScheduler.from_config(
         scheduler.config,
         original_inference_steps=args.num_ddim_timesteps,
         timestep_scaling=args.timestep_scaling_factor,
     )
     pipe.unet.eval()
-    drawn = {}
-    with (
-        torch.no_grad(),
-        torch.autocast(accelerator.device.type, dtype=dtype, enabled=dtype != torch.float32),
-    ):
-        for steps in VALIDATION_STEPS:
-            drawn[steps] = [
-                pipe(
-                    prompt, num_inference_steps=steps, guidance_scale=1.0, height=args.resolution,
-                    width=args.resolution, generator=torch.Generator().manual_seed(args.seed + number),
-                ).images[0]
-                for number, prompt in enumerate(prompts)
-            ]  # fmt: skip
+    drawn = {steps: [] for steps in VALIDATION_STEPS}
+    with torch.no_grad(), torch.autocast(device.type, dtype=job.dtype, enabled=job.dtype != torch.float32):
+        for steps, number in product(VALIDATION_STEPS, range(len(job.prompts))):
+            embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
+            generator = torch.Generator().manual_seed(args.seed + number)
+            drawn[steps] += pipe(
+                **embeds, num_inference_steps=steps, guidance_scale=1.0, generator=generator,
+                height=args.resolution, width=args.resolution,
+            ).images  # fmt: skip
     pipe.scheduler = scheduler
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    grid_of(drawn).save(folder / f"step-{global_step:07d}.png")
-    for tracker in accelerator.trackers:
-        log_pictures(tracker, drawn, prompts, global_step)
+    grid_of(drawn).save(folder / f"step-{job.state.global_step:07d}.png")
+    for tracker in job.accelerator.trackers:
+        log_pictures(tracker, drawn, job.prompts, job.state.global_step)
     return drawn
 
 
@@ -1708,20 +1822,29 @@ class Job:
     student: torch.nn.Module  # the same UNet, wrapped for several processes
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    scaling_factor: float  # of the latents
+    uncond_embeds: dict  # of the empty caption, one row
     prompts: list  # to draw at validation
+    prompt_embeds: dict  # of the prompts
     state: RunState
 
 
 def batch_loss(job, batch, micro_step):
-    """Return the distillation loss of one batch from the loader."""
+    """Return the distillation loss of one batch from the loader, of pictures or of cached tensors."""
     args, pipe, device = job.args, job.pipe, job.accelerator.device
-    side = args.resolution // pipe.vae_scale_factor
-    shape = (len(batch["caption"]), pipe.vae.config.latent_channels, side, side)
-    draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
+    batch = {
+        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
+        for name, value in batch.items()
+    }
     with torch.no_grad():
-        pixels = batch["pixels"].to(device, non_blocking=True)
-        latents = encode_latents(pipe.vae, pixels, draws.posterior_eps, args)
-        conditioning, uncond = condition(pipe, batch, draws.empty, device)
+        if "pixels" in batch:
+            batch["moments"] = encode_moments(pipe.vae, batch["pixels"], args)
+            batch |= encode_prompts(pipe, batch["caption"], device)
+        moments = batch["moments"]
+        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
+        latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
+        conditioning, uncond = condition(job.uncond_embeds, batch, draws.empty)
     return distillation_loss(
         job.student, pipe.unet, job.schedule, latents, conditioning, uncond, draws, args, job.dtype
     )
@@ -1765,7 +1888,7 @@ def train(job, loader, log):
         if args.validation_steps and state.global_step % args.validation_steps == 0 and not last:
             log.flush()  # trackers want steps in order
             if accelerator.is_main_process:
-                validate(accelerator, job.pipe, job.prompts, args, state.global_step, job.dtype)
+                validate(job)
             accelerator.wait_for_everyone()
         if not log.rows:
             log.restart_clock()
@@ -1777,7 +1900,7 @@ def finish(job):
     total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
         save_lora(pipe.unet, type(pipe), args.output_dir, args)
-        drawn = validate(accelerator, pipe, job.prompts, args, job.state.global_step, job.dtype)
+        drawn = validate(job)
         write_card(args, drawn, job.prompts, accelerator.num_processes)
         tqdm.write(f"skipped samples: {describe(total) or 'none'}", file=sys.stderr)
         tqdm.write(f"the LoRA is {Path(args.output_dir) / WEIGHTS_NAME}", file=sys.stderr)
@@ -1787,10 +1910,38 @@ def finish(job):
     accelerator.end_training()
 
 
-def make_job(args, accelerator, prompts):
+def load_models(args, dtype, device, samples, cache):
+    """Return (teacher's pipeline, scaling factor, embeddings of "", prompts to draw, their embeddings).
+
+    From a cache, VAE and text encoders stay away; --validation_prompts alone needs the encoders for a moment.
+    """
+    prompts = args.validation_prompts or [sample["caption"] for sample in samples]
+    with torch.no_grad():
+        if not cache:
+            pipe = load_teacher(args, dtype, device)
+            uncond_embeds, prompt_embeds = (encode_prompts(pipe, texts, device) for texts in ([""], prompts))
+            return pipe, pipe.vae.config.scaling_factor, uncond_embeds, prompts, prompt_embeds
+        uncond_embeds = load_tensors(cache["safetensors"])
+        if args.validation_prompts:
+            prompt_embeds = encode_prompts(
+                load_teacher(args, dtype, device, unet=None, vae=None), prompts, device
+            )
+        else:
+            prompt_embeds = {
+                name: torch.stack([sample[name] for sample in samples]) for name in uncond_embeds
+            }
+    pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
+    uncond_embeds, prompt_embeds = (
+        {name: value.to(device, dtype) for name, value in embeds.items()}
+        for embeds in (uncond_embeds, prompt_embeds)
+    )
+    return pipe, json.loads(cache["json"])["scaling_factor"], uncond_embeds, prompts, prompt_embeds
+
+
+def make_job(args, accelerator, samples, cache):
     """Return the Job of a run from its start: models, LoRA, optimizer."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    pipe = load_teacher(args, dtype, accelerator.device)
+    pipe, *rest = load_models(args, dtype, accelerator.device, samples, cache)
     schedule = make_schedule(
         pipe.scheduler.config, args.num_ddim_timesteps, args.timestep_scaling_factor, accelerator.device
     )
@@ -1800,13 +1951,13 @@ def make_job(args, accelerator, prompts):
     register_hooks(accelerator, pipe.unet, type(pipe), args)
     student, optimizer = accelerator.prepare(pipe.unet, optimizer)
     accelerator.register_for_checkpointing(lr_schedule)
-    return Job(args, accelerator, dtype, pipe, schedule, student, optimizer, lr_schedule, prompts, RunState())
+    return Job(args, accelerator, dtype, pipe, schedule, student, optimizer, lr_schedule, *rest, RunState())
 
 
-def make_stream(job, shards, manifest):
+def make_stream(job, shards, cache, manifest):
     """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
     args, accelerator, state = job.args, job.accelerator, job.state
-    stream = ShardStream(shards, args, accelerator.num_processes, accelerator.process_index)
+    stream = ShardStream(shards, args, accelerator.num_processes, accelerator.process_index, cache=cache)
     if manifest:
         state.global_step = manifest["global_step"]
         state.positions = {
@@ -1830,7 +1981,7 @@ def main(args):
     # What cannot be trained on is said before any model loads.
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     args.num_shards = len(shards)  # one more or less would move every position of a resumed run
-    captions, report = agree(accelerator, audit, shards, args)
+    samples, report, cache = agree(accelerator, audit, shards, args)
     say(f"data: {report}")
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     if manifest:
@@ -1845,12 +1996,12 @@ def main(args):
         agree(accelerator, make_repository, args)
     write_record(args, accelerator)
 
-    job = make_job(args, accelerator, args.validation_prompts or captions[:4])
+    job = make_job(args, accelerator, samples, cache)
     say(f"LoRA: {job.pipe.unet.num_parameters(only_trainable=True):,} trainable parameters")
     listen(job.state)
     if manifest:
         accelerator.load_state(str(folder))
-    loader = make_loader(make_stream(job, shards, manifest), accelerator.device.type == "cuda")
+    loader = make_loader(make_stream(job, shards, cache, manifest), accelerator.device.type == "cuda")
     log = Log(accelerator, args, job.state.global_step)
     try:
         train(job, loader, log)

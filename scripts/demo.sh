@@ -1,24 +1,31 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
-# Distil an LCM-LoRA from the small teacher in assets/, and show what it is worth: in a grid and in a table.
+# Distil an LCM-LoRA from a small teacher in assets/, and show what it is worth: in a grid and in a table.
+# `demo.sh` takes the Stable Diffusion 1.5 one, `demo.sh sdxl` that of SDXL.
 # Needs Python 3.11 or later and two CPU cores. A second run reuses what is there; delete outputs/ to start over.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+family=${1:-sd15}
+case $family in
+  sd15) data=outputs/demo-data kind=() ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) ;;
+  *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
+esac
+teacher=assets/demo-teacher-$family out=outputs/demo-$family
 . scripts/environment.sh
 export PATH=$PWD/.venv/bin:$PATH ACCELERATE_USE_CPU=true
-teacher=assets/demo-teacher-sd15 data=outputs/demo-data out=outputs/demo-sd15
 
 say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 pictures to train on: $data"
 if [ ! -e "$data/complete" ]; then
-  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000
+  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000 "${kind[@]}"
   touch "$data/complete"
 fi
 
 say "2/4 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
-  torchrun --nproc_per_node 2 train_lcm_lora_sd15.py \
+  torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
     --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 8e-4 --lr_scheduler linear \
     --w_min 5.5 --w_max 7.5 --checkpointing_steps 100 --checkpoints_total_limit 1 --validation_steps 100

@@ -6,4 +6,5 @@ cd "$(dirname "$0")/.."
 . scripts/environment.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
+.venv/bin/python scripts/check_shared.py
 exec .venv/bin/python -m pytest "$@"

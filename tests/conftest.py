@@ -40,7 +40,7 @@ def trainer():
 
 def build_teacher(folder, prediction_type="epsilon", **schedule):
     """Write a random StableDiffusionPipeline that has every module a LoRA targets."""
-    from train_teacher import build_tokenizer
+    from architectures import build_tokenizer
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer-files")

@@ -379,38 +379,42 @@ class Scene:
                 self.canvas.ellipse(self.box(rng.uniform(), rng.uniform(), r, r), (250, 250, 255, 240))
 
 
-def draw_sample(index, seed=0, size=64):
-    """Return picture `index` as (uint8 array [size, size, 3], four attribute indices)."""
+def draw_sample(index, seed=0, size=64, varied=False):
+    """Return picture `index` as (uint8 array [size, size, 3], four attribute indices).
+
+    Varied ones are as files of a mixed collection: 55% like that, 15% of half the side, 15% a wide part of a
+    larger picture, [size, 1.5 size, 3], and 15% a tall part.
+    """
     rng = np.random.default_rng((seed, index))
     labels = [int(rng.integers(len(names))) for names in ATTRIBUTES]
-    return np.asarray(Scene(labels, rng, size).draw()), labels
+    kind = rng.choice(("square", "small", "wide", "tall"), p=(0.55, 0.15, 0.15, 0.15)) if varied else "square"
+    side = {"square": size, "small": size // 2}.get(kind, size * 3 // 2)
+    picture = np.asarray(Scene(labels, rng, side).draw())
+    part = slice((side - size) // 2, (side + size) // 2)
+    return {"wide": picture[part], "tall": picture[:, part]}.get(kind, picture), labels
 
 
-def draw_dataset(num_samples, seed=0, size=64):
-    """Return (pictures uint8 [N, size, size, 3], labels int64 [N, 4]), drawn on all cores."""
+def draw_dataset(num_samples, seed=0, size=64, varied=False):
+    """Return (list of pictures uint8 [H, W, 3], labels int64 [N, 4]), drawn on all cores."""
+    draw = partial(draw_sample, seed=seed, size=size, varied=varied)
     with ProcessPoolExecutor() as pool:
-        drawn = list(pool.map(partial(draw_sample, seed=seed, size=size), range(num_samples), chunksize=250))
-    return np.stack([picture for picture, _ in drawn]), np.array([labels for _, labels in drawn])
+        pictures, labels = zip(*pool.map(draw, range(num_samples), chunksize=250), strict=True)
+    return list(pictures), np.array(labels)
 
 
-def write_shards(output_dir, num_samples, samples_per_shard, seed, size):
+def write_shards(output_dir, num_samples, samples_per_shard, seed, size, varied):
     """Write pictures with captions and sizes as webdataset shards named 00000.tar onwards."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    pictures, labels = draw_dataset(num_samples, seed, size)
+    pictures, labels = draw_dataset(num_samples, seed, size, varied)
     for first in range(0, num_samples, samples_per_shard):
         shard = output_dir / f"{first // samples_per_shard:05d}.tar"
         with wds.TarWriter(str(shard)) as writer:
             for i in range(first, min(first + samples_per_shard, num_samples)):
                 png = io.BytesIO()
                 Image.fromarray(pictures[i]).save(png, "PNG")
-                caption = caption_of(labels[i])
-                record = {
-                    "caption": caption,
-                    "width": size,
-                    "height": size,
-                    "original_width": size,
-                    "original_height": size,
-                }
+                caption, (height, width, _) = caption_of(labels[i]), pictures[i].shape
+                record = {"caption": caption, "width": width, "height": height}
+                record |= {"original_width": width, "original_height": height}
                 writer.write(
                     {
                         "__key__": f"{i:07d}",
@@ -437,8 +441,11 @@ def main():
         "--seed", type=int, default=1, help="the teacher's own pictures have seed 0 (default: %(default)s)"
     )
     parser.add_argument("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
+    parser.add_argument("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
     args = parser.parse_args()
-    write_shards(args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution)
+    write_shards(
+        args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied
+    )
     print(f"{args.num_samples} pictures in {args.output_dir}", file=sys.stderr)
 
 

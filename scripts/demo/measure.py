@@ -94,7 +94,7 @@ def measure(args, accelerator):
         np.stack([rng.integers(len(names), size=args.num_images) for names in ATTRIBUTES], 1)
     )
     captions = [caption_of(row) for row in labels.tolist()]
-    judge = Judge.load(Path(args.pretrained_teacher_model) / "judge.safetensors")
+    judge = Judge.load(args.judge)
     pipe = load_pipeline(args.pretrained_teacher_model)
     load_lora(pipe, args.lora)
     with accelerator.split_between_processes(list(range(args.num_images))) as share:
@@ -185,6 +185,9 @@ def main():
     )
     parser.add_argument(
         "--pretrained_teacher_model", default="assets/demo-teacher-sd15", help="default: %(default)s"
+    )
+    parser.add_argument(
+        "--judge", default="assets/demo-teacher-sd15/judge.safetensors", help="default: %(default)s"
     )
     parser.add_argument("--lora", required=True, help="folder or file of the LoRA")
     parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and table.md")

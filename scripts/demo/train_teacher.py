@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Train the demo teacher: judge, VAE, then text encoder and UNet, on landscapes drawn here.
+"""Train a demo teacher: judge, VAE, then text encoders and UNet, on landscapes drawn here.
 
-    bash scripts/demo/make_teacher.sh
+    bash scripts/demo/make_teacher.sh sd15
+    bash scripts/demo/make_teacher.sh sdxl
 
-runs this file in two processes. Each stage leaves its result in --work_dir and is skipped when that is there.
-Output: a complete `StableDiffusionPipeline` in float16 and the judge.
+run this file in two processes; the second takes judge and VAE from the first one's result. Each stage leaves
+its result in --work_dir and is skipped when that is there.
+Output: a complete `StableDiffusionPipeline` or `StableDiffusionXLPipeline` in float16, and with a new judge
+that judge.
 """
 
 import argparse
 import copy
-import json
 import time
 from pathlib import Path
 
@@ -17,29 +19,46 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from architectures import BUILDERS, TOKENS
+from diffusers import AutoencoderKL, DDPMScheduler
 from diffusers.training_utils import EMAModel, compute_snr
 from judge import Judge
-from landscapes import caption_of, draw_dataset, vocabulary
+from landscapes import caption_of, draw_dataset
+from PIL import Image
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 RESOLUTION = 64
-TOKENS = 24
-TEXT_WIDTH = 96
 EMPTY_CAPTIONS = 0.1
 MIN_SNR_GAMMA = 5.0
 
 
 def load_pictures(accelerator, args):
-    """Return (pictures uint8 [N,H,W,3] memory-mapped, labels [N,4]); the first process draws them once."""
+    """Return (pictures uint8 [N,H,W,3] memory-mapped, labels [N,4], time ids [N,6]).
+
+    The first process draws them once. SDXL's are of varied sizes and are cropped, and the time ids say how:
+    (original height, width, crop top, left, target height, width), in px.
+    """
     path = args.work_dir / f"pictures-{args.num_samples}.npy"
     if accelerator.is_main_process and not path.exists():
-        pictures, labels = draw_dataset(args.num_samples, seed=0, size=RESOLUTION)
+        drawn, labels = draw_dataset(args.num_samples, 0, RESOLUTION, varied=args.family == "sdxl")
+        rng = np.random.default_rng(0)
+        pictures, time_ids = zip(*(random_crop(picture, rng) for picture in drawn), strict=True)
         np.save(path.with_name("labels.npy"), labels)
-        np.save(path, pictures)
+        np.save(path.with_name("time_ids.npy"), np.array(time_ids))
+        np.save(path, np.stack(pictures))
     accelerator.wait_for_everyone()
-    return np.load(path, mmap_mode="r"), torch.as_tensor(np.load(path.with_name("labels.npy")))
+    labels, time_ids = (torch.as_tensor(np.load(path.with_name(f"{n}.npy"))) for n in ("labels", "time_ids"))
+    return np.load(path, mmap_mode="r"), labels, time_ids
+
+
+def random_crop(picture, rng):
+    """Return (a square of RESOLUTION of a picture resized to hold it, its time ids)."""
+    height, width = picture.shape[:2]
+    scale = RESOLUTION / min(height, width)
+    resized = Image.fromarray(picture).resize((round(width * scale), round(height * scale)))
+    top, left = (int(rng.integers(length - RESOLUTION + 1)) for length in (resized.height, resized.width))
+    square = resized.crop((left, top, left + RESOLUTION, top + RESOLUTION))
+    return np.asarray(square), (height, width, top, left, RESOLUTION, RESOLUTION)
 
 
 def to_pixels(pictures):
@@ -91,7 +110,7 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
 
 def train_judge(accelerator, args, pictures, labels):
     """Return the judge, trained on blurred and noisy pictures too, as a VAE makes them."""
-    path = args.output_dir / "judge.safetensors"
+    path = (args.parts_from or args.output_dir) / "judge.safetensors"
     if path.exists():
         return Judge.load(path)
 
@@ -134,9 +153,9 @@ class Reconstruction(nn.Module):
 
 def train_vae(accelerator, args, pictures, judge, labels):
     """Return the VAE, with its scaling factor set to 1 / standard deviation of the latents."""
-    path = args.work_dir / "vae"
+    path = (args.parts_from or args.work_dir) / "vae"
     if path.exists():
-        return AutoencoderKL.from_pretrained(path).eval()
+        return AutoencoderKL.from_pretrained(path, dtype=torch.float32).eval()
     torch.manual_seed(0)
     vae = AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 3, up_block_types=["UpDecoderBlock2D"] * 3,
@@ -181,82 +200,29 @@ def train_vae(accelerator, args, pictures, judge, labels):
     return vae
 
 
-def build_tokenizer(folder):
-    """Return a CLIP tokenizer: every caption word is one token, any other text splits into letters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # CLIP's byte-level alphabet: printable bytes are themselves, the others code points from 256.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    merges = []
-    for word in vocabulary():
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:
-            pieces = merge(pieces, pair)
-        while len(pieces) > 1:
-            merges.append(tuple(pieces[:2]))
-            pieces = merge(pieces, merges[-1])
-    tokens = [
-        *letters,
-        *(c + "</w>" for c in letters),
-        *("".join(p) for p in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(p) for p in merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
-def merge(pieces, pair):
-    """Return pieces with every neighbouring occurrence of pair joined, as one BPE merge does."""
-    result = []
-    for piece in pieces:
-        if result and (result[-1], piece) == pair:
-            result[-1] += piece
-        else:
-            result.append(piece)
-    return result
-
-
 class TextToNoise(nn.Module):
-    """Text encoder and UNet as one module."""
+    """Text encoders and UNet as one module, so that DistributedDataParallel sees one forward."""
 
-    def __init__(self, text_encoder, unet):
-        """Wrap both."""
+    def __init__(self, pipe):
+        """Wrap a pipeline's; SDXL's first encoder never uses its last layer."""
         super().__init__()
-        self.text_encoder, self.unet = text_encoder, unet
+        self.text_encoder, self.unet = pipe.text_encoder, pipe.unet
+        self.text_encoder_2 = getattr(pipe, "text_encoder_2", None)
+        if self.text_encoder_2:
+            body = getattr(self.text_encoder, "text_model", self.text_encoder)
+            body.encoder.layers[-1].requires_grad_(False)
+            body.final_layer_norm.requires_grad_(False)
 
-    def forward(self, z_t, timesteps, input_ids):
-        """Return the noise predicted for z_t [B,4,h,w] at timesteps [B] with tokens [B,L]."""
-        return self.unet(z_t, timesteps, self.text_encoder(input_ids).last_hidden_state).sample
-
-
-def build_pipeline(args, vae):
-    """Return an untrained StableDiffusionPipeline: SD 1.5's architecture in small, and its noise schedule."""
-    torch.manual_seed(1)
-    tokenizer = build_tokenizer(args.work_dir / "tokenizer")
-    text_encoder = CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2, num_attention_heads=4, max_position_embeddings=TOKENS,
-            hidden_act="quick_gelu", projection_dim=TEXT_WIDTH, bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-        )
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=RESOLUTION // 4, block_out_channels=(32, 64, 128), layers_per_block=1, norm_num_groups=8,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-        cross_attention_dim=TEXT_WIDTH, attention_head_dim=4,
-    )  # fmt: skip
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, steps_offset=1,
-    )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    def forward(self, z_t, timesteps, input_ids, empty, time_ids):
+        """Return the noise predicted for z_t [B,4,h,w], tokens [B,L], drops [B] and time ids [B,6]."""
+        if not self.text_encoder_2:
+            return self.unet(z_t, timesteps, self.text_encoder(input_ids).last_hidden_state).sample
+        first = self.text_encoder(input_ids, output_hidden_states=True)
+        second = self.text_encoder_2(input_ids, output_hidden_states=True)
+        prompt_embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+        kept = (~empty).float()[:, None]  # SDXL's embeddings of the empty caption are zeros
+        added = {"text_embeds": kept * second.text_embeds, "time_ids": time_ids}
+        return self.unet(z_t, timesteps, kept[..., None] * prompt_embeds, added_cond_kwargs=added).sample
 
 
 @torch.no_grad()
@@ -285,9 +251,9 @@ def encode_pictures(accelerator, args, vae, pictures):
     return torch.as_tensor(np.load(path))
 
 
-def train_unet(accelerator, args, pipe, moments, labels):
-    """Train the pipeline's text encoder and UNet jointly to predict noise, saving the pipeline as it goes."""
-    scheduler = pipe.scheduler
+def train_unet(accelerator, args, pipe, moments, labels, time_ids):
+    """Train text encoders and UNet jointly to predict noise, saving the pipeline as it goes."""
+    scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     captions = [caption_of(row) for row in labels.tolist()]
     tokenize = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
     ids_of = {text: pipe.tokenizer(text, **tokenize).input_ids[0] for text in {*captions, ""}}
@@ -297,14 +263,13 @@ def train_unet(accelerator, args, pipe, moments, labels):
         latents = (
             mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)
         ) * pipe.vae.config.scaling_factor
-        kept = ["" if torch.rand(()) < EMPTY_CAPTIONS else captions[i] for i in indices]
+        empty = torch.rand(len(indices)) < EMPTY_CAPTIONS
+        input_ids = torch.stack(
+            [ids_of["" if drop else captions[i]] for i, drop in zip(indices, empty, strict=True)]
+        )
         eps, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
         z_t = scheduler.add_noise(latents, eps, timesteps)
-        error = (
-            (model(z_t, timesteps, torch.stack([ids_of[text] for text in kept])) - eps)
-            .square()
-            .mean((1, 2, 3))
-        )
+        error = (model(z_t, timesteps, input_ids, empty, time_ids[indices]) - eps).square().mean((1, 2, 3))
         snr = compute_snr(scheduler, timesteps)
         return (
             error * snr.clamp(max=MIN_SNR_GAMMA) / snr
@@ -314,8 +279,7 @@ def train_unet(accelerator, args, pipe, moments, labels):
         if accelerator.is_main_process:
             save_pipeline(pipe, args.output_dir)
 
-    model = TextToNoise(pipe.text_encoder, pipe.unet)
-    fit(accelerator, "unet", model, batch_loss, args.unet_updates, 1e-3, len(moments), after=save)
+    fit(accelerator, "unet", TextToNoise(pipe), batch_loss, args.unet_updates, 1e-3, len(moments), after=save)
 
 
 def save_pipeline(pipe, folder):
@@ -324,13 +288,20 @@ def save_pipeline(pipe, folder):
         name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
         for name, part in pipe.components.items()
     }
-    type(pipe)(**halves, requires_safety_checker=False).save_pretrained(folder)
+    options = {"requires_safety_checker", "force_zeros_for_empty_prompt"} & pipe.config.keys()
+    type(pipe)(**halves, **{name: pipe.config[name] for name in options}).save_pretrained(folder)
 
 
 def main():
     """Run the stages that have not run yet."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher"
+    )
+    parser.add_argument(
+        "--parts_from", type=Path, help="folder of a demo teacher whose judge and VAE to use (default: train)"
     )
     parser.add_argument(
         "--output_dir", type=Path, required=True, help="folder for the pipeline and the judge"
@@ -351,12 +322,12 @@ def main():
     args = parser.parse_args()
     accelerator = Accelerator(cpu=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)
-    pictures, labels = load_pictures(accelerator, args)
+    pictures, labels, time_ids = load_pictures(accelerator, args)
     judge = train_judge(accelerator, args, pictures, labels)
     vae = train_vae(accelerator, args, pictures, judge, labels)
     moments = encode_pictures(accelerator, args, vae, pictures)
-    pipe = build_pipeline(args, vae)
-    train_unet(accelerator, args, pipe, moments, labels)
+    pipe = BUILDERS[args.family](args.work_dir / "tokenizer", vae, RESOLUTION // 4)
+    train_unet(accelerator, args, pipe, moments, labels, time_ids)
     if accelerator.is_main_process:
         save_pipeline(pipe, args.output_dir)
     accelerator.end_training()
