@@ -1530,14 +1530,17 @@ def validate(job):
     )
     pipe.unet.eval()
     drawn = {steps: [] for steps in VALIDATION_STEPS}
-    with torch.no_grad(), torch.autocast(device.type, dtype=job.dtype, enabled=job.dtype != torch.float32):
-        for steps, number in product(VALIDATION_STEPS, range(len(job.prompts))):
-            embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
-            generator = torch.Generator().manual_seed(args.seed + number)
-            drawn[steps] += pipe(
+    for steps, number in product(VALIDATION_STEPS, range(len(job.prompts))):
+        embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
+        generator = torch.Generator().manual_seed(args.seed + number)
+        with torch.autocast(device.type, dtype=job.dtype, enabled=job.dtype != torch.float32):
+            latents = pipe(
                 **embeds, num_inference_steps=steps, guidance_scale=1.0, generator=generator,
-                height=args.resolution, width=args.resolution,
+                height=args.resolution, width=args.resolution, output_type="latent",
             ).images  # fmt: skip
+        with torch.no_grad():  # without autocast: SDXL's own VAE is in float32 in an fp16 run
+            pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / job.scaling_factor).sample
+        drawn[steps] += pipe.image_processor.postprocess(pixels, output_type="pil")
     pipe.scheduler = scheduler
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
