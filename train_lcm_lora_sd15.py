@@ -391,6 +391,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
+from webdataset.tariterators import group_by_keys
 
 # <<< shared: imports
 
@@ -671,7 +672,7 @@ def read_shard(shard, skipped, cache=None):
     for attempt in range(READ_ATTEMPTS):
         time.sleep(attempt)
         try:
-            for sample in islice(wds.tarfile_samples([{"url": shard}], select_files=is_data), done, None):
+            for sample in islice(group_by_keys(shard_members(shard)), done, None):
                 done += 1
                 if sample["__key__"] != CACHE_KEY:
                     yield sample
@@ -682,6 +683,37 @@ def read_shard(shard, skipped, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[0] if error.args else error}"
     skipped[f"shard {shard} broke off ({cause})"] += 1
+
+
+class Member(tarfile.TarInfo):
+    """A member of a tar; the tar must end in its end mark, where tarfile takes any odd header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        """Return the next member; raises ReadError where there is neither one nor the end mark."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise  # the end mark
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"ends before its end mark: {error}") from error
+
+
+def shard_members(shard):
+    """Yield the members of a shard that are read, as group_by_keys of webdataset wants them.
+
+    Raises:
+        one of STREAM_ERRORS: the tar cannot be read to its end, or the command that gives it failed.
+    """
+    stream = wds.gopen(shard)
+    with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
+        for member in tar:
+            if member.isreg() and is_data(member.name):
+                yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": shard}
+            tar.members = []  # else it keeps them all
+    while stream.read(2**20):
+        pass  # a command whose output nobody reads would fail
+    stream.close()  # raises where the command did
 
 
 def is_data(name):
@@ -946,7 +978,7 @@ def find_cache(shards):
     """Return the head of the first shard that can be read, where it holds cached tensors, else None."""
     for shard in shards:
         try:
-            first = next(wds.tarfile_samples([{"url": shard}], select_files=is_data), None)
+            first = next(group_by_keys(shard_members(shard)), None)
         except STREAM_ERRORS:
             continue  # the audit reads it again, and counts it
         return first if first and first["__key__"] == CACHE_KEY else None

@@ -419,7 +419,7 @@ def member_offset(folder, number):
         return tar.getmembers()[number].offset
 
 
-@pytest.mark.parametrize("inside", [True], ids=["inside a file"])
+@pytest.mark.parametrize("inside", [True, False], ids=["inside a file", "between two files"])
 def test_a_connection_that_dies_is_named_and_its_shard_left(script, layouts, server, monkeypatch, inside):
     monkeypatch.setattr(script.time, "sleep", lambda _: None)
     size = member_offset(layouts, 15) + 700 * inside  # five whole samples
