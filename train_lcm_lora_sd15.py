@@ -1081,20 +1081,21 @@ def unet_inputs(embeds, _batch):
 def load_teacher(args, dtype, device, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
-    `parts` take the place of the teacher's own; one that is None is not loaded.
+    `parts` take the place of the teacher's own, as they are; one that is None is not loaded.
 
     Raises:
         UnusableInput: it is missing, of another family, or its UNet does not take plain latents.
     """
+    options = dict(parts)
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
-            parts["vae"] = AutoencoderKL.from_pretrained(
+            options["vae"] = AutoencoderKL.from_pretrained(
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
-        pipe = load_pipeline(args, dtype, **parts)
-        for module in pipe.components.values():
-            if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
-                module.requires_grad_(False).eval().to(device)
+        pipe = load_pipeline(args, dtype, **options)
+        for name, module in pipe.components.items():
+            if isinstance(module, torch.nn.Module) and name not in parts:
+                module.requires_grad_(False).eval().to(device)  # fails if a file lacks weights
     except (
         OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError,
         diffusers.loaders.single_file_utils.SingleFileComponentError,
