@@ -13,12 +13,24 @@ import psutil
 import pytest
 import torch
 import webdataset as wds
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from PIL import Image
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ["train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"]
+FAMILIES = ["sd15", "sdxl"]  # as the tests are named
+# For whole runs of what both families share and nothing of the model touches; all other tests run on both.
+one_family = pytest.mark.parametrize("script", SCRIPTS[:1], ids=FAMILIES[:1], indirect=True)
 SIDE = 32  # px of the test pictures; latents are half of it
+NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 sys.path.insert(0, str(ROOT / "scripts" / "demo"))
 torch.set_num_threads(1)
 
@@ -35,7 +47,43 @@ def load_script(path):
 
 @pytest.fixture(scope="session")
 def trainer():
-    return load_script("train_lcm_lora_sd15.py")
+    return load_script(SCRIPTS[0])
+
+
+@pytest.fixture(scope="module", params=SCRIPTS, ids=FAMILIES)
+def script(request):
+    """Each training script in turn, as a module."""
+    return load_script(request.param)
+
+
+def tiny_text(tokenizer, kind=CLIPTextModel, width=16, layers=1, **changes):
+    """Return a random CLIP text encoder."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=width, intermediate_size=32, num_hidden_layers=layers,
+        num_attention_heads=2, max_position_embeddings=24,
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, **changes,
+    )  # fmt: skip
+    return kind(config)
+
+
+def tiny_unet(**changes):
+    """Return a random UNet that has every module a LoRA targets."""
+    config = {
+        "sample_size": SIDE // 2, "block_out_channels": (8, 16), "layers_per_block": 1, "norm_num_groups": 4,
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), "cross_attention_dim": 16,
+        "attention_head_dim": 2,
+    }  # fmt: skip
+    return UNet2DConditionModel(**config | changes)
+
+
+def tiny_vae(**changes):
+    """Return a random VAE that halves each side."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
+        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIDE,
+        scaling_factor=0.5, **changes,
+    )  # fmt: skip
 
 
 def build_teacher(folder, prediction_type="epsilon", **schedule):
@@ -44,36 +92,58 @@ def build_teacher(folder, prediction_type="epsilon", **schedule):
 
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer-files")
-    text = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, max_position_embeddings=24,
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-    )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=SIDE // 2, block_out_channels=(8, 16), layers_per_block=1, norm_num_groups=4,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=16, attention_head_dim=2,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 2, up_block_types=["UpDecoderBlock2D"] * 2,
-        block_out_channels=(4, 8), layers_per_block=1, norm_num_groups=2, sample_size=SIDE,
-        scaling_factor=0.5,
-    )  # fmt: skip
     scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
-        set_alpha_to_one=False, prediction_type=prediction_type, **schedule,
-    )  # fmt: skip
+        **NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **schedule
+    )
     pipe = StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text), tokenizer=tokenizer, unet=unet, scheduler=scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+        text_encoder=tiny_text(tokenizer), unet=tiny_unet(), vae=tiny_vae(), tokenizer=tokenizer,
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipe.save_pretrained(folder)
     return folder
 
 
+def build_teacher_xl(
+    folder, prediction_type="epsilon", force_zeros=True, unet_changes=None, vae_changes=None, **schedule
+):
+    """Write a random StableDiffusionXLPipeline: two text encoders of unlike widths, size and crop told."""
+    from architectures import build_tokenizer
+
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer(folder / "tokenizer-files")
+    unet = {
+        "cross_attention_dim": 16 + 24, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2),
+        "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 6 * 8 + 12,
+    }  # fmt: skip
+    pipe = StableDiffusionXLPipeline(
+        text_encoder=tiny_text(tokenizer, layers=2),
+        text_encoder_2=tiny_text(tokenizer, CLIPTextModelWithProjection, 24, 2, projection_dim=12),
+        unet=tiny_unet(**unet | (unet_changes or {})), vae=tiny_vae(**vae_changes or {}),
+        tokenizer=tokenizer, tokenizer_2=tokenizer,
+        scheduler=EulerDiscreteScheduler(
+            **NOISE, timestep_spacing="leading", prediction_type=prediction_type, **schedule
+        ),
+        force_zeros_for_empty_prompt=force_zeros, add_watermarker=False,
+    )  # fmt: skip
+    pipe.save_pretrained(folder)
+    return folder
+
+
+BUILDERS = {"train_lcm_lora_sd15": build_teacher, "train_lcm_lora_sdxl": build_teacher_xl}
+
+
 @pytest.fixture(scope="session")
-def teacher(tmp_path_factory):
-    return build_teacher(tmp_path_factory.mktemp("teacher"))
+def teachers(tmp_path_factory):
+    """Return the folders of each script's tiny teacher, by the script's name."""
+    folder = tmp_path_factory.mktemp("teachers")
+    return {name: build(folder / name) for name, build in BUILDERS.items()}
+
+
+@pytest.fixture(scope="module")
+def teacher(script, teachers):
+    """Return the folder of a tiny teacher of the script's family."""
+    return teachers[script.__name__]
 
 
 def picture_bytes(index, side=SIDE, suffix="PNG"):
@@ -143,7 +213,7 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
-def launch(arguments, script="train_lcm_lora_sd15.py", processes=1, timeout=240, **kwargs):
+def launch(arguments, script=SCRIPTS[0], processes=1, timeout=240, **kwargs):
     """Run a script as a user would and return the finished process, its output as text."""
     launcher = [sys.executable]
     if processes > 1:

@@ -5,17 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
-from conftest import load_script
 from diffusers import DDIMScheduler, LCMScheduler
 
-SCRIPTS = ["train_lcm_lora_sd15.py"]
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 REQUIRED = ["--pretrained_teacher_model", "owner/name", "--train_shards_path_or_url", "pipe:cat 0.tar"]
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
 
 
 def ddim(prediction_type="epsilon", **changes):

@@ -6,17 +6,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import flags, load_script, read_log
+from conftest import flags, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 
-SCRIPTS = ["train_lcm_lora_sd15.py"]
 CPU = torch.device("cpu")
 F32 = torch.float32
-
-
-@pytest.fixture(scope="module", params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
 
 
 @pytest.fixture
@@ -55,15 +49,17 @@ def inputs(script, args, pipe, index=(0, 7, 24, 49)):
     draws = dataclasses.replace(draws, index=torch.tensor(index))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        conditioning, uncond = script.condition(pipe, batch_of(len(index)), draws.empty, CPU)
+        conditioning, uncond = script.condition(
+            script.encode_prompts(pipe, [""], CPU), batch_of(script, pipe, len(index)), draws.empty
+        )
     return latents, conditioning, uncond, draws
 
 
-def batch_of(size):
-    return {
-        "caption": [f"sea {i}" for i in range(size)], "original_size": [(40, 50)] * size,
-        "crop_top_left": [(1, 2)] * size,
-    }  # fmt: skip
+def batch_of(script, pipe, size):
+    """Return a batch as the UNet's conditioning is made of, each row with its own caption, size and crop."""
+    captions = [f"sea {i}" for i in range(size)]
+    time_ids = torch.tensor([[40, 50 + i, i, 2, 32, 32] for i in range(size)], dtype=F32)
+    return {"caption": captions, "time_ids": time_ids} | script.encode_prompts(pipe, captions, CPU)
 
 
 def loss_of(script, unet, pipe, args, schedule=None, dtype=F32, data=None):
@@ -288,21 +284,27 @@ def test_w_acts_on_its_own_sample(script, pipe, unet, args):
 
 
 def leaves(conditioning):
-    """Return the tensors of a conditioning, a dict of tensors or of such dicts."""
-    return [t for v in conditioning.values() for t in (leaves(v) if isinstance(v, dict) else [v])]
+    """Return the tensors of a conditioning, a dict of tensors or of such dicts, by name."""
+    inner = (leaves(value) for value in conditioning.values() if isinstance(value, dict))
+    outer = {name: value for name, value in conditioning.items() if not isinstance(value, dict)}
+    return outer | {name: value for part in inner for name, value in part.items()}
 
 
-def test_a_dropped_caption_is_the_unconditional_one(script, pipe):
-    empty = [False, True, False]
+def test_a_dropped_or_empty_caption_is_the_unconditional_one(script, pipe):
     with torch.no_grad():
-        conditioning, uncond = script.condition(pipe, batch_of(3), empty, CPU)
-        alone = script.encode_prompts(pipe, ["sea 2", "sea 0", ""], CPU)["encoder_hidden_states"]
-    for tensor, free in zip(leaves(conditioning), leaves(uncond), strict=True):
-        assert tensor.shape == free.shape and len(tensor) == 3
-        assert torch.equal(tensor[1], free[1]) and torch.equal(free[0], free[2])
-    text = conditioning["encoder_hidden_states"]
-    torch.testing.assert_close(text[[2, 0]], alone[:2])
-    torch.testing.assert_close(uncond["encoder_hidden_states"][0], alone[2])
+        batch, uncond_embeds = batch_of(script, pipe, 4), script.encode_prompts(pipe, [""], CPU)
+        batch["caption"][3] = ""  # its embeddings do not count
+        conditioning, uncond = script.condition(uncond_embeds, batch, [False, True, False, False])
+        alone = script.encode_prompts(pipe, ["sea 2", "sea 0"], CPU)["prompt_embeds"]
+    given, free = leaves(conditioning), leaves(uncond)
+    assert given.keys() == free.keys()
+    for name, tensor in given.items():
+        assert tensor.shape == free[name].shape and len(tensor) == 4
+        assert torch.equal(tensor[[1, 3]], free[name][[1, 3]])
+        assert name == "time_ids" or torch.equal(free[name][0], free[name][2])
+    text = given["encoder_hidden_states"]
+    torch.testing.assert_close(text[[2, 0]], alone)
+    assert torch.equal(free["encoder_hidden_states"][[0]], uncond_embeds["prompt_embeds"])
     assert not torch.equal(text[0], text[1]) and not torch.equal(text[0], text[2])
 
 
@@ -310,11 +312,12 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
     pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     eps = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        whole = script.encode_latents(pipe.vae, pixels, eps, args)
+        whole = script.encode_moments(pipe.vae, pixels, args)
         args.vae_encode_batch_size = 1
-        sliced = script.encode_latents(pipe.vae, pixels, eps, args)
+        sliced = script.encode_moments(pipe.vae, pixels, args)
         posterior = pipe.vae.encode(pixels / 127.5 - 1).latent_dist
-    torch.testing.assert_close(whole, (posterior.mean + posterior.std * eps) * 0.5)
+    latents = script.sample_latents(whole, eps, 0.5)
+    torch.testing.assert_close(latents, (posterior.mean + posterior.std * eps) * 0.5)
     torch.testing.assert_close(sliced, whole)
 
 
