@@ -73,8 +73,9 @@ def names_outside(text):
     for node in [*body, *(inner for block in body if isinstance(block, ast.If) for inner in block.body)]:
         if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
             found[node.name] = node.lineno
-        elif isinstance(node, ast.Assign):
-            found |= {target.id: node.lineno for target in node.targets if isinstance(target, ast.Name)}
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            names = (name for name in ast.walk(node) if isinstance(name, ast.Name))
+            found |= {name.id: node.lineno for name in names if isinstance(name.ctx, ast.Store)}
     return found
 
 

@@ -15,17 +15,11 @@ from unittest import mock
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ENVIRONMENT, ROOT, build_teacher, flags, load_script, read_log, write_shards
+from conftest import ENVIRONMENT, build_teacher, flags, one_family, read_log, write_shards
 from safetensors.torch import load_file, save_file
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
 WEIGHTS = "pytorch_lora_weights.safetensors"
 DEADLINE_S = 120
-
-
-@pytest.fixture(scope="module", params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
 
 
 def free_port():
@@ -206,6 +200,7 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     assert not [path for path in out.rglob(".writing*") if "log" not in path.name]
 
 
+@one_family
 def test_a_kill_from_outside_at_any_moment(script, teacher, shards, unbroken, tmp_path):
     out = tmp_path / "out"
     line = flags(teacher, shards, out, **SETTINGS)
@@ -222,6 +217,7 @@ def test_a_kill_from_outside_at_any_moment(script, teacher, shards, unbroken, tm
     assert_same(out, unbroken)
 
 
+@one_family
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
 def test_a_signal_to_loader_workers_too_saves_a_checkpoint(script, teacher, shards, tmp_path, number):
     """torchrun signals the process group of each rank, Slurm every process of a step."""
@@ -239,6 +235,7 @@ def test_a_signal_to_loader_workers_too_saves_a_checkpoint(script, teacher, shar
     assert script.read_manifest(out / name)[0]
 
 
+@one_family
 def test_other_settings_are_refused_by_name_and_nothing_is_touched(again, unbroken, teacher, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
@@ -266,6 +263,7 @@ def test_a_damaged_checkpoint_is_passed_over(again, unbroken, tmp_path):
     assert_same(out, unbroken)
 
 
+@one_family
 def test_a_damaged_checkpoint_does_not_push_out_a_new_one(again, unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
@@ -277,6 +275,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_new_one(again, unbroken, tmp_p
     assert_same(out, unbroken)
 
 
+@one_family
 def test_more_steps_go_on_from_the_last(script, teacher, shards, tmp_path):
     for steps in (2, 3):
         said = finish(
@@ -287,6 +286,7 @@ def test_more_steps_go_on_from_the_last(script, teacher, shards, tmp_path):
     assert_same(tmp_path / "out", tmp_path / "once")
 
 
+@one_family
 def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     out, teacher = tmp_path / "out", build_teacher(tmp_path / "teacher")
     finish(script, flags(teacher, shards, out, max_train_steps=2), tmp_path / "said")
@@ -304,6 +304,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     assert [row["step"] for row in read_log(out)] == [1, 2]
 
 
+@one_family
 def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(script, teacher, shards, tmp_path):
     def poison(script):
         distance, calls = script.distance, []
@@ -323,6 +324,7 @@ def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(script, teach
         json.loads(line, parse_constant=pytest.fail)
 
 
+@one_family
 def test_new_shards_are_noticed_when_a_run_is_resumed(script, teacher, tmp_path):
     """They would move every position: part of the data would come twice an epoch, part not at all."""
     write_shards(tmp_path / "shards")
@@ -333,6 +335,7 @@ def test_new_shards_are_noticed_when_a_run_is_resumed(script, teacher, tmp_path)
     assert said[-1].startswith("error: ") and "shards" in said[-1]
 
 
+@one_family
 def test_a_run_goes_on_from_its_own_copy_of_the_script(script, teacher, shards, tmp_path):
     out = tmp_path / "out"
 

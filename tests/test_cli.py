@@ -10,9 +10,8 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ENVIRONMENT, flags, load_script
+from conftest import ENVIRONMENT, flags
 
-SCRIPTS = ["train_lcm_lora_sd15.py"]
 POINTLESS = {"cast_teacher_unet"}  # accepted for diffusers' launch lines; its help says that it is not needed
 KNOWN_FLAGS = """
 pretrained_teacher_model pretrained_vae_model_name_or_path teacher_revision variant output_dir cache_dir
@@ -35,11 +34,8 @@ DIFFUSERS_README = """
 --gradient_checkpointing --enable_xformers_memory_efficient_attention --gradient_accumulation_steps=1
 --use_8bit_adam --resume_from_checkpoint=latest --report_to=wandb --seed=453645634 --push_to_hub
 """
-
-
-@pytest.fixture(params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
+ONLY_XL = "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --use_fix_crop_and_size"
+RECIPES = {"train_lcm_lora_sd15": (512, 5), "train_lcm_lora_sdxl": (1024, 3)}  # resolution, least w
 
 
 def parse(script, **changes):
@@ -75,6 +71,7 @@ def test_every_flag_is_read(script):
 
 
 def test_the_launch_line_of_diffusers_readme_parses(script):
+    script.parse_args(shlex.split(DIFFUSERS_README + ONLY_XL))
     args = script.parse_args(shlex.split(DIFFUSERS_README))
     assert args.train_shards_path_or_url[0].startswith("pipe:curl -L -s https://")
     assert (args.lora_rank, args.lora_alpha, args.train_batch_size) == (64, 64.0, 12)
@@ -87,6 +84,8 @@ def test_defaults_are_the_released_recipe(script):
     assert (args.w_max, args.num_ddim_timesteps, args.loss_type, args.huber_c) == (15, 50, "huber", 0.001)
     assert (args.timestep_scaling_factor, args.adam_weight_decay, args.proportion_empty_prompts) == (10, 0, 0)
     assert parse(script, lora_rank=8, lora_alpha=None).lora_alpha == 8
+    args = parse(script, resolution=None)
+    assert (args.resolution, args.w_min) == RECIPES[script.__name__]
 
 
 COUNTS = """
@@ -104,7 +103,7 @@ WRONG = [
     *((name, value) for name in SHARES for value in (-0.1, 1.1, "nan", "inf")),
     *((name, 1) for name in ("lora_dropout", "adam_beta1", "adam_beta2")),
     *((name, value) for name in ("w_min", "adam_weight_decay") for value in (-1, "nan", "inf")),
-    *(("w_max", value) for value in (4.9, "nan", "inf")),
+    *(("w_max", value) for value in (2.9, "nan", "inf")),
     *(("min_aesthetic", value) for value in ("nan", "-inf")),
     *((name, "x") for name in "loss_type lr_scheduler report_to mixed_precision interpolation_type".split()),
     ("lora_target_modules", " , "),

@@ -14,12 +14,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import (
+    BUILDERS,
     ENVIRONMENT,
     ROOT,
-    build_teacher,
     flags,
     launch,
-    load_script,
+    one_family,
     picture_bytes,
     read_log,
     write_shard,
@@ -30,13 +30,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from test_checkpoint import Run, assert_same, at_call, checkpoints, finish, free_port, send
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
 TOKEN = "hf_this_must_not_be_written"
-
-
-@pytest.fixture(scope="module", params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -227,12 +221,14 @@ def test_two_processes_killed_and_stopped_end_as_an_unbroken_run(
     assert_same(out, two_processes / "out")
 
 
+@one_family
 def test_another_number_of_processes_is_refused(script, teacher, shards, two_processes, tmp_path):
     shutil.copytree(two_processes / "out", tmp_path / "out")
     said = finish(script, flags(teacher, shards, tmp_path / "out", **TWO), tmp_path / "said", 2)
     assert "number of processes was 2, is 1" in said[-1]
 
 
+@one_family
 @pytest.mark.parametrize("rank", [0, 1])
 def test_what_only_one_process_meets_is_said(script, teacher, tmp_path, rank):
     """A shard that cannot be used falls to one of two processes; whichever it is has to say so."""
@@ -256,11 +252,13 @@ def test_what_only_one_process_meets_is_said(script, teacher, tmp_path, rank):
 
 
 def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
-    teacher = build_teacher(tmp_path / "teacher", "v_prediction", rescale_betas_zero_snr=True)
+    build = BUILDERS[script.__name__]
+    teacher = build(tmp_path / "teacher", "v_prediction", rescale_betas_zero_snr=True)
     finish(script, flags(teacher, shards, tmp_path / "out", max_train_steps=2), tmp_path / "said")
     assert len(read_log(tmp_path / "out")) == 2
 
 
+@one_family
 @pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"use_8bit_adam": True, "lora_rank": 64}])
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path, changes):
     for name, steps in (("unbroken", 4), ("resumed", 2), ("resumed", 4)):
@@ -275,6 +273,7 @@ def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path, 
         assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
+@one_family
 def test_gradient_checkpointing_changes_nothing(script, teacher, shards, tmp_path):
     for name, changes in (("plain", {}), ("checkpointed", {"gradient_checkpointing": True})):
         line = flags(teacher, shards, tmp_path / name, max_train_steps=2, **changes)
@@ -292,16 +291,16 @@ GOOD = [{"png": picture_bytes(number), "txt": "sea"} for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def unusable(teacher, tmp_path_factory):
+def unusable(script, teacher, teachers, tmp_path_factory):
     """Return a folder with teachers and shards that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("unusable")
     (folder / "empty").mkdir()
     config = dict(UNet2DConditionModel.load_config(teacher / "unet"))
-    sdxl = {"addition_embed_type": "text_time", "addition_time_embed_dim": 8}
-    sdxl["projection_class_embeddings_input_dim"] = 64
-    for name, changes in {"inpainting": {"in_channels": 9}, "sdxl": sdxl}.items():
-        shutil.copytree(teacher, folder / name)
-        UNet2DConditionModel.from_config(config | changes).save_pretrained(folder / name / "unet")
+    shutil.copytree(teacher, folder / "inpainting")
+    inpainting = UNet2DConditionModel.from_config(config | {"in_channels": 9})
+    inpainting.save_pretrained(folder / "inpainting" / "unet")
+    (other,) = (teachers[name] for name in teachers if name != script.__name__)
+    (folder / "other-family").symlink_to(other)
     for part in ("unet/diffusion_pytorch_model", "text_encoder/model", "vae/diffusion_pytorch_model"):
         name = part.partition("/")[0]
         shutil.copytree(teacher, folder / f"cut-{name}")
@@ -328,7 +327,7 @@ REAL = {  # flag and value to change, what the last line has to name
 }
 FORKED = {
     "inpainting teacher": ("pretrained_teacher_model", "{}/inpainting", "inpainting"),
-    "SDXL teacher": ("pretrained_teacher_model", "{}/sdxl", "train_lcm_lora_sdxl.py"),
+    "other family": ("pretrained_teacher_model", "{}/other-family", "use train_lcm_lora_"),
     "truncated UNet": ("pretrained_teacher_model", "{}/cut-unet", "{}/cut-unet"),
     "truncated text encoder": ("pretrained_teacher_model", "{}/cut-text_encoder", "{}/cut-text_encoder"),
     "truncated VAE": ("pretrained_teacher_model", "{}/cut-vae", "{}/cut-vae"),

@@ -78,6 +78,11 @@ def to_ldm(unet, vae, text_encoder):
 
 
 @pytest.fixture(scope="module")
+def teacher(teachers):
+    return teachers["train_lcm_lora_sd15"]
+
+
+@pytest.fixture(scope="module")
 def reference(teacher):
     """A teacher of the folder's shapes whose weights are all other than the folder's, norms included."""
     pipe = StableDiffusionPipeline.from_pretrained(teacher)

@@ -1,0 +1,148 @@
+"""scripts/check_shared.py notices each way in which the two training scripts can drift apart."""
+
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRIPTS, load_script
+
+OPEN, CLOSE = "# >>> shared: step\n", "# <<< shared: step\n"
+
+
+def replaced(old, new):
+    """Return an edit that puts `new` in place of `old`, which has to be there once."""
+
+    def edit(text):
+        assert text.count(old) == 1, old
+        return text.replace(old, new)
+
+    return edit
+
+
+def without_step_markers(text):
+    return text.replace(OPEN, "").replace(CLOSE, "")
+
+
+def swapped(text):
+    """Exchange the names of two regions that follow each other."""
+    for old, new in (("step\n", "\0"), ("data\n", "step\n"), ("\0", "data\n")):
+        for arrow in (">>>", "<<<"):
+            text = text.replace(f"# {arrow} shared: {old}", f"# {arrow} shared: {new}")
+    return text
+
+
+# What is changed in the SDXL script alone, and what the message has to name.
+IN_ONE = {
+    "one byte": (
+        replaced("SIGMA_DATA = 0.5", "SIGMA_DATA = 0.6"),
+        ["region 'constants' differs", "-SIGMA_DATA = 0.5", "+SIGMA_DATA = 0.6", *SCRIPTS],
+    ),
+    "a space at a line's end": (replaced(CLOSE, " \n" + CLOSE), ["region 'step' differs"]),
+    "a def line": (
+        replaced("def draw(args, shape,", "def draw(args, shape=None,"),
+        ["region 'step' differs", "+def draw(args, shape=None,"],
+    ),
+    "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "'step' closes, open is None"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'data' opens inside 'step'"]),
+    "the last region without its end": (replaced("# <<< shared: run\n", ""), ["'run' is never closed"]),
+    "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
+    "regions in another order": (swapped, ["regions differ"]),
+    "a region within a region": (
+        replaced(CLOSE, "# >>> shared: inner\n# <<< shared: inner\n" + CLOSE), ["'inner' opens inside 'step'"]
+    ),
+    "a region that is there twice": (replaced(CLOSE, CLOSE + OPEN + CLOSE), ["'step' is there twice"]),
+    "another region's end": (replaced(CLOSE, "# <<< shared: stop\n"), ["'stop' closes, open is 'step'"]),
+    "no colon": (replaced(OPEN, "# >>> shared step\n"), ["malformed marker", "shared step"]),
+    "no space": (replaced(OPEN, "#>>> shared: step\n"), ["malformed marker"]),
+    "an indented marker": (replaced(CLOSE, "    " + CLOSE), ["malformed marker"]),
+}  # fmt: skip
+# What both scripts define alike outside of a region, and its name.
+IN_BOTH = {
+    "a function": ("def helper():\n    return 1\n", "helper"),
+    "a class": ("class Helper:\n    pass\n", "Helper"),
+    "a constant": ("LIMIT = 1\n", "LIMIT"),
+    "a constant with its type": ("LIMIT: int = 1\n", "LIMIT"),
+    "two constants": ("FIRST, SECOND = 1, 2\n", "SECOND"),
+    "in a branch": ("if FAMILY:\n    LIMIT = 1\n", "LIMIT"),
+}
+
+
+@pytest.fixture
+def check(tmp_path, monkeypatch, capsys):
+    """Return a function that checks copies of the scripts in tmp_path: (exit code, what it says)."""
+    tool = load_script("scripts/check_shared.py")
+    for name in SCRIPTS:
+        shutil.copy(ROOT / name, tmp_path)
+
+    def run(*flags):
+        monkeypatch.setattr(sys, "argv", ["check_shared.py", "--folder", str(tmp_path), *flags])
+        code = tool.main()
+        printed = capsys.readouterr()
+        return code, printed.out + printed.err
+
+    return run
+
+
+def change(folder, names, edit):
+    for name in names:
+        text = (folder / name).read_text()
+        assert edit(text) != text
+        (folder / name).write_text(edit(text))
+
+
+def test_the_scripts_of_the_repository_agree():
+    command = [sys.executable, str(ROOT / "scripts" / "check_shared.py")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr and "the same" in done.stdout
+
+
+@pytest.mark.parametrize("name", IN_ONE)
+def test_a_difference_is_named(check, tmp_path, name):
+    edit, named = IN_ONE[name]
+    change(tmp_path, SCRIPTS[1:], edit)
+    code, said = check()
+    assert code == 1 and all(text in said for text in named), said
+
+
+@pytest.mark.parametrize("kind", IN_BOTH)
+def test_a_copy_outside_of_the_regions_is_named(check, tmp_path, kind):
+    text, name = IN_BOTH[kind]
+    change(tmp_path, SCRIPTS, replaced(CLOSE, CLOSE + text))
+    code, said = check()
+    assert code == 1 and f"{name!r} is defined in both scripts outside a region" in said, said
+    line = (tmp_path / SCRIPTS[1]).read_text()[: -len(text)].partition(CLOSE)[0].count("\n")
+    assert f"{SCRIPTS[1]}:{line + 2 + text.startswith('if')}" in said
+
+
+def test_a_region_that_lost_its_markers_in_both_scripts_is_named(check, tmp_path):
+    change(tmp_path, SCRIPTS, without_step_markers)
+    code, said = check()
+    assert code == 1 and "'distillation_loss' is defined in both" in said
+
+
+def test_a_reason_without_its_definition_is_named(check, monkeypatch):
+    tool = load_script("scripts/check_shared.py")
+    monkeypatch.setitem(tool.DIFFERENT_FOR_A_REASON, "gone", "was here once")
+    code, said = check()
+    assert code == 1 and "'gone' of DIFFERENT_FOR_A_REASON" in said
+
+
+@pytest.mark.parametrize("target", SCRIPTS)
+@pytest.mark.parametrize("name", ["one byte", "a def line", "a space at a line's end"])
+def test_copying_brings_the_other_script_up_to_date(check, tmp_path, name, target):
+    whole = {script: (tmp_path / script).read_bytes() for script in SCRIPTS}
+    change(tmp_path, [target], IN_ONE[name][0])
+    (source,) = set(SCRIPTS) - {target}
+    code, said = check("--copy_from", source)
+    assert code == 0, said
+    assert {script: (tmp_path / script).read_bytes() for script in SCRIPTS} == whole
+
+
+def test_copying_does_not_hide_a_missing_region(check, tmp_path):
+    change(tmp_path, SCRIPTS[1:], without_step_markers)
+    before = (tmp_path / SCRIPTS[1]).read_bytes()
+    code, said = check("--copy_from", SCRIPTS[0])
+    assert code == 1 and "regions differ" in said
+    assert (tmp_path / SCRIPTS[1]).read_bytes() == before
