@@ -1,0 +1,440 @@
+"""scripts/cache_latents.py, and training from what it makes."""
+
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import (
+    ENVIRONMENT,
+    ROOT,
+    SIDE,
+    flags,
+    load_script,
+    one_family,
+    picture_bytes,
+    read_log,
+    write_shard,
+    write_shards,
+)
+from diffusers import AutoencoderKL
+from safetensors.torch import load, load_file, save, save_file
+from test_checkpoint import assert_same, at_call, contents, finish, send
+
+TOOL = ROOT / "scripts" / "cache_latents.py"
+VAE_FILE = "diffusion_pytorch_model.safetensors"
+
+
+class Tool:
+    """The tool as test_checkpoint.Run starts a training script."""
+
+    @staticmethod
+    def parse_args(words):
+        sys.argv = [str(TOOL), *words]
+
+    @staticmethod
+    def run(_args):
+        runpy.run_path(str(TOOL), run_name="__main__")
+        return 0
+
+
+def tool_flags(teacher, shards, output_dir, **changes):
+    """Return the tool's command line; True is a bare flag, None leaves a flag out."""
+    values = {
+        "pretrained_teacher_model": teacher, "train_shards_path_or_url": shards, "output_dir": output_dir,
+        "resolution": SIDE, "mixed_precision": "no", "batch_size": 5, "decode_threads": 2,
+        "center_crop": True,
+    } | changes  # fmt: skip
+    words = []
+    for name, value in values.items():
+        if value is not None:
+            words += [f"--{name}"] if value is True else [f"--{name}", str(value)]
+    return words
+
+
+@pytest.fixture
+def cache(script, teacher, tmp_path):
+    """Return a function that runs the tool and gives the lines that it said."""
+
+    def run(shards, output_dir, expected=0, processes=1, hook=None, **changes):
+        words = tool_flags(teacher, shards, output_dir, **changes)
+        said = tmp_path / f"said-{time.monotonic_ns()}"
+        act = (lambda _tool: hook(script)) if hook else None
+        lines = finish(Tool, words, said, expected, processes=processes, hook=act)
+        return [line for line in lines if not line.startswith("encoding")]
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def cached(teacher, shards, tmp_path_factory):
+    """Return the folder of the cached test shards, centre crops."""
+    folder = tmp_path_factory.mktemp("cached")
+    finish(Tool, tool_flags(teacher, shards, folder / "cache"), folder / "said")
+    return folder / "cache"
+
+
+def read(script, folder):
+    """Return {shard: {key: (caption, tensors)}} of a folder of cached shards, heads included."""
+    found = {}
+    for shard in sorted(folder.glob("[!.]*.tar")):
+        samples = script.wds.tarfile_samples([{"url": str(shard)}])
+        found[shard.name] = {
+            sample["__key__"]: (sample.get("txt"), load(sample["safetensors"])) for sample in samples
+        }
+    return found
+
+
+def assert_same_cache(script, folder, other):
+    ours, theirs = read(script, folder), read(script, other)
+    assert {name: list(shard) for name, shard in ours.items()} == {n: list(s) for n, s in theirs.items()}
+    for name, shard in ours.items():
+        for key, (caption, tensors) in shard.items():
+            other_caption, other_tensors = theirs[name][key]
+            assert caption == other_caption and tensors.keys() == other_tensors.keys()
+            for part, tensor in tensors.items():
+                torch.testing.assert_close(tensor, other_tensors[part], rtol=1e-2, atol=1e-3)
+
+
+def audit(script, shards, teacher, **changes):
+    """Return (captions of the first usable samples, the report) of the check before training."""
+    args = script.parse_args(flags(teacher, shards, "unused", center_crop=True, **changes))
+    usable, report, _ = script.audit(script.list_shards([str(shards)]), args)
+    return [sample["caption"] for sample in usable], report
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+SETTINGS = {
+    "center_crop": True, "max_train_steps": 4, "proportion_empty_prompts": 0.3, "validation_prompts": None,
+    "dataloader_num_workers": 1,
+}  # fmt: skip
+
+
+def announce(script):
+    """Say what is loaded from a file, and when pictures are drawn."""
+
+    def said(owner):
+        original = owner.from_pretrained.__func__
+
+        def loading(cls, *args, **kwargs):
+            print("loaded", cls.__name__, file=sys.stderr)
+            return original(cls, *args, **kwargs)
+
+        owner.from_pretrained = classmethod(loading)
+
+    said(transformers.CLIPTextModel)
+    said(transformers.CLIPTextModelWithProjection)
+    said(AutoencoderKL)
+    validate = script.validate
+    script.validate = lambda job: print("drawing", file=sys.stderr) or validate(job)
+
+
+@pytest.fixture(scope="module")
+def trained(script, teacher, shards, cached, tmp_path_factory):
+    """Return (folder of a run on pictures, folder of one on their cache, what the latter said)."""
+    folder = tmp_path_factory.mktemp("trained")
+    finish(script, flags(teacher, shards, folder / "pictures", **SETTINGS), folder / "said-pictures")
+    line = flags(teacher, cached, folder / "cached", **SETTINGS)
+    said = finish(script, line, folder / "said", hook=announce)
+    return folder / "pictures", folder / "cached", said
+
+
+def test_losses_from_a_cache_are_those_from_pictures(trained):
+    pictures, from_cache = ([row["loss"] for row in read_log(folder)] for folder in trained[:2])
+    assert len(pictures) == len(set(pictures)) == 4
+    assert from_cache == pytest.approx(pictures, rel=1e-3)
+
+
+def test_a_cached_run_loads_the_vae_for_drawing_and_no_text_encoder(trained):
+    said = [line.strip() for line in trained[2]]
+    assert any("shards of cached tensors" in line for line in said)
+    loaded = [line for line in said if line.startswith("loaded") or line == "drawing"]
+    assert loaded == ["drawing", "loaded AutoencoderKL"]
+    assert (trained[1] / "image_3.png").is_file(), "the first captions of the data are drawn"
+
+
+def test_prompts_to_draw_need_the_text_encoders_and_still_no_vae(script, teacher, cached, tmp_path):
+    changes = {"validation_prompts": "sea at dawn", "max_train_steps": 1}
+    line = flags(teacher, cached, tmp_path / "out", **SETTINGS | changes)
+    said = finish(script, line, tmp_path / "said", hook=announce)
+    loaded = [line.strip() for line in said if line.startswith("loaded") or line.strip() == "drawing"]
+    encoders = ["loaded CLIPTextModel", "loaded CLIPTextModelWithProjection"][: len(loaded) - 2]
+    assert sorted(loaded[:-2]) == encoders and len(encoders) == len(script.TEXT_PARTS) // 2
+    assert loaded[-2:] == ["drawing", "loaded AutoencoderKL"]
+
+
+def test_a_stopped_run_on_a_cache_goes_on_as_an_unbroken_one(script, teacher, cached, trained, tmp_path):
+    line = flags(teacher, cached, tmp_path / "out", **SETTINGS)
+    finish(script, line, tmp_path / "1", 3, hook=at_call("draw", 3, send(signal.SIGTERM)))
+    finish(script, line, tmp_path / "2")
+    assert_same(tmp_path / "out", trained[1])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A cache that is not for this run
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"resolution": 2 * SIDE}, "resolution was 32, is 64"),
+        ({"center_crop": None}, "center_crop was True, is False"),
+        ({"random_flip": True}, "random_flip was False, is True"),
+        ({"use_fix_crop_and_size": True}, "use_fix_crop_and_size was False, is True"),
+        ({"interpolation_type": "lanczos"}, "interpolation_type was 'bilinear', is 'lanczos'"),
+    ],
+)
+def test_other_flags_than_the_caches_are_named(script, teacher, cached, changes, named):
+    args = script.parse_args(flags(teacher, cached, "unused", **{"center_crop": True} | changes))
+    with pytest.raises(script.UnusableInput, match=named):
+        script.audit(script.list_shards([str(cached)]), args)
+
+
+def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, teacher, cached, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(teacher, other)
+    assert audit(script, cached, other)[0]
+    for part, refused in ((f"unet/{VAE_FILE}", False), (f"vae/{VAE_FILE}", True)):
+        state = load_file(other / part)
+        save_file({name: value + 0.1 for name, value in state.items()}, other / part)
+        if not refused:
+            assert audit(script, cached, other)[0]
+            continue
+        with pytest.raises(script.UnusableInput, match="pretrained_teacher_model was 'sha256"):
+            audit(script, cached, other)
+
+
+def test_the_other_familys_cache_is_refused(script, teachers, cached):
+    other = next(load_script(f"{name}.py") for name in teachers if name != script.__name__)
+    with pytest.raises(other.UnusableInput, match="family was"):
+        audit(other, cached, teachers[other.__name__])
+
+
+@one_family
+def test_a_run_that_the_cache_is_not_for_ends_with_2(script, teacher, cached, tmp_path):
+    said = finish(script, flags(teacher, cached, tmp_path / "out"), tmp_path / "said", 2)
+    assert said[-1].startswith("error: ") and "center_crop was True, is False" in said[-1]
+    assert "scripts/cache_latents.py" in said[-1] and not (tmp_path / "out").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Making it
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_two_processes_share_the_shards(script, cache, shards, cached, tmp_path):
+    cache(shards, tmp_path / "out", processes=2)
+    assert_same_cache(script, tmp_path / "out", cached)
+
+
+@one_family
+def test_views_are_crops_of_their_own(script, cache, teacher, tmp_path):
+    data = [{"png": picture_bytes(i), "txt": f"sea {i}", "json": {"width": 99}} for i in range(4)]
+    shard = write_shard(tmp_path / "0.tar", data)
+    cache(shard, tmp_path / "out", num_views=3, center_crop=None, resolution=16, random_flip=True)
+    (samples,) = read(script, tmp_path / "out").values()
+    assert list(samples) == ["_cache", *(f"0-{i:05d}-{view}" for i in range(4) for view in range(3))]
+    views = [samples[f"0-00000-{view}"][1]["moments"] for view in range(3)]
+    assert {view.dtype for view in views} == {torch.float16} and views[0].shape == (8, 8, 8)
+    mirrored = [samples[f"0-{i:05d}-{view}"][1]["moments"] for i in range(4) for view in range(3)]
+    assert len({tuple(moments.flatten().tolist()) for moments in mirrored}) > 4, "flips of four pictures"
+    changes = {"resolution": 16, "random_flip": True}
+    args = script.parse_args(flags(teacher, tmp_path / "out", "unused", **changes))
+    usable, report, _ = script.audit(script.list_shards([str(tmp_path / "out")]), args)
+    assert "first 12 samples 12 can be used" in report
+    assert [sample["caption"] for sample in usable] == ["sea 0"] * 3 + ["sea 1"]
+
+
+@one_family
+def test_a_killed_run_leaves_no_half_shard_and_the_next_makes_the_missing(script, cache, tmp_path):
+    write_shards(tmp_path / "shards", num_shards=3, samples_per_shard=8)
+    out = tmp_path / "out"
+    cache(tmp_path / "shards", out, -9, hook=at_call("encode_moments", 4, send(signal.SIGKILL)))
+    assert [path.name for path in sorted(out.glob("[!.]*"))] == ["00000.tar"]
+    before = contents(out)[str(out / "00000.tar")]
+    cache(tmp_path / "shards", out)
+    assert contents(out)[str(out / "00000.tar")] == before and not list(out.glob(".writing*"))
+    cache(tmp_path / "shards", tmp_path / "whole")
+    assert_same_cache(script, out, tmp_path / "whole")
+    assert len(read(script, out)) == 3
+    everything = contents(out)
+    cache(tmp_path / "shards", out, hook=at_call("encode_moments", 1, send(signal.SIGKILL)))
+    assert contents(out) == everything, "a third run has nothing to do"
+
+
+@one_family
+def test_a_truncated_shard_is_named(cache, tmp_path):
+    write_shards(tmp_path / "shards", num_shards=3, samples_per_shard=4)
+    path = tmp_path / "shards" / "00001.tar"
+    whole = path.read_bytes()
+    path.write_bytes(whole[: len(whole) // 2])
+    said = cache(tmp_path / "shards", tmp_path / "out", 2)
+    assert said[-1].startswith("error: ") and f"{path}: is truncated" in said[-1]
+    assert not (tmp_path / "out").exists()
+
+
+@one_family
+def test_a_shard_that_breaks_off_is_named_and_left_out(script, cache, tmp_path):
+    write_shards(tmp_path / "shards", num_shards=3, samples_per_shard=4)
+    url = f"pipe:cat {tmp_path}/shards/{{00000..00002}}.tar | head -c 30000000"
+    cut = tmp_path / "shards" / "00001.tar"
+    cut.write_bytes(cut.read_bytes()[:3000])
+
+    def hurry(script):
+        script.time.sleep = lambda _seconds: None
+
+    said = cache(url, tmp_path / "out", 2, hook=hurry)
+    assert said[-1].startswith("error: ") and "1 shards are missing" in said[-1]
+    assert "00001.tar" in said[-2] and "broke off" in said[-2]
+    assert list(read(script, tmp_path / "out")) == ["00000.tar", "00002.tar"]
+    assert not list((tmp_path / "out").glob(".writing*"))
+
+
+@one_family
+def test_a_folder_with_other_shards_is_left_alone(cache, shards, cached, tmp_path):
+    for number, (folder, changes) in enumerate(((shards, {}), (cached, {"num_views": 2}))):
+        out = tmp_path / str(number)
+        shutil.copytree(folder, out)
+        before = contents(out)
+        said = cache(shards, out, 2, **changes)
+        assert said[-1].startswith("error: ") and str(out) in said[-1] and "other shards" in said[-1]
+        assert contents(out) == before
+
+
+FILTERED = [
+    {"png": picture_bytes(0), "txt": "fine", "json": {"pwatermark": 0.1}},
+    {"png": picture_bytes(1), "txt": "marked", "json": {"pwatermark": 0.9}},
+    {"png": picture_bytes(2, side=16), "txt": "small"},
+    {"png": b"garbage", "txt": "damaged"},
+]
+
+
+@one_family
+def test_filters_act_at_caching_and_at_training(script, cache, teacher, tmp_path):
+    shard = write_shard(tmp_path / "0.tar", FILTERED)
+    limits = {"max_watermark": 0.5, "min_image_side_px": SIDE}
+    said = cache(shard, tmp_path / "filtered", **limits)
+    causes = ["filtered by watermark: 1", "filtered by smaller side: 1"]
+    assert all(cause in said[-1] for cause in [*causes, "picture cannot be decoded: 1"])
+    assert [caption for caption, _ in read(script, tmp_path / "filtered")["00000.tar"].values()] == [
+        None, b"fine"
+    ]  # fmt: skip
+    cache(shard, tmp_path / "all")
+    assert audit(script, tmp_path / "all", teacher)[0] == ["fine", "marked", "small"]
+    captions, report = audit(script, tmp_path / "all", teacher, **limits)
+    assert captions == ["fine"] and all(cause in report for cause in causes)
+
+
+def test_wrong_flags_end_with_2_before_the_slow_imports(teachers, shards, tmp_path):
+    teacher = teachers["train_lcm_lora_sd15"]
+    line = tool_flags(teacher, shards, tmp_path, num_views=0)
+    command = [sys.executable, "-X", "importtime", str(TOOL), *line]
+    done = subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT, timeout=60)
+    assert done.returncode == 2 and "--num_views 0: must be at least 1" in done.stderr
+    assert not any(line.endswith(" torch") for line in done.stderr.splitlines())
+
+
+@one_family
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"max_train_steps": 4}, "--max_train_steps"),  # a flag of the trainer that no cache depends on
+        ({"resolution": 31}, "--resolution 31"),
+        ({"pretrained_teacher_model": "/nowhere"}, "/nowhere"),
+    ],
+)
+def test_what_cannot_be_cached_is_named(cache, shards, tmp_path, changes, named):
+    said = cache(shards, tmp_path / "out", 2, **changes)
+    assert named in said[-1] and not any("Traceback" in line for line in said)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damage
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rewrite(script, source, target, edit):
+    """Write a cached shard again; `edit` gets the samples, dicts, and returns those to write."""
+    samples = list(script.wds.tarfile_samples([{"url": str(source)}]))
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with script.wds.TarWriter(str(target)) as writer:
+        for sample in edit(samples):
+            writer.write({n: value for n, value in sample.items() if n == "__key__" or n[0] != "_"})
+
+
+def damaged(samples):
+    """Return a cached shard's samples, four of them each wrong in its own way."""
+    head, *rest = samples
+    del rest[0]["safetensors"]
+    rest[1]["safetensors"] = rest[1]["safetensors"][:-50]
+    tensors = load(rest[2]["safetensors"])
+    rest[2]["safetensors"] = save({name: value for name, value in tensors.items() if name != "moments"})
+    rest[3] = {"__key__": rest[3]["__key__"], "txt": rest[3]["txt"], "png": picture_bytes(0)}
+    return [head, *rest]
+
+
+CAUSES = {
+    "no cached tensors": 2, "cached tensors cannot be read": 1,
+    "cached tensors lack moments, time ids or embeddings": 1,
+}  # fmt: skip
+
+
+def skips(script, folder, teacher, num_batches):
+    """Return (captions, skipped samples by cause) of the first batches that training would get."""
+    args = script.parse_args(flags(teacher, folder, "unused", center_crop=True))
+    shards = script.list_shards([str(folder)])
+    stream = iter(script.ShardStream(shards, args, 1, 0, cache=script.find_cache(shards)))
+    batches = [next(stream) for _ in range(num_batches)]
+    counts = sum((Counter(batch["skipped"]) for batch in batches), Counter())
+    return [caption for batch in batches for caption in batch["caption"]], counts
+
+
+def test_damaged_samples_of_a_cache_are_counted(script, teacher, cached, tmp_path):
+    rewrite(script, cached / "00000.tar", tmp_path / "cache" / "0.tar", damaged)
+    captions, report = audit(script, tmp_path / "cache", teacher)
+    assert captions == [f"sea {i}" for i in range(4, 8)]
+    assert all(f"{cause}: {count}" in report for cause, count in CAUSES.items()), report
+    captions, counts = skips(script, tmp_path / "cache", teacher, num_batches=4)
+    assert sorted(captions) == sorted(f"sea {i}" for i in range(4, 12)) and counts.keys() <= CAUSES.keys()
+
+
+@one_family
+def test_a_damaged_head_is_named(script, teacher, cached, tmp_path):
+    def without_embeddings(samples):
+        samples[0].pop("safetensors")
+        return samples
+
+    rewrite(script, cached / "00000.tar", tmp_path / "cache" / "0.tar", without_embeddings)
+    with pytest.raises(script.UnusableInput, match="the cache's head cannot be read"):
+        audit(script, tmp_path / "cache", teacher)
+
+
+def test_pictures_among_cached_shards_are_counted(script, teacher, cached, shards, tmp_path):
+    for name, source in (("0.tar", cached / "00000.tar"), ("1.tar", Path(shards) / "00001.tar")):
+        shutil.copy(source, tmp_path / name)
+    captions, report = audit(script, tmp_path, teacher)
+    assert captions == [f"sea {i}" for i in range(4)] and "no cached tensors: 12" in report
+    captions, counts = skips(script, tmp_path, teacher, num_batches=6)
+    assert sorted(captions) == sorted(f"sea {i}" for i in range(12))
+    assert counts.keys() <= {"no cached tensors"}
+
+
+@one_family
+def test_a_shard_cached_in_another_way_is_counted(script, cache, teacher, cached, shards, tmp_path):
+    cache(shards, tmp_path / "other", center_crop=None)
+    (tmp_path / "both").mkdir()
+    for name, folder in (("0.tar", cached), ("1.tar", tmp_path / "other")):
+        shutil.copy(folder / "00000.tar", tmp_path / "both" / name)
+    captions, report = audit(script, tmp_path / "both", teacher)
+    assert captions == [f"sea {i}" for i in range(4)] and "1.tar was cached in another way" in report
