@@ -1081,21 +1081,23 @@ def unet_inputs(embeds, _batch):
 def load_teacher(args, dtype, device, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
-    `parts` take the place of the teacher's own, as they are; one that is None is not loaded.
+    `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded.
 
     Raises:
         UnusableInput: it is missing, of another family, or its UNet does not take plain latents.
     """
-    options = dict(parts)
+    given = frozenset(parts)
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
             options["vae"] = AutoencoderKL.from_pretrained(
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
-        pipe = load_pipeline(args, dtype, **options)
+        pipe = load_pipeline(args, dtype, **parts)
         for name, module in pipe.components.items():
-            if isinstance(module, torch.nn.Module) and name not in parts:
-                module.requires_grad_(False).eval().to(device)  # fails if a file lacks weights
+            if name in given:  # such as the student at validation, whose LoRA must stay trainable
+                continue
+            if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
+                module.requires_grad_(False).eval().to(device)
     except (
         OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError,
         diffusers.loaders.single_file_utils.SingleFileComponentError,
@@ -1128,8 +1130,9 @@ def check_parts(pipe, args):
             f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
             "inpainting models cannot be teachers"
         )
-    if pipe.tokenizer and pipe.tokenizer.model_max_length > 10**6:
-        raise UnusableInput("the teacher's tokenizer has no maximum length: its folder is missing or damaged")
+    for name in TEXT_PARTS:
+        if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
+            raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or damaged")
     if "beta_start" not in pipe.scheduler.config:
         raise UnusableInput(
             f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
@@ -1571,9 +1574,7 @@ def validate(job):
                 **embeds, num_inference_steps=steps, guidance_scale=1.0, generator=generator,
                 height=args.resolution, width=args.resolution, output_type="latent",
             ).images  # fmt: skip
-        with torch.no_grad():  # without autocast: SDXL's own VAE is in float32 in an fp16 run
-            pixels = pipe.vae.decode(latents.to(pipe.vae.dtype) / job.scaling_factor).sample
-        drawn[steps] += pipe.image_processor.postprocess(pixels, output_type="pil")
+        drawn[steps] += decode(pipe, latents)
     pipe.scheduler = scheduler
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
@@ -1581,6 +1582,13 @@ def validate(job):
     for tracker in job.accelerator.trackers:
         log_pictures(tracker, drawn, job.prompts, job.state.global_step)
     return drawn
+
+
+@torch.no_grad()
+def decode(pipe, latents):
+    """Return latents [B,C,h,w] as pictures, decoded in the VAE's own dtype: SDXL's overflows in float16."""
+    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.float())
 
 
 def log_pictures(tracker, drawn, prompts, global_step):

@@ -116,7 +116,7 @@ def audit(script, shards, teacher, **changes):
 
 SETTINGS = {
     "center_crop": True, "max_train_steps": 4, "proportion_empty_prompts": 0.3, "validation_prompts": None,
-    "dataloader_num_workers": 1,
+    "dataloader_num_workers": 1, "validation_steps": 2,
 }  # fmt: skip
 
 
@@ -127,7 +127,7 @@ def announce(script):
         original = owner.from_pretrained.__func__
 
         def loading(cls, *args, **kwargs):
-            print("loaded", cls.__name__, file=sys.stderr)
+            script.tqdm.write(f"loaded {cls.__name__}", file=sys.stderr)
             return original(cls, *args, **kwargs)
 
         owner.from_pretrained = classmethod(loading)
@@ -136,7 +136,7 @@ def announce(script):
     said(transformers.CLIPTextModelWithProjection)
     said(AutoencoderKL)
     validate = script.validate
-    script.validate = lambda job: print("drawing", file=sys.stderr) or validate(job)
+    script.validate = lambda job: script.tqdm.write("drawing", file=sys.stderr) or validate(job)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +159,7 @@ def test_a_cached_run_loads_the_vae_for_drawing_and_no_text_encoder(trained):
     said = [line.strip() for line in trained[2]]
     assert any("shards of cached tensors" in line for line in said)
     loaded = [line for line in said if line.startswith("loaded") or line == "drawing"]
-    assert loaded == ["drawing", "loaded AutoencoderKL"]
+    assert loaded == ["drawing", "loaded AutoencoderKL", "drawing"]
     assert (trained[1] / "image_3.png").is_file(), "the first captions of the data are drawn"
 
 

@@ -1,6 +1,7 @@
 """What SDXL has and SD 1.5 has not: sizes and crops, zeros for empty captions, asymmetric UNets, its VAE."""
 
 import io
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
@@ -196,6 +197,14 @@ def test_the_refiner_is_refused(script, pipe):
     refiner = SimpleNamespace(unet=pipe.unet, text_encoder=None, text_encoder_2=pipe.text_encoder_2)
     with pytest.raises(script.UnusableInput, match="refiner"):
         script.check_family(refiner)
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
+def test_a_missing_tokenizer_is_named(script, teacher, tmp_path, part):
+    shutil.copytree(teacher, tmp_path / "teacher")
+    shutil.rmtree(tmp_path / "teacher" / part)  # transformers makes an empty one, without a word
+    with pytest.raises(script.UnusableInput, match=f"{part} has no maximum length"):
+        script.load_teacher(make_args(script, tmp_path / "teacher"), F32, CPU)
 
 
 # ----------------------------------------------------------------------------------------------------------
