@@ -1132,7 +1132,7 @@ def check_parts(pipe, args):
         )
     for name in TEXT_PARTS:
         if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
-            raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or damaged")
+            raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or cut")
     if "beta_start" not in pipe.scheduler.config:
         raise UnusableInput(
             f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
