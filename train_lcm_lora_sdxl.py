@@ -1109,7 +1109,7 @@ def load_teacher(args, dtype, device, **parts):
     given = frozenset(parts)
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
-            options["vae"] = AutoencoderKL.from_pretrained(
+            parts["vae"] = AutoencoderKL.from_pretrained(
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
         pipe = load_pipeline(args, dtype, **parts)
