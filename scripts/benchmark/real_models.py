@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stable Diffusion 1.5, SDXL and SSD-1B in their published configurations, with random weights."""
+
+from functools import partial
+from pathlib import Path
+
+import diffusers
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+REAL_MODELS = ("sd15", "sdxl", "ssd1b")
+# Any CLIP tokenizer will do: how long its captions are padded matters, not what its tokens mean.
+TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher-sd15" / "tokenizer"
+
+
+def build_unet(model):
+    """Return the UNet of SD 1.5, SDXL or SSD-1B in its published configuration."""
+    if model == "sd15":
+        return UNet2DConditionModel(
+            sample_size=64, cross_attention_dim=768
+        )  # the class's other defaults are SD 1.5
+    depths, ssd = (1, 2, 10), {}
+    if model == "ssd1b":
+        depths = [1, [2, 2], [4, 4]]
+        ssd = {
+            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
+            "mid_block_type": "UNetMidBlock2D",
+        }
+    return UNet2DConditionModel(
+        sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+        transformer_layers_per_block=depths, attention_head_dim=(5, 10, 20), use_linear_projection=True,
+        addition_embed_type="text_time", addition_time_embed_dim=256,
+        projection_class_embeddings_input_dim=2816, **ssd,
+    )  # fmt: skip
+
+
+def build_vae(scaling_factor):
+    """Return the VAE of SD 1.5 and SDXL, which differ in the scale of their latents."""
+    return AutoencoderKL(
+        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
+        scaling_factor=scaling_factor,
+    )  # fmt: skip
+
+
+def build_text_encoder(tokenizer, kind, width, layers, heads, activation):
+    """Return a CLIP text encoder that has the tokenizer's special tokens."""
+    config = CLIPTextConfig(
+        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
+        hidden_act=activation, projection_dim=width, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    return kind(config)
+
+
+def build_teacher(model, args, dtype, device, **parts):
+    """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`.
+
+    As there, a part that is given takes the place of its own, and None leaves it out.
+    """
+    torch.manual_seed(args.seed)
+    tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
+    noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    encoder = partial(build_text_encoder, tokenizer)
+    builders = {
+        "unet": lambda: build_unet(model),
+        "vae": lambda: build_vae(0.18215 if model == "sd15" else 0.13025),
+        "tokenizer": lambda: tokenizer,
+        "text_encoder": lambda: encoder(CLIPTextModel, 768, 12, 12, "quick_gelu"),
+    }
+    if model == "sd15":
+        kind = partial(diffusers.StableDiffusionPipeline, safety_checker=None, requires_safety_checker=False)
+        kind = partial(kind, feature_extractor=None, scheduler=DDIMScheduler(**noise))
+    else:
+        kind = partial(diffusers.StableDiffusionXLPipeline, scheduler=EulerDiscreteScheduler(**noise))
+        builders["tokenizer_2"] = lambda: tokenizer
+        builders["text_encoder_2"] = lambda: encoder(CLIPTextModelWithProjection, 1280, 32, 20, "gelu")
+    for name, build in builders.items():
+        if name not in parts:
+            with torch.device(device):  # in float32 first, so that all precisions have the same weights
+                parts[name] = build()
+            if isinstance(parts[name], torch.nn.Module):
+                parts[name].requires_grad_(False).eval().to(dtype)
+    return kind(**parts)
