@@ -508,6 +508,13 @@ class Draws:
     empty: list  # [B] bool, captions to drop
 
 
+def send(tensor, device):
+    """Return a CPU tensor on the device, without waiting for the work that is queued there."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
 def draw(args, shape, global_step, micro_step, process_index, device):
     """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
     key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
@@ -515,11 +522,11 @@ def draw(args, shape, global_step, micro_step, process_index, device):
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device sees the same numbers
     batch = shape[0]
-    posterior_eps, eps = torch.randn(2, *shape, generator=generator).to(device, non_blocking=True)
+    posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = (torch.rand(batch, generator=generator) < args.proportion_empty_prompts).tolist()
-    return Draws(posterior_eps, eps, index.to(device), w.to(device), empty)
+    return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
 
 
 @contextmanager
@@ -1206,7 +1213,7 @@ def condition(uncond_embeds, batch, empty):
     uncond, embeds = {}, {}
     for name, value in uncond_embeds.items():
         uncond[name] = value.expand(batch[name].shape)
-        is_empty = torch.tensor(empty, device=value.device).view(-1, *[1] * (value.ndim - 1))
+        is_empty = send(torch.tensor(empty), value.device).view(-1, *[1] * (value.ndim - 1))
         embeds[name] = torch.where(is_empty, value, batch[name].to(value.dtype))
     return unet_inputs(embeds, batch), unet_inputs(uncond, batch)
 
