@@ -38,6 +38,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, product
 from pathlib import Path
@@ -1225,7 +1226,7 @@ def make_optimizer(parameters, args, num_processes):
 
         adamw = bitsandbytes.optim.AdamW8bit
     else:
-        adamw = torch.optim.AdamW
+        adamw = partial(torch.optim.AdamW, fused=True)
     lr = args.learning_rate
     if args.scale_lr:
         lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
