@@ -7,8 +7,8 @@
     python scripts/benchmark_training.py --model demo --recipe reference ours --json outputs/benchmark.json
 
 `ours` is the training script's own step. `reference` is the recipe in common use, written plainly in
-scripts/benchmark/reference.py. Flags that are not listed here go to the training script, for both. The weights
-of sd15, sdxl and ssd1b are random, in the published configurations; pictures are made up.
+scripts/benchmark/reference.py. Flags that are not listed here go to the training script, for both. Weights of
+sd15, sdxl and ssd1b are random, in the published configurations; pictures are made up.
 
 Each measurement is a process of its own; recipes take turns. Memory is what weights, gradients, optimizer and
 activations take at the peak of the updates: of CUDA's allocator, or resident beyond a process that has only
