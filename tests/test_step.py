@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import flags, read_log
@@ -319,6 +320,28 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
     latents = script.sample_latents(whole, eps, 0.5)
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * eps) * 0.5)
     torch.testing.assert_close(sliced, whole)
+
+
+def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path):
+    args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
+    with torch.no_grad():
+        embeds = script.encode_prompts(pipe, prompts, CPU)
+    accelerator = SimpleNamespace(device=CPU, trackers=[])
+    job = SimpleNamespace(
+        args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
+        state=script.RunState(),
+    )  # fmt: skip
+    scheduler, drawn = pipe.scheduler, script.validate(job)
+    assert pipe.scheduler is scheduler, "the teacher's own is put back"
+    pipe.scheduler = LCMScheduler.from_config(scheduler.config)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    expected = pipe(
+        "hill", num_inference_steps=4, guidance_scale=1.0, height=32, width=32, generator=generator
+    ).images[0]
+    pipe.scheduler = scheduler
+    assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
+    difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
+    assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
 
 
 @pytest.mark.parametrize(
