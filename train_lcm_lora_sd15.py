@@ -795,7 +795,8 @@ def open_picture(data, args):
             original = original[::-1]
         # JPEG: decode at 1/2, 1/4 or 1/8 of the size where that is enough.
         picture.draft("RGB", (args.resolution, args.resolution))
-        return to_rgb(ImageOps.exif_transpose(picture)), original
+        ImageOps.exif_transpose(picture, in_place=True)
+        return to_rgb(picture), original
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -811,7 +812,7 @@ def to_rgb(picture):
         picture = picture.convert("RGBA")
         white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
         picture = Image.alpha_composite(white, picture)
-    return picture.convert("RGB")
+    return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def crop(picture, args, rng):
@@ -824,7 +825,9 @@ def crop(picture, args, rng):
     # Only the part that is kept is resized: a strip would grow without bound.
     x, y = picture.width / size[0], picture.height / size[1]
     box = (left * x, top * y, min((left + side) * x, picture.width), min((top + side) * y, picture.height))
-    pixels = np.asarray(picture.resize((side, side), Image.Resampling[args.interpolation_type.upper()], box))
+    if picture.size != (side, side):
+        picture = picture.resize((side, side), Image.Resampling[args.interpolation_type.upper()], box)
+    pixels = np.asarray(picture)
     if args.random_flip and rng.random() < 0.5:
         pixels, left = pixels[:, ::-1], spare[1] - left
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), (top, left)

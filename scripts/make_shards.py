@@ -124,7 +124,8 @@ def encode(data, args):
         picture.load()
         suffix = KEPT_FORMATS.get(picture.format)
         if suffix is None:
-            suffix, data = "png", encode_png(ImageOps.exif_transpose(picture))
+            picture = ImageOps.exif_transpose(picture)
+            suffix, data, size = "png", encode_png(picture), picture.size
         return suffix, data, size
     except LeftOut:
         raise

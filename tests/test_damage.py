@@ -1,0 +1,236 @@
+"""Streams that end early or fail, errors within seconds, every picture once an epoch."""
+
+import gzip
+import hashlib
+import http.server
+import itertools
+import random
+import tarfile
+import threading
+import time
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT, flags, load_script, picture_bytes, write_shard, write_shards
+
+SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
+SAMPLES = 6  # of the shard that is damaged
+
+
+@pytest.fixture(scope="module", params=SCRIPTS)
+def script(request):
+    return load_script(request.param)
+
+
+@pytest.fixture
+def sleeps(script, monkeypatch):
+    """Do not wait between attempts; return how long each would have waited, s."""
+    asked = []
+    monkeypatch.setattr(script.time, "sleep", asked.append)
+    return asked
+
+
+@pytest.fixture
+def shard(tmp_path):
+    (path,) = write_shards(tmp_path, 1, SAMPLES)
+    return path
+
+
+def read(script, url):
+    """Return (captions that a shard gives, what was counted)."""
+    skipped = Counter()
+    return [sample["txt"].decode() for sample in script.read_shard(str(url), skipped)], skipped
+
+
+def offsets(shard):
+    """Return where in a tar its members begin, and where its end mark does."""
+    with tarfile.open(shard) as tar:
+        return [member.offset for member in tar.getmembers()] + [tar.offset]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A shard that is read is known to be whole
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("member", range(1, 3 * SAMPLES + 1))
+def test_an_end_between_any_two_members_is_noticed(script, shard, sleeps, member):
+    end = offsets(shard)[member]
+    captions, skipped = read(script, f"pipe:head -c {end} {shard}")
+    ((cause, count),) = skipped.items()
+    assert str(shard) in cause and "ends before its end mark" in cause and count == 1
+    assert sorted(set(captions)) == sorted(captions), "no sample twice, though it was read three times"
+    assert len(captions) >= (member - 1) // 3 and len(sleeps) == script.READ_ATTEMPTS
+
+
+def test_a_command_that_fails_after_a_whole_shard_is_noticed(script, shard, sleeps):
+    captions, skipped = read(script, f"pipe:cat {shard}; exit 3")
+    ((cause, count),) = skipped.items()
+    assert "exit 3" in cause and count == 1
+    assert captions == [f"sea {i}" for i in range(SAMPLES)] and len(sleeps) == script.READ_ATTEMPTS
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_a_damaged_header_does_not_end_a_shard_in_silence(script, shard):
+    data = bytearray(shard.read_bytes())
+    start = offsets(shard)[6]
+    data[start : start + 100] = bytes(range(100))
+    shard.write_bytes(data)
+    script.check_shard(shard)  # looks at head and tail alone
+    captions, skipped = read(script, shard)
+    ((cause, _),) = skipped.items()
+    assert captions[:1] == ["sea 0"] and len(captions) < SAMPLES and "bad checksum" in cause
+
+
+@pytest.mark.usefixtures("sleeps")
+@pytest.mark.parametrize("padding", [0, 5120, 3_000_000])
+def test_a_whole_shard_is_whole_whatever_follows_its_end_mark(script, shard, padding):
+    shard.write_bytes(shard.read_bytes() + bytes(padding))
+    for url in (shard, f"pipe:cat {shard}", f"pipe:cat {shard} | cat"):
+        captions, skipped = read(script, url)
+        assert captions == [f"sea {i}" for i in range(SAMPLES)] and not skipped
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_compressed_shards_are_read_and_their_early_end_is_noticed(script, shard):
+    packed = shard.with_suffix(".tar.gz")
+    packed.write_bytes(gzip.compress(shard.read_bytes()))
+    assert read(script, packed) == ([f"sea {i}" for i in range(SAMPLES)], Counter())
+    packed.write_bytes(gzip.compress(shard.read_bytes()[: offsets(shard)[9]]))  # whole as a gzip file
+    captions, skipped = read(script, packed)
+    assert len(captions) in (2, 3) and "ends before its end mark" in str(skipped)
+    packed.write_bytes(packed.read_bytes()[:-200])
+    assert sum(read(script, packed)[1].values()) == 1
+
+
+def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):
+    samples = [{"png": picture_bytes(0), "txt": "sea", "json": {"filling": "x" * 100_000}} for _ in range(40)]
+    path = write_shard(tmp_path / "0.tar", samples)
+    skipped = Counter()
+    stream = script.read_shard(f"pipe:cat {path}", skipped)
+    next(stream)
+    started = time.monotonic()
+    stream.close()
+    del stream
+    assert time.monotonic() - started < 5 and not skipped
+    assert not [warning for warning in recwarn if "xception" in str(warning.message)]
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_a_run_ends_when_no_shard_can_be_read_any_more(script):
+    args = script.parse_args(flags("a/teacher", "pipe:false", "unused"))
+    stream = script.ShardStream(["pipe:false"], args, 1, 0)
+    with pytest.raises(script.UnusableInput, match="no usable sample: shard pipe:false broke off"):
+        script.next_batch(iter(script.make_loader(stream, cuda=False)), script.RunState())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Errors come within seconds
+# ----------------------------------------------------------------------------------------------------------
+
+ANSWERS = {  # status, length that is promised, what is sent
+    "404": (404, 0, b""),
+    "empty": (200, 0, b""),
+    "a page, no tar": (200, 5000, b"<html>log in</html>" + b" " * 4981),
+    "dies at once": (200, 5000, b"x" * 10),
+}
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Give ANSWERS by their number."""
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            status, length, data = [*ANSWERS.values()][int(self.path.strip("/").split(".")[0])]
+            self.send_response(status)
+            self.send_header("Content-Length", str(length))
+            self.end_headers()
+            self.wfile.write(data)
+            self.close_connection = True
+
+        def log_message(self, *_):
+            """Say nothing."""
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}"
+        httpd.shutdown()
+
+
+@pytest.mark.parametrize("number", range(len(ANSWERS)), ids=ANSWERS)
+def test_an_address_without_a_shard_is_an_error_in_under_10_seconds(script, server, sleeps, number):
+    url = f"{server}/{number}.tar"
+    args = script.parse_args(flags("a/teacher", url, "unused"))
+    started = time.monotonic()
+    with pytest.raises(script.UnusableInput, match=f"shard {url} broke off"):
+        script.audit(script.list_shards([url]), args)
+    assert time.monotonic() - started + sum(sleeps) < 10
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Every picture once an epoch
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def layouts(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("layouts")
+    for count in (1, 3, 8):
+        write_shards(folder / str(count), count, 12)
+    return folder
+
+
+def first_epoch(stream, worker, monkeypatch):
+    """Return (hash of the pixels, caption) of each sample that a loader worker gives in epoch 0, in order."""
+    info = SimpleNamespace(id=worker) if stream.args.dataloader_num_workers else None
+    with monkeypatch.context() as patch:
+        patch.setattr("torch.utils.data.get_worker_info", lambda: info)
+        batches = itertools.takewhile(lambda batch: batch["position"][1] == 0, stream)
+        return [
+            (hashlib.sha256(batch["pixels"].numpy().tobytes()).hexdigest(), *batch["caption"])
+            for batch in batches
+        ]
+
+
+@pytest.mark.parametrize("count", [1, 3, 8])
+def test_every_picture_comes_once_an_epoch(script, layouts, monkeypatch, count):
+    shards = script.list_shards([str(layouts / str(count))])
+    orders = {}
+    for processes, workers in itertools.product((1, 2, 3), (0, 1, 3)):
+        line = flags("a/teacher", layouts, "u", train_batch_size=1, dataloader_num_workers=workers, seed=4)
+        args = script.parse_args(line)
+        parts = [
+            first_epoch(script.ShardStream(shards, args, processes, rank), worker, monkeypatch)
+            for rank in range(processes)
+            for worker in range(max(1, workers))
+        ]
+        seen = Counter(sample for part in parts for sample in part)
+        assert len({pixels for pixels, _ in seen}) == len(seen) == 12 * count
+        assert set(seen.values()) == {1}, f"{processes} processes, {workers} workers"
+        orders[processes, workers] = parts
+    assert orders[1, 0] == orders[1, 1] and orders[2, 0] == orders[2, 1], "a worker changes nothing"
+    args.seed = 5
+    again = [first_epoch(script.ShardStream(shards, args, 3, 0), 0, monkeypatch) for _ in "ab"]
+    assert again[0] == again[1] != orders[3, 3][0], "order is a function of the seed"
+
+
+def test_killed_at_any_step_a_run_sees_what_it_would_have_seen(script, layouts):
+    """Two processes, 24 batches each over epochs, killed at random, resumed from the last checkpoint."""
+    shards = script.list_shards([str(layouts / "3")])
+    args = script.parse_args(flags("a/teacher", layouts, "u", train_batch_size=2, shuffle_buffer_samples=7))
+    rng = random.Random(0)
+    for rank in (0, 1):
+        unbroken = [b["caption"] for b in itertools.islice(script.ShardStream(shards, args, 2, rank), 24)]
+        seen, done, positions = [], 0, {}
+        while done < 24:
+            stream = script.ShardStream(shards, args, 2, rank, done, positions)
+            steps, lost = rng.randint(1, 6), rng.randint(0, 3)  # `lost` come after the checkpoint
+            batches = list(itertools.islice(stream, min(steps + lost, 24 - done)))[:steps]
+            seen += [batch["caption"] for batch in batches]
+            done += len(batches)
+            consumer, *position = batches[-1]["position"]
+            positions = {str(consumer): position}
+        assert seen == unbroken and len({c for batch in seen for c in batch}) == 18
