@@ -322,6 +322,16 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
     torch.testing.assert_close(sliced, whole)
 
 
+def test_a_pipeline_loaded_around_the_student_leaves_it_trainable(script, args, unet):
+    """A run on cached latents loads its VAE when it first draws, in the middle of training."""
+    before = {name: parameter.requires_grad for name, parameter in unet.named_parameters()}
+    loaded = script.load_teacher(args, F32, CPU, unet=unet, **dict.fromkeys(script.TEXT_PARTS))
+    assert loaded.unet is unet and loaded.text_encoder is None
+    assert not any(parameter.requires_grad for parameter in loaded.vae.parameters())
+    assert any(before.values())
+    assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == before
+
+
 def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path):
     args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
     with torch.no_grad():
