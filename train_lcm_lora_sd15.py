@@ -81,13 +81,15 @@ PACKAGES = (
     "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 )
 READ_ATTEMPTS = 3
+PUSH_ATTEMPTS = 5  # 1, 2, 4 and 8 s apart; in each the Hub's client tries single requests again by itself
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
     "hub_model_id hub_token vae_encode_batch_size "
     "logging_dir logging_steps num_train_epochs max_train_samples max_train_steps output_dir push_to_hub "
-    "report_to resume_from_checkpoint tracker_project_name validation_prompts validation_steps".split()
+    "push_checkpoints_to_hub report_to resume_from_checkpoint tracker_project_name validation_prompts "
+    "validation_steps".split()
 )
 
 
@@ -97,6 +99,10 @@ class UnusableInput(Exception):
 
 class NonFiniteLoss(Exception):
     """The loss is NaN or infinite; exit code 1."""
+
+
+class UploadFailed(Exception):
+    """The Hub did not take the files, which are on disk; never the end of a run."""
 
 
 class StoppedBySignal(Exception):
@@ -239,6 +245,8 @@ def add_output_args(parser):
     add("--tracker_project_name", default="lcm-lora", help="project in the tracker")
     add("--push_to_hub", action="store_true",
         help="upload LoRA, pictures and model card when the run is done")
+    add("--push_checkpoints_to_hub", action="store_true",
+        help="with --push_to_hub: upload the LoRA of each checkpoint too")
     add("--hub_model_id", help="Hub repository; default: the name of --output_dir")
     add("--hub_token",
         help="Hub token; default: the one `hf auth login` or HF_TOKEN left; never written anywhere")
@@ -308,6 +316,8 @@ def check_args(args, error):
         error(
             "--max_train_steps is missing: streamed shards have no known length; or give --max_train_samples"
         )
+    if args.push_checkpoints_to_hub and not args.push_to_hub:
+        error("--push_checkpoints_to_hub: needs --push_to_hub")
     if not args.lora_target_modules.strip(", "):
         error(f"--lora_target_modules {args.lora_target_modules!r}: must name at least one module suffix")
 
@@ -383,7 +393,7 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import _collate_lora_metadata, cast_training_params
 from diffusers.utils import logging as diffusers_logging
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from peft import LoraConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -1089,6 +1099,11 @@ def unet_inputs(embeds, _batch):
     return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
+def kohya_name(module, _layers_per_block):
+    """Return kohya's name of a UNet's module: for SD 1.x and 2.x, sd-scripts keeps diffusers' own names."""
+    return "lora_unet_" + module.replace(".", "_")
+
+
 # >>> shared: models
 def load_teacher(args, dtype, device, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
@@ -1273,18 +1288,19 @@ def save_lora(unet, pipeline_class, folder, args):
     config = metadata["unet_lora_adapter_metadata"]
     config |= {"lora_dropout": 0.0, "target_modules": sorted(config["target_modules"])}
     pipeline_class.save_lora_weights(scratch, unet_lora_layers=state, **metadata)
-    save_file(kohya_weights(state, args.lora_alpha), scratch / KOHYA_NAME, metadata=kohya_metadata(args))
+    weights = kohya_weights(state, args.lora_alpha, unet.config.layers_per_block)
+    save_file(weights, scratch / KOHYA_NAME, metadata=kohya_metadata(args))
     for name in (WEIGHTS_NAME, KOHYA_NAME):
         os.replace(scratch / name, folder / name)
     scratch.rmdir()
 
 
-def kohya_weights(state, alpha):
+def kohya_weights(state, alpha, layers_per_block):
     """Return a PEFT state dict of the UNet with the keys that ComfyUI and A1111 read, alpha included."""
     weights = {}
     for name, value in state.items():
         module, _, matrix = name.removesuffix(".weight").rpartition(".")
-        key = "lora_unet_" + module.replace(".", "_")
+        key = kohya_name(module, layers_per_block)
         side = {"lora_A": "lora_down", "lora_B": "lora_up"}[matrix]
         weights[f"{key}.{side}.weight"] = value.detach().half().cpu().contiguous()
         weights[f"{key}.alpha"] = torch.tensor(float(alpha), dtype=torch.float16)
@@ -1712,26 +1728,57 @@ def make_repository(args):
     """Make the Hub repository, if it is not there, before any GPU hour is spent.
 
     Raises:
-        UnusableInput: the Hub refuses, or cannot be reached.
+        UnusableInput: the Hub refuses. One that cannot be reached now is said, and asked again at the end.
     """
     try:
         create_repo(repository_name(args), exist_ok=True, token=args.hub_token)
-    except (HfHubHTTPError, OSError, ValueError) as error:
-        raise UnusableInput(
-            f"--push_to_hub: {repository_name(args)} cannot be made: {' '.join(str(error).split())[:300]}; "
-            "log in with `hf auth login`, or leave the flag out"
-        ) from error
+    except (HTTPError, OSError, ValueError) as error:
+        status = getattr(getattr(error, "response", None), "status_code", 0)
+        message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
+        refused = status in range(400, 500) and status not in (408, 429)
+        if refused or isinstance(error, (ValueError, LocalTokenNotFoundError)):
+            raise UnusableInput(f"{message}; log in with `hf auth login`, or leave the flag out") from error
+        tqdm.write(f"{message}; training goes on, the upload is tried again later", file=sys.stderr)
 
 
-def push(args):
-    """Upload LoRA files, pictures and card, nothing else, and return the repository's address."""
-    return upload_folder(
-        repo_id=create_repo(repository_name(args), exist_ok=True, token=args.hub_token).repo_id,
-        folder_path=args.output_dir,
-        token=args.hub_token,
-        commit_message="LCM-LoRA",
-        allow_patterns=[WEIGHTS_NAME, KOHYA_NAME, "README.md", "image_*.png"],
-    )
+def one_line(error):
+    """Return an error's text as one line without secrets."""
+    return masked(" ".join(str(error).split())[:300]) or type(error).__name__
+
+
+def push(args, folder=None, attempts=PUSH_ATTEMPTS):
+    """Upload a folder's LoRA files, pictures and card, nothing else, and return the repository's address.
+
+    Raises:
+        UploadFailed: the last attempt failed too.
+    """
+    for attempt in range(attempts):
+        time.sleep(2 ** (attempt - 1) if attempt else 0)
+        try:
+            return upload_folder(
+                repo_id=create_repo(repository_name(args), exist_ok=True, token=args.hub_token).repo_id,
+                folder_path=folder or args.output_dir,
+                token=args.hub_token,
+                commit_message="LCM-LoRA",
+                allow_patterns=[WEIGHTS_NAME, KOHYA_NAME, "README.md", "image_*.png"],
+            )
+        except Exception as error:  # of HTTP, LFS, Xet or the disk: none may cost a run
+            cause = error
+            tqdm.write(f"upload {attempt + 1} of {attempts} failed: {one_line(error)}", file=sys.stderr)
+    raise UploadFailed(one_line(cause)) from cause
+
+
+def push_or_say(args, folder=None, attempts=PUSH_ATTEMPTS):
+    """Upload a folder's files, or say how to do it later."""
+    try:
+        tqdm.write(f"uploaded to {push(args, folder, attempts)}", file=sys.stderr)
+    except UploadFailed:
+        tqdm.write(
+            f"not uploaded; the files are in {folder or args.output_dir}. To publish them later: "
+            f"python scripts/push_to_hub.py --folder {folder or args.output_dir} "
+            f"--hub_model_id {repository_name(args)}",
+            file=sys.stderr,
+        )
 
 
 # <<< shared: log
@@ -1946,6 +1993,8 @@ def train(job, loader, log):
                 stop_if_asked(accelerator, state, args)
         if save:
             save_checkpoint(accelerator, state, args)
+            if args.push_checkpoints_to_hub and accelerator.is_main_process and not last:
+                push_or_say(args, Path(args.output_dir) / f"checkpoint-{state.global_step}", attempts=2)
         if args.validation_steps and state.global_step % args.validation_steps == 0 and not last:
             log.flush()  # trackers want steps in order
             if accelerator.is_main_process:
@@ -1966,7 +2015,7 @@ def finish(job):
         tqdm.write(f"skipped samples: {describe(total) or 'none'}", file=sys.stderr)
         tqdm.write(f"the LoRA is {Path(args.output_dir) / WEIGHTS_NAME}", file=sys.stderr)
         if args.push_to_hub:
-            tqdm.write(f"uploaded to {push(args)}", file=sys.stderr)
+            push_or_say(args)
     accelerator.wait_for_everyone()
     accelerator.end_training()
 

@@ -31,6 +31,7 @@ DIFFERENT_FOR_A_REASON = {
     "check_family": "each refuses the other's teachers",
     "encode_prompts": "one text encoder, or two and pooled embeddings",
     "unet_inputs": "SDXL's UNet is told of size and crop",
+    "kohya_name": "kohya's files name SDXL's modules otherwise",
     "TEXT_PARTS": "one text encoder or two",
     "ARGS": "the flags, read before the heavy imports",
 }

@@ -1,0 +1,77 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Train on several nodes; preempted or out of time, the job saves, requeues itself and goes on.
+#
+#     export SHARDS=/data/laion OUTPUT_DIR=/scratch/me/lcm-lora
+#     sbatch scripts/slurm/train_multi_node.sh --max_train_steps 10000
+#
+# Run it from the repository's folder. What follows the name goes to the training script. Variables:
+#   SHARDS      folder of shards, or what --train_shards_path_or_url takes
+#   OUTPUT_DIR  on a disk that outlives the job
+#   TEACHER     Hub id, folder or file            LOCAL_DISK  node-local disk (default /tmp)
+#   SCRIPT      train_lcm_lora_sdxl.py (default) or train_lcm_lora_sd15.py
+#   STAGE=1     copy SHARDS, a folder, to LOCAL_DISK first
+#   OFFLINE=1   no network on the node: fetch the teacher first on another one, with `hf download TEACHER`
+# Tokens come from `hf auth login` and `wandb login`; none belongs in this file.
+#SBATCH --job-name=lcm-lora
+#SBATCH --nodes=2
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+
+set -uo pipefail
+SCRIPT=${SCRIPT:-train_lcm_lora_sdxl.py}
+TEACHER=${TEACHER:-stabilityai/stable-diffusion-xl-base-1.0}
+SHARDS=${SHARDS:?name the training shards}
+OUTPUT_DIR=${OUTPUT_DIR:?name a folder on a disk that outlives the job}
+PROCESSES=$((SLURM_NNODES * ${SLURM_GPUS_ON_NODE:-1})) # on all nodes
+CONFIG=${CONFIG:-scripts/accelerate/multi_node.yaml}
+HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+PORT=$((20000 + SLURM_JOB_ID % 20000))
+
+# Caches and data on the node's own disk, by a name that stays: a resumed run compares the shards' path.
+LOCAL=${LOCAL_DISK:-/tmp}/$USER-lcm-lora
+export TRITON_CACHE_DIR=$LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$LOCAL/inductor WANDB_CACHE_DIR=$LOCAL/wandb
+srun mkdir -p "$LOCAL/shards"
+if [[ ${STAGE:-0} == 1 ]]; then
+    srun cp --update --recursive "$SHARDS/." "$LOCAL/shards/" || exit 2
+    SHARDS=$LOCAL/shards
+fi
+if [[ ${OFFLINE:-0} == 1 ]]; then
+    export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+fi
+# One run in wandb, however often the job is requeued.
+export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID} WANDB_RESUME=allow
+
+# USR1 comes 300 s before the end. It goes on to the training processes, which save a checkpoint and exit
+# with 3; the launcher, which has to outlive them, ignores it and turns their 3 into 1.
+stopped=0
+# shellcheck disable=SC2317 # the trap calls it
+stop() {
+    stopped=1
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+}
+trap stop USR1 TERM
+# shellcheck disable=SC2016 # expanded on each node
+srun --kill-on-bad-exit=1 \
+    bash -c 'trap "" USR1; exec accelerate launch --machine_rank "$SLURM_NODEID" "$@"' launch \
+    --config_file "$CONFIG" --num_machines "$SLURM_NNODES" --num_processes "$PROCESSES" \
+    --main_process_ip "$HEAD" --main_process_port "$PORT" "$SCRIPT" \
+    --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "$SHARDS" --output_dir "$OUTPUT_DIR" \
+    --resume_from_checkpoint latest "$@" &
+wait $!
+code=$?
+while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
+    wait $!
+    code=$?
+done
+if [[ $code != 0 && $stopped == 1 ]]; then
+    echo "stopped by a signal, exit code $code: requeued, to go on from the newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

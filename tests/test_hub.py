@@ -1,0 +1,240 @@
+"""Uploads, with the real huggingface_hub client against a local server that speaks the Hub's protocol."""
+
+import base64
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+import test_checkpoint
+from conftest import ENVIRONMENT, ROOT, flags, load_script
+
+TOKEN = "hf_secretSECRETsecretSECRET"
+LORA = {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"}
+ALL = LORA | {"README.md", "image_0.png"}
+
+
+class Hub(ThreadingHTTPServer):
+    """A Hub; a repository's name says how it fails."""
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.blobs, self.commits, self.seen, self.bodies, self.tokens = {}, {}, Counter(), [], set()
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+
+    def status(self, name, step):
+        """Return the HTTP status of a request: each kind fails once at `flaky`, always at `down`."""
+        self.seen[name, step] += 1
+        if name == "forbidden":
+            return 403
+        failing = {"flaky": self.seen[name, step] == 1, "down": True, "full": step == "commit"}
+        return 500 if failing.get(name) else 200
+
+    def files(self, name):
+        """Return {path: bytes} of a repository after all its commits."""
+        return {path: data for commit in self.commits.get(name, []) for path, data in commit.items()}
+
+
+class Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_args):
+        pass
+
+    def body(self):
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(parts)
+
+    def answer(self, status, record):
+        data = json.dumps(record).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def handle_request(self):
+        hub, body, path = self.server, self.body(), self.path.partition("?")[0]
+        hub.bodies.append(body)
+        hub.tokens.add(self.headers.get("Authorization"))
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
+        if path == "/api/repos/create":
+            name, step = json.loads(body)["name"], "create"
+        elif path.endswith("/info/lfs/objects/batch"):
+            name, step = path.removesuffix(".git/info/lfs/objects/batch").rpartition("/")[2], "lfs"
+        elif path.startswith("/upload/"):
+            name, step = path.split("/")[2], "put"
+        else:  # /api/models/me/NAME/preupload/main, /api/models/me/NAME/commit/main, /api/models/me/NAME
+            name, step = [*path.split("/")[4:6], "info"][:2]
+        status = hub.status(name, step)
+        answer = {"error": "not now"} if status != 200 else getattr(self, f"do_{step}")(name, body)
+        return self.answer(status, answer)
+
+    do_GET = do_POST = do_PUT = handle_request
+
+    def do_create(self, name, _body):
+        return {"url": f"{self.server.endpoint}/me/{name}"}
+
+    def do_info(self, name, _body):
+        return {"id": f"me/{name}", "sha": "0" * 40}
+
+    def do_preupload(self, _name, body):
+        paths = [file["path"] for file in json.loads(body)["files"]]
+        modes = {path: "lfs" if path.endswith(("safetensors", "png")) else "regular" for path in paths}
+        files = [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]
+        return {"files": files}
+
+    def do_lfs(self, name, body):
+        objects = json.loads(body)["objects"]
+        for entry in objects:
+            href = f"{self.server.endpoint}/upload/{name}/{entry['oid']}"
+            entry["actions"] = {"upload": {"href": href}}
+        return {"transfer": "basic", "objects": objects}
+
+    def do_put(self, _name, body):
+        self.server.blobs[hashlib.sha256(body).hexdigest()] = body
+        return {}
+
+    def do_commit(self, name, body):
+        files = {}
+        for line in map(json.loads, body.splitlines()):
+            value = line["value"]
+            if line["key"] == "lfsFile":
+                files[value["path"]] = self.server.blobs[value["oid"]]
+            elif line["key"] == "file":
+                files[value["path"]] = base64.b64decode(value["content"])
+        commits = self.server.commits.setdefault(name, [])
+        commits.append(files)
+        url = f"{self.server.endpoint}/me/{name}/commit/{len(commits)}"
+        return {"commitUrl": url, "commitOid": f"{len(commits):040}"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The other process: this file as a program, with the real client, which reads HF_ENDPOINT on import
+# ----------------------------------------------------------------------------------------------------------
+
+STEPS = {"flaky": 4, "full": 2, "down": 2, "forbidden": 2}
+
+
+def wait_less(_script=None):
+    """Make every pause a short one, and return the list of those asked for."""
+    pauses, sleep = [], time.sleep
+
+    def pause(seconds):
+        if seconds > 0.05:
+            pauses.append(seconds)
+        sleep(min(seconds, 0.01))
+
+    time.sleep = pause
+    return pauses
+
+
+def train_and_publish(folder, teacher, shards):
+    """Train into folder/NAME for repositories that fail in different ways, publish, note what came of it."""
+    script, tool = load_script("train_lcm_lora_sd15.py"), load_script("scripts/push_to_hub.py")
+    test_checkpoint.DEADLINE_S = 600
+    results = {}
+    for name, steps in STEPS.items():
+        line = flags(
+            teacher, shards, folder / name, max_train_steps=steps, push_to_hub=True, hub_token=TOKEN,
+            push_checkpoints_to_hub=True, hub_model_id=f"me/{name}", lora_target_modules="to_q,conv1",
+        )  # fmt: skip
+        run = test_checkpoint.Run(script, line, folder / f"{name}.txt", hook=wait_less)
+        results[name] = {"code": run.wait()[0], "said": run.said.read_text()}
+    pauses = wait_less()
+    for name in ("late", "down", "forbidden"):
+        pauses.clear()
+        words = ["--folder", str(folder / "full"), "--hub_model_id", f"me/{name}", "--hub_token", TOKEN]
+        results[f"tool: {name}"] = {"code": tool.main(tool.parse_args(words)), "pauses": list(pauses)}
+    (folder / "results.json").write_text(json.dumps(results))
+
+
+@pytest.fixture(scope="module")
+def hub(teacher, shards, tmp_path_factory):
+    """Return (the Hub after all runs, folder with what they left, their results)."""
+    hub, folder = Hub(), tmp_path_factory.mktemp("runs")
+    online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    command = [sys.executable, __file__, str(folder), str(teacher), shards]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=1800, env=ENVIRONMENT | online, cwd=ROOT / "tests"
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    yield hub, folder, json.loads((folder / "results.json").read_text())
+    hub.shutdown()
+
+
+def test_a_hub_that_fails_now_and_then_gets_checkpoint_and_all_files(hub):
+    server, folder, results = hub
+    said = results["flaky"]["said"]
+    assert results["flaky"]["code"] == 0 and said.count("uploaded to ") == 2 and "not uploaded" not in said
+    assert "me/flaky cannot be made" in said and "upload 1 of 2 failed: " in said
+    first, last = server.commits["flaky"]
+    assert set(first) == LORA and set(last) == ALL
+    for name, commit in (("checkpoint-2", first), (".", last)):
+        assert all((folder / "flaky" / name / path).read_bytes() == data for path, data in commit.items())
+
+
+@pytest.mark.parametrize("name", ["full", "down"])
+def test_a_failing_hub_loses_and_stops_nothing(hub, name):
+    server, folder, results = hub
+    assert results[name]["code"] == 0, results[name]["said"][-2000:]
+    assert server.files(name) == {}
+    assert all((folder / name / path).is_file() for path in ALL)
+    said = results[name]["said"]
+    assert said.count("upload 5 of 5 failed: ") == 1 and "Traceback" not in said
+    later = f"python scripts/push_to_hub.py --folder {folder / name} --hub_model_id me/{name}"
+    assert said.splitlines()[-1].endswith(later)
+
+
+def test_a_refusal_is_said_before_anything_is_trained(hub):
+    _, folder, results = hub
+    last = results["forbidden"]["said"].splitlines()[-1]
+    assert results["forbidden"]["code"] == 2 and last.startswith("error: --push_to_hub: me/forbidden")
+    assert not (folder / "forbidden").exists()
+
+
+def test_a_finished_folder_is_published_later(hub):
+    server, folder, results = hub
+    assert results["tool: late"]["code"] == 0 and set(server.files("late")) == ALL
+    assert results["tool: forbidden"]["code"] == 2
+    assert results["tool: down"]["code"] == 1 and results["tool: down"]["pauses"] == [1, 2, 4, 8]
+
+
+def test_the_token_goes_to_the_hub_and_nowhere_else(hub):
+    server, folder, results = hub
+    assert server.tokens == {f"Bearer {TOKEN}"}
+    assert not any(TOKEN.encode() in body for body in [*server.bodies, *server.blobs.values()])
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if TOKEN.encode() in path.read_bytes()] and len(files) > 20
+
+
+def test_no_path_of_this_machine_is_uploaded(hub, teacher, shards):
+    server, folder, _ = hub
+    for path, data in (server.files("late") | server.files("flaky")).items():
+        for secret in (str(folder), str(teacher), str(shards)):
+            assert secret.encode() not in data, path
+
+
+def test_push_to_hub_wants_a_finished_folder(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        load_script("scripts/push_to_hub.py").parse_args(["--folder", str(tmp_path)])
+    said = capsys.readouterr().err
+    assert ended.value.code == 2 and said.startswith(f"error: --folder {tmp_path}: holds no pytorch_lora")
+
+
+if __name__ == "__main__":
+    train_and_publish(Path(sys.argv[1]), sys.argv[2], sys.argv[3])
