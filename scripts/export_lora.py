@@ -127,7 +127,7 @@ def read_lora(path):
     rest = [*state, *(name for name, lora in loras.items() if lora.up is None)]
     if rest or not loras:
         raise sd15.UnusableInput(f"{path}: {rest[:1] or 'it'} is no LoRA of a UNet; name one of a UNet alone")
-    if not all((lora.alpha * lora.down).isfinite().all() and lora.up.isfinite().all() for lora in loras.values()):
+    if not all(x.isfinite().all() for lora in loras.values() for x in (lora.alpha * lora.down, lora.up)):
         raise sd15.UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
     return loras, is_ldm
 

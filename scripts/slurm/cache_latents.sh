@@ -38,9 +38,13 @@ if [[ ${#mine[@]} == 0 ]]; then
     exit 2
 fi
 
+# shellcheck disable=SC2317 # the trap calls it
 requeue() { # a shard is there whole or not at all, so nothing has to be saved
-    echo "stopped by a signal: requeued, to make the shards that are missing"
-    scontrol requeue "$SLURM_JOB_ID"
+    # A job that `scancel` ends is not running any more, and stays ended.
+    if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+        echo "stopped by a signal: requeued, to make the shards that are missing"
+        scontrol requeue "$SLURM_JOB_ID"
+    fi
 }
 trap requeue USR1 TERM
 srun accelerate launch --config_file scripts/accelerate/single_gpu.yaml scripts/cache_latents.py \

@@ -45,28 +45,40 @@ fi
 # One run in wandb, however often the job is requeued.
 export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID} WANDB_RESUME=allow
 
-# USR1 comes 300 s before the end. It goes on to the training processes, which save a checkpoint and exit
-# with 3; the launcher, which has to outlive them, ignores it and turns their 3 into 1.
-stopped=0
-# shellcheck disable=SC2317 # the trap calls it
-stop() {
-    stopped=1
-    scancel --signal=USR1 "$SLURM_JOB_ID"
+# What runs on each node. A signal reaches all processes here: the training processes save a checkpoint and
+# exit with 3, which the launcher turns into 1; it ignores signals, as it has to outlive them.
+# shellcheck disable=SC2317 # srun calls it
+launch() {
+    local stopped=0 code
+    trap stopped=1 USR1 TERM
+    (trap '' USR1 TERM && exec accelerate launch "$@") &
+    wait $!
+    code=$?
+    while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
+        wait $!
+        code=$?
+    done
+    [[ $code != 0 && $stopped == 1 ]] && exit 3
+    exit "$code"
 }
-trap stop USR1 TERM
+export -f launch
+
+# USR1 comes to this shell 300 s before the end, and goes on to the processes of srun.
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
 # shellcheck disable=SC2016 # expanded by the inner shell
-srun --kill-on-bad-exit=1 bash -c 'trap "" USR1; exec accelerate launch "$@"' launch \
+srun --wait=60 bash -c 'launch "$@"' launch \
     --config_file "$CONFIG" --num_processes "$PROCESSES" "$SCRIPT" \
     --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "$SHARDS" --output_dir "$OUTPUT_DIR" \
     --resume_from_checkpoint latest "$@" &
 wait $!
 code=$?
-while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
+while kill -0 $! 2>/dev/null; do
     wait $!
     code=$?
 done
-if [[ $code != 0 && $stopped == 1 ]]; then
-    echo "stopped by a signal, exit code $code: requeued, to go on from the newest checkpoint"
+# A job that `scancel` ends is not running any more, and stays ended.
+if [[ $code == 3 && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+    echo "stopped by a signal: requeued, to go on from the newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$code"
