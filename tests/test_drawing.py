@@ -1,0 +1,254 @@
+"""What scripts/sample.py draws with: several LoRAs, PEFT folders, pictures to start from, ControlNet."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import SIDE, load_script
+from diffusers import ControlNetModel, StableDiffusionPipeline
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+PROMPTS = ["a red hill", "the sea"]
+TARGETS = ["to_q", "to_v", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return load_script("scripts/sample.py")
+
+
+def random_lora(folder, teacher, name, seed, rank):
+    """Write a random LoRA, alpha = rank, for diffusers and for PEFT in `<name>/unet`; return its weights."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    torch.manual_seed(seed)
+    config = LoraConfig(r=rank, lora_alpha=rank, target_modules=TARGETS, init_lora_weights=False)
+    pipe.unet.add_adapter(config)
+    weights = {key: value.clone() for key, value in get_peft_model_state_dict(pipe.unet).items()}
+    StableDiffusionPipeline.save_lora_weights(folder / name, unet_lora_layers=weights)
+    config.save_pretrained(folder / name / "unet")
+    prefixed = {f"base_model.model.{key}": value.contiguous() for key, value in weights.items()}
+    save_file(prefixed, folder / name / "unet" / "adapter_model.safetensors")
+    return weights
+
+
+@pytest.fixture(scope="module")
+def loras(teacher, tmp_path_factory):
+    """Return (folder with `lcm` and `style`, {name: weights})."""
+    folder = tmp_path_factory.mktemp("loras")
+    return folder, {
+        name: random_lora(folder, teacher, name, seed, rank)
+        for name, seed, rank in (("lcm", 1, 3), ("style", 2, 2))
+    }
+
+
+def latents_of(sample, pipe, sampler, weights=None):
+    sample.set_sampler(pipe, sampler, weights)
+    return torch.stack(sample.draw(pipe, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+
+
+def merge(unet, loras):
+    """Add weight * B A of every LoRA, {weight: tensors}, to the UNet's own weights, by hand."""
+    modules = dict(unet.named_modules())
+    for scale, tensors in loras:
+        for key in (key for key in tensors if key.endswith("lora_A.weight")):
+            down, up = tensors[key].flatten(1), tensors[key.replace("lora_A", "lora_B")].flatten(1)
+            weight = modules[key.removesuffix(".lora_A.weight")].weight
+            weight.data += scale * (up @ down).view(weight.shape)
+
+
+def test_style_and_lcm_lora_equal_weights_merged_by_hand(sample, teacher, loras):
+    folder, weights = loras
+    pipe = sample.load_pipeline(teacher)
+    sample.load_lora(pipe, folder / "lcm")
+    sample.load_lora(pipe, folder / "style", "style1")
+    both = latents_of(sample, pipe, "lcm-lora", {"lcm": 1.0, "style1": 0.8})
+    merged = sample.load_pipeline(teacher)
+    merge(merged.unet, [(1.0, weights["lcm"]), (0.8, weights["style"])])
+    torch.testing.assert_close(both, latents_of(sample, merged, "lcm-without-lora"), rtol=1e-3, atol=1e-4)
+    for other in ({"lcm": 1.0, "style1": 1.0}, {"lcm": 0.8, "style1": 0.8}, {"lcm": 1.0}):
+        assert (latents_of(sample, pipe, "lcm-lora", other) - both).abs().max() > 1e-2, other
+    styled = sample.load_pipeline(teacher)
+    merge(styled.unet, [(0.8, weights["style"])])
+    teacher_row = latents_of(
+        sample, pipe, "ddim", {"lcm": 1.0, "style1": 0.8}
+    )  # the style stays, the LCM not
+    torch.testing.assert_close(teacher_row, latents_of(sample, styled, "ddim"), rtol=1e-3, atol=1e-4)
+    plain = sample.load_pipeline(teacher)
+    off = latents_of(sample, pipe, "ddim", {"lcm": 1.0})
+    torch.testing.assert_close(off, latents_of(sample, plain, "ddim"), rtol=1e-4, atol=1e-5)
+
+
+def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(sample, teacher, loras):
+    folder, _ = loras
+    pipe, by_peft = sample.load_pipeline(teacher), sample.load_pipeline(teacher)
+    sample.load_lora(pipe, folder / "lcm" / "unet")
+    by_peft.unet = PeftModel.from_pretrained(by_peft.unet, folder / "lcm" / "unet")
+    ours = latents_of(sample, pipe, "lcm-lora")
+    sample.set_sampler(by_peft, "lcm-without-lora", {})
+    theirs = torch.stack(sample.draw(by_peft, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+    torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
+    assert (ours - latents_of(sample, pipe, "lcm-without-lora")).abs().max() > 1e-2
+
+
+def test_peft_folder_of_another_model_is_refused(sample, teacher, loras, tmp_path):
+    folder, _ = loras
+    (tmp_path / "unet").mkdir()
+    source = folder / "lcm" / "unet"
+    (tmp_path / "unet" / "adapter_config.json").write_text((source / "adapter_config.json").read_text())
+    weights = load_file(source / "adapter_model.safetensors")
+    renamed = {key.replace("mid_block", "middle"): value for key, value in weights.items()}
+    save_file(renamed, tmp_path / "unet" / "adapter_model.safetensors")
+    with pytest.raises(sample.InputError, match="middle"):
+        sample.load_lora(sample.load_pipeline(teacher), tmp_path / "unet")
+
+
+def run(sample, teacher, output_dir, *flags):
+    """Run the tool on one prompt and return {folder of pictures: first picture as an array}."""
+    usual = ["--pretrained_teacher_model", teacher, "--output_dir", output_dir, "--prompts", "a hill"]
+    args = sample.parse_args([str(flag) for flag in (*usual, "--device", "cpu", *flags)])
+    assert sample.main(args) == 0
+    found = sorted(output_dir.glob("*/0-0.png"))
+    return {path.parent.name: np.asarray(Image.open(path).convert("RGB"), int) for path in found}
+
+
+def test_rows_of_strengths_guidances_and_base_steps(sample, teacher, loras, tmp_path):
+    folder, _ = loras
+    rows = run(
+        sample, teacher, tmp_path, "--lora", f"{folder / 'lcm'}=0.5", "--lora", f"{folder / 'style'}=0.8",
+        "--lora_strengths", "0", "2", "--lcm_guidance_scale", "1", "1.5", "--steps", "1", "2",
+        "--base_steps", "3", "--samplers", "ddim", "lcm-lora", "--negative_prompt", "sea",
+    )  # fmt: skip
+    lcm = {f"lcm-lora-guidance{g}-strength{s}-{n}steps" for g in ("1", "1.5") for s in "02" for n in (1, 2)}
+    assert set(rows) == lcm | {"ddim-3steps"}
+    records = json.loads((tmp_path / "samples.json").read_text())
+    strong = next(r for r in records if r["image"].startswith("lcm-lora-guidance1.5-strength2-1steps"))
+    assert strong["lora_weights"] == {"lcm": 1.0, "style1": 0.8} and strong["guidance"] == 1.5
+    grid = np.asarray(Image.open(tmp_path / "grid.png"))
+    cell, gap = 128, 6  # columns 1, 2, 3; the row of ddim has a picture in the last one only
+    columns = [grid.shape[1] - (3 - column) * (cell + gap) for column in range(3)]
+    top = grid.shape[0] - 5 * (cell + gap)
+    blank = [bool((grid[top : top + cell, left : left + cell] == 255).all()) for left in columns]
+    assert blank == [True, True, False]
+
+
+def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path):
+    folder, _ = loras
+    Image.effect_noise((SIDE + 3, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
+    flags = [
+        "--lora",
+        folder / "lcm",
+        "--samplers",
+        "lcm-lora",
+        "--steps",
+        "4",
+        "--image",
+        tmp_path / "start.png",
+    ]
+    weak = run(sample, teacher, tmp_path / "weak", *flags, "--strength", "0.3")["lcm-lora-4steps"]
+    full = run(sample, teacher, tmp_path / "full", *flags, "--strength", "1")["lcm-lora-4steps"]
+    assert weak.shape == (SIDE, SIDE, 3)  # cut to multiples of 8 px
+    pipe = sample.load_pipeline(teacher)
+    picture = sample.open_picture(tmp_path / "start.png", None)
+    pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
+    with torch.no_grad():
+        coded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
+    coded = (coded[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1).numpy() * 255
+    assert abs(weak - coded).mean() < abs(full - coded).mean()
+
+
+def test_inpainting_keeps_what_the_mask_keeps(sample, teacher, loras, tmp_path):
+    folder, _ = loras
+    Image.effect_noise((SIDE, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
+    common = [
+        "--lora",
+        folder / "lcm",
+        "--samplers",
+        "lcm-lora",
+        "ddim",
+        "--steps",
+        "2",
+        "--image",
+        tmp_path / "start.png",
+    ]
+    drawn = {}
+    for name, box in (("none", None), ("left", (0, 0, SIDE // 2, SIDE))):
+        mask = Image.new("L", (SIDE, SIDE), 0)
+        if box:
+            mask.paste(255, box)
+        mask.save(tmp_path / f"{name}.png")
+        drawn[name] = run(sample, teacher, tmp_path / name, *common, "--mask", tmp_path / f"{name}.png")
+    for row in ("lcm-lora-2steps", "ddim-2steps"):
+        change = abs(drawn["left"][row] - drawn["none"][row]).mean(2)
+        assert change[:, : SIDE // 2].mean() > 3 * change[:, SIDE // 2 + 8 :].mean(), row
+
+
+def test_controlnet(sample, teacher, loras, tmp_path):
+    folder, _ = loras
+    unet = StableDiffusionPipeline.from_pretrained(teacher).unet
+    torch.manual_seed(0)
+    net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
+    net.save_pretrained(tmp_path / "silent")  # as made: its output layers are zero
+    for block in [
+        *net.controlnet_down_blocks,
+        net.controlnet_mid_block,
+        net.controlnet_cond_embedding.conv_out,
+    ]:
+        torch.nn.init.normal_(block.weight, std=0.5)
+    net.save_pretrained(tmp_path / "net")
+    for name, colour in (("dark", 0), ("light", 255)):
+        Image.new("RGB", (SIDE, SIDE), (colour,) * 3).save(tmp_path / f"{name}.png")
+    common = ["--lora", folder / "lcm", "--samplers", "lcm-lora", "--steps", "2"]
+    plain = run(sample, teacher, tmp_path / "plain", *common)["lcm-lora-2steps"]
+
+    def controlled(net, picture, *more):
+        flags = ["--controlnet", tmp_path / net, "--control_image", tmp_path / f"{picture}.png", *more]
+        name = f"{net}-{picture}-{len(more)}"
+        return run(sample, teacher, tmp_path / name, *common, *flags)["lcm-lora-2steps"]
+
+    assert abs(controlled("silent", "light") - plain).max() <= 1
+    light = controlled("net", "light")
+    assert abs(light - plain).mean() > 1 and abs(light - controlled("net", "dark")).max() > 1
+    assert abs(controlled("net", "light", "--controlnet_scale", "0") - plain).max() <= 1
+    assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (
+        SIDE,
+        SIDE,
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--lora", "{loras}/lcm=strong"], "=0.8"),
+        (["--mask", "{loras}/lcm"], "picture"),
+        (["--control_image", "no.png"], "no.png"),
+        (["--controlnet", "owner/net"], "--control_image"),
+        (["--strength", "0"], "--strength"),
+        (["--image", "{config}", "--strength", "0.2", "--steps", "4"], "no step"),
+        (["--lora_strengths", "nan"], "--lora_strengths"),
+        (["--base_steps", "1001"], "1001"),
+        (["--lcm_guidance_scale", "1", "-1"], "guidance"),
+    ],
+)
+def test_wrong_values_exit_with_2(sample, teacher, loras, tmp_path, capsys, flags, named):
+    folder, _ = loras
+    config = folder / "lcm" / "unet" / "adapter_config.json"
+    flags = [flag.format(loras=folder, config=config) for flag in flags]
+    usual = ["--pretrained_teacher_model", str(teacher), "--prompts", "a", "--output_dir", str(tmp_path)]
+    with pytest.raises(SystemExit) as stop:
+        sample.parse_args(usual + flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and named in message and message.count("\n") == 1
+
+
+def test_a_file_that_is_no_picture_exits_with_2(sample, teacher, loras, tmp_path, capsys):
+    folder, _ = loras
+    config = folder / "lcm" / "unet" / "adapter_config.json"
+    usual = ["--pretrained_teacher_model", str(teacher), "--prompts", "a", "--output_dir", str(tmp_path)]
+    args = sample.parse_args([*usual, "--device", "cpu", "--image", str(config)])
+    assert sample.main(args) == 2
+    message = capsys.readouterr().err
+    assert "adapter_config.json" in message and message.count("\n") == 1

@@ -1,0 +1,556 @@
+"""scripts/evaluate.py: the statistics, the pictures kept and resumed, the judges' interfaces, the report."""
+
+import base64
+import html.parser
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+import scipy.linalg
+import torch
+from conftest import ROOT, load_script, write_shard
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig, get_peft_model_state_dict
+from PIL import Image
+
+sys.path.insert(0, str(ROOT / "scripts"))
+PROMPTS = ["a red hill", "the <sea> & more", "snow"]
+COUNT = 7
+FEATURES = """
+import torch
+
+def load(device):
+    weight = torch.randn(12, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    def features(pictures):
+        assert pictures.dtype == torch.uint8 and pictures.shape[-1] == 3
+        cells = torch.nn.functional.adaptive_avg_pool2d(pictures.permute(0, 3, 1, 2).double() / 255, 2)
+        return cells.flatten(1) @ weight
+    return features
+"""
+CLIP = """
+def load(device):
+    return lambda pictures, prompts: pictures.double().mean((1, 2, 3)) + 1000 * (
+        __import__("torch").tensor([float(len(p)) for p in prompts])
+    )
+"""
+LPIPS = """
+def load(device):
+    return lambda pictures, others: (pictures.double() - others.double()).abs().mean((1, 2, 3)) / 255
+"""
+
+
+@pytest.fixture(scope="module")
+def evaluate():
+    return load_script("scripts/evaluate.py")
+
+
+@pytest.fixture(scope="module")
+def judges(tmp_path_factory):
+    """Return a folder with stand-ins of a feature model, CLIP score and LPIPS, and two random LoRAs."""
+    folder = tmp_path_factory.mktemp("judges")
+    for name, text in (("mean", FEATURES), ("clip", CLIP), ("lpips", LPIPS)):
+        (folder / f"{name}.py").write_text(text)
+    (folder / "prompts.txt").write_text("\n".join(PROMPTS))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def lora(teacher, judges):
+    """Write a random LoRA of the tiny teacher and return its folder."""
+    pipe = StableDiffusionPipeline.from_pretrained(teacher)
+    torch.manual_seed(1)
+    pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    layers = get_peft_model_state_dict(pipe.unet)
+    StableDiffusionPipeline.save_lora_weights(judges / "lora", unet_lora_layers=layers)
+    return judges / "lora"
+
+
+def flags(teacher, judges, output_dir, *more):
+    return [
+        "--pretrained_teacher_model", str(teacher), "--prompts_file", str(judges / "prompts.txt"),
+        "--lora", str(judges / "lora"), "--output_dir", str(output_dir), "--num_images", str(COUNT),
+        "--steps", "1", "2", "--teacher_steps", "3", "--batch_size", "3", "--shown", "2",
+        "--features", str(judges / "mean.py"), "--clip_model", str(judges / "clip.py"),
+        "--lpips", str(judges / "lpips.py"), *more,
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def evaluated(evaluate, teacher, judges, lora, tmp_path_factory):
+    """Return (folder, results) of a run with every sampler."""
+    assert lora.is_dir()
+    folder = tmp_path_factory.mktemp("evaluated")
+    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, folder))) == 0
+    return folder, json.loads((folder / "results.json").read_text())
+
+
+def features_of(folder, row, judges):
+    model = {}
+    exec((judges / "mean.py").read_text(), model)
+    pictures = [np.asarray(Image.open(folder / "pictures" / row / f"{i:05d}.png")) for i in range(COUNT)]
+    return model["load"]("cpu")(torch.from_numpy(np.stack(pictures)))
+
+
+def fid_by_sqrtm(a, b):
+    """The textbook's formula with scipy's matrix root."""
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root = scipy.linalg.sqrtm(cov_a @ cov_b)
+    return ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a + cov_b - 2 * root.real)
+
+
+@pytest.mark.parametrize(("n", "m", "width"), [(300, 200, 16), (60, 80, 32), (2, 50, 3)])
+def test_frechet_distance_is_the_textbooks(n, m, width):
+    from evaluation.statistics import frechet_distance
+
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(size=(n, width)) * rng.uniform(0.1, 3, width), rng.normal(0.3, 1.5, (m, width))
+    distance = frechet_distance(torch.from_numpy(a), torch.from_numpy(b))
+    if n > width:  # else scipy takes the root of a singular matrix
+        assert distance == pytest.approx(fid_by_sqrtm(a, b), rel=1e-6)
+    assert frechet_distance(torch.from_numpy(b), torch.from_numpy(a)) == pytest.approx(distance, rel=1e-9)
+    same = torch.from_numpy(a)
+    assert abs(frechet_distance(same, same.clone())) < 1e-10 * same.square().sum()
+    assert abs(frechet_distance(same, same + 2.0) - 4 * width) < 1e-8 * width
+
+
+def test_kid_is_the_unbiased_estimate():
+    from evaluation.statistics import kernel_distance
+
+    a, b = torch.randn(9, 4).double(), torch.randn(7, 4).double() + 1
+
+    def k(x, y):
+        return (float(x @ y) / 4 + 1) ** 3
+
+    within = [sum(k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) for s in (a, b)]
+    across = sum(k(x, y) for x in a for y in b) / 63
+    assert kernel_distance(a, b) == pytest.approx(within[0] / 72 + within[1] / 42 - 2 * across)
+
+
+def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
+    from evaluation.statistics import T_95, frechet_distance, jackknife
+
+    generator = torch.Generator().manual_seed(0)
+    found = [
+        jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)
+    ]
+    spread = np.std([f["value"] for f in found])
+    claimed = np.mean([(f["high"] - f["low"]) / 2 / T_95 for f in found])
+    assert 0.8 < claimed / spread < 1.7, (claimed, spread)
+    middle = np.mean([f["value"] for f in found])
+    assert np.mean([f["low"] < middle < f["high"] for f in found]) > 0.85
+    assert jackknife(frechet_distance, *torch.randn(2, 30, 6))["low"] is None  # too few for 20 groups
+
+
+def test_interval_of_a_mean():
+    from evaluation.statistics import bootstrap_mean
+
+    values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 5
+    figure = bootstrap_mean(values)
+    assert figure["value"] == pytest.approx(values.mean().item(), rel=1e-6)
+    assert (figure["high"] - figure["low"]) / 2 == pytest.approx(1.96 * values.std().item() / 20, rel=0.15)
+    assert bootstrap_mean(values) == figure
+
+
+def test_small_samples_add_to_the_distance_and_the_curve_shows_it():
+    from evaluation.statistics import bias_curve
+
+    curve = bias_curve(*torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(0)).double())
+    assert [point["pictures"] for point in curve] == [50, 100, 200, 400]
+    distances = [point["distance"] for point in curve]
+    assert distances == sorted(distances, reverse=True) and distances[0] > 4 * distances[-1]
+
+
+def test_rows_and_figures(evaluated, judges):
+    folder, results = evaluated
+    rows = {(row["sampler"], row["steps"]): row for row in results["rows"][1:]}
+    samplers = ("ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-without-lora")
+    assert set(rows) == {(s, n) for s in samplers for n in (1, 2)}
+    for (sampler, steps), row in rows.items():
+        guided = not sampler.startswith("lcm")
+        assert row["evaluations"] == steps * (1 + guided)
+        assert row["guidance"] == (7.5 if guided else 1.0)
+        figures = row["figures"]
+        mine, yardstick = features_of(folder, row["name"], judges), features_of(folder, "reference", judges)
+        expected = fid_by_sqrtm(mine.numpy(), yardstick.numpy())
+        assert figures["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-6)
+        assert figures["FD/mean/teacher"]["low"] is None  # 7 pictures
+        assert figures["seconds"]["value"] > 0
+        assert figures["clip_score"]["low"] < figures["clip_score"]["value"] < figures["clip_score"]["high"]
+    assert rows["lcm-lora", 2]["figures"] != rows["lcm-without-lora", 2]["figures"]
+    floor = results["rows"][0]
+    assert floor["name"] == "teacher" and floor["steps"] == 3 and "lpips" not in floor["figures"]
+    assert results["bias"]["mean"][-1]["distance"] == floor["figures"]["FD/mean/teacher"]["value"]
+
+
+def test_scores_compare_the_right_pictures(evaluated):
+    folder, results = evaluated
+    row = next(r for r in results["rows"] if r["sampler"] == "ddim" and r["steps"] == 2)
+
+    def pictures(name):
+        return [
+            np.asarray(Image.open(folder / "pictures" / name / f"{i:05d}.png"), float) for i in range(COUNT)
+        ]
+
+    mine, teachers = pictures(row["name"]), pictures("teacher")
+    lpips = np.mean([abs(a - b).mean() / 255 for a, b in zip(mine, teachers, strict=True)])
+    assert row["figures"]["lpips"]["value"] == pytest.approx(lpips)
+    diversity = np.mean([abs(mine[i] - mine[i + 3]).mean() / 255 for i in range(COUNT - 3)])
+    assert row["figures"]["diversity"]["value"] == pytest.approx(diversity)
+    score = np.mean([mine[i].mean() + 1000 * len(PROMPTS[i % 3]) for i in range(COUNT)])
+    assert row["figures"]["clip_score"]["value"] == pytest.approx(score)
+
+
+def test_pictures_are_those_of_sample(evaluated, teacher, lora):
+    from drawing import draw, load_lora, load_pipeline, set_sampler
+
+    folder, _ = evaluated
+    pipe = load_pipeline(teacher)
+    load_lora(pipe, lora)
+    set_sampler(pipe, "lcm-lora")
+    drawn, _ = draw(pipe, PROMPTS, 2, 1.0, [0, 1, 2])
+    (row,) = (folder / "pictures").glob("lcm-lora-*-2steps-*")
+    for index, picture in enumerate(drawn):
+        kept = np.asarray(Image.open(row / f"{index:05d}.png"), int)
+        assert abs(kept - np.asarray(picture, int)).max() <= 1
+
+
+def stable(results):
+    """Return the figures without the times."""
+    return [
+        (row["name"], {key: figure for key, figure in row["figures"].items() if key != "seconds"})
+        for row in results["rows"]
+    ]
+
+
+def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, judges, tmp_path, monkeypatch):
+    from evaluation.gallery import Gallery
+
+    keep, kept = Gallery.keep, []
+
+    def stop(self, row, index, picture, took):
+        if len(kept) == 25:
+            self.path(row, index).with_suffix(".part").write_bytes(b"half a picture")
+            raise KeyboardInterrupt
+        kept.append(self.path(row, index))
+        keep(self, row, index, picture, took)
+
+    args = evaluate.parse_args(flags(teacher, judges, tmp_path))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Gallery, "keep", stop)
+        evaluate.main(args)
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
+    assert len(before) == 25
+    assert evaluate.main(args) == 0
+    assert {path: path.stat().st_mtime_ns for path in before} == before, "kept pictures were written again"
+    assert len(list(tmp_path.rglob("*.png"))) == COUNT * 12
+    folder, results = evaluated
+    assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
+    with monkeypatch.context() as patch:  # once complete, nothing is loaded to draw with
+        patch.setattr(evaluate, "load_teacher", None)
+        assert evaluate.main(args) == 0
+    assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
+
+
+def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges, tmp_path):
+    from drawing import load_pipeline
+    from evaluation.gallery import Gallery, list_rows
+
+    folder, _ = evaluated
+    args = evaluate.parse_args(flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "2"))
+    pipe, (row,) = load_pipeline(teacher), list_rows(args)[2:]
+    shares = [Gallery(args, rank, 2) for rank in (0, 1)]
+    assert sorted(i for share in shares for block in share.blocks for i in block) == list(range(COUNT))
+    for share in shares:
+        share.draw(pipe, share.missing([row]), is_quiet=True)
+        assert not share.missing([row])
+    for index in range(COUNT):
+        name = f"pictures/{row.name}/{index:05d}.png"
+        assert (np.asarray(Image.open(tmp_path / name)) == np.asarray(Image.open(folder / name))).all()
+
+
+def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, judges, tmp_path, capsys):
+    folder, _ = evaluated
+    shutil.copytree(folder / "pictures", tmp_path / "pictures")
+    changed = flags(teacher, judges, tmp_path, "--resolution", "16", "--seed", "1")
+    assert evaluate.main(evaluate.parse_args(changed)) == 2
+    message = capsys.readouterr().err
+    assert "resolution, seed" in message and "delete" in message and message.count("\n") == 1
+
+
+def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
+    from evaluation.gallery import fingerprint
+
+    shutil.copytree(lora, tmp_path / "lora")
+    before = fingerprint(tmp_path / "lora")
+    (tmp_path / "lora" / "README.md").write_text("not the weights")
+    assert fingerprint(tmp_path / "lora") == before
+    os.utime(tmp_path / "lora" / "pytorch_lora_weights.safetensors", ns=(1, 1))
+    assert fingerprint(tmp_path / "lora") != before
+    assert fingerprint("owner/name") != fingerprint("owner/other")
+
+
+def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_path):
+    from evaluation.gallery import list_rows
+
+    reference, floor, *_ = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))
+    noise = [
+        torch.randn(4, generator=torch.Generator().manual_seed(r.first_seed)) for r in (reference, floor)
+    ]
+    assert (noise[0] - noise[1]).abs().max() > 0.01
+
+
+def test_reference_pictures_from_folder_and_shard(tmp_path):
+    from evaluation.gallery import read_real
+
+    samples = []
+    (tmp_path / "folder" / "deep").mkdir(parents=True)
+    for index, size in enumerate([(20, 10), (10, 30), (16, 16)]):
+        picture = Image.new("RGB", size, (0, 0, 50 * index))
+        picture.paste((200, 0, 0), (size[0] // 2 - 2, size[1] // 2 - 2, size[0] // 2 + 2, size[1] // 2 + 2))
+        picture.save(tmp_path / "folder" / "deep" / f"{index}.png")
+        samples.append({"png": (tmp_path / "folder" / "deep" / f"{index}.png").read_bytes(), "txt": "x"})
+    shard = write_shard(tmp_path / "0.tar", samples)
+    folder, tar = (torch.cat(list(read_real([path], (8, 8), 0, 1))) for path in (tmp_path / "folder", shard))
+    assert folder.shape == (3, 8, 8, 3) and (folder == tar).all()
+    assert (folder[:, 3:5, 3:5, 0] > 100).all(), "the middle was cut away"
+    shares = [torch.cat(list(read_real([shard], (8, 8), rank, 2))) for rank in (0, 1)]
+    assert [len(share) for share in shares] == [2, 1]
+
+
+def test_inception_and_lpips_through_the_library(monkeypatch):
+    from evaluation.features import load_features, load_lpips
+
+    class Inception(torch.nn.Module):
+        def __init__(self, name, features, feature_extractor_weights_path=None):
+            super().__init__()
+            assert (name, features) == ("inception-v3-compat", ["2048"])
+            self.path = feature_extractor_weights_path
+
+        def forward(self, x):
+            assert x.dtype == torch.uint8 and x.shape[1] == 3
+            return (x.float().mean((2, 3)).repeat(1, 683)[:, :2048],)
+
+    class Similarity(torch.nn.Module):
+        def __init__(self, name):
+            super().__init__()
+            assert name == "lpips-vgg16"
+
+        def forward(self, a, b):
+            assert a.dtype == b.dtype == torch.uint8 and a.shape[1] == 3
+            return (a.float() - b.float()).abs().mean((1, 2, 3))
+
+    for name, attributes in {
+        "torch_fidelity": {},
+        "torch_fidelity.feature_extractor_inceptionv3": {"FeatureExtractorInceptionV3": Inception},
+        "torch_fidelity.sample_similarity_lpips": {"SampleSimilarityLPIPS": Similarity},
+    }.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**attributes))
+    pictures = torch.randint(0, 255, (4, 6, 5, 3), dtype=torch.uint8)
+    model = load_features("inception=weights.pth", "cpu")
+    assert model.model.path == "weights.pth"
+    features = model(pictures)
+    assert features.shape == (4, 2048) and features.dtype == torch.float64
+    torch.testing.assert_close(features[:, :3], pictures.double().mean((1, 2)), rtol=1e-5, atol=1e-4)
+    distances = load_lpips("vgg", "cpu")(pictures, pictures.flip(0))
+    assert distances.shape == (4,) and distances[0] == distances[3] > 0
+
+
+@pytest.mark.parametrize(("flag", "value"), [("--features", "inception"), ("--lpips", "vgg")])
+def test_a_missing_library_is_named_before_drawing(
+    evaluate, teacher, judges, lora, tmp_path, capsys, monkeypatch, flag, value
+):
+    assert lora.is_dir()
+    for name in ("feature_extractor_inceptionv3", "sample_similarity_lpips"):
+        monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", None)
+    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, tmp_path, flag, value))) == 2
+    message = capsys.readouterr().err
+    assert "scripts/requirements-eval.txt" in message and message.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture(scope="module")
+def tiny_models(teacher, tmp_path_factory):
+    """Return a folder with a CLIP and a DINOv2 of a few thousand weights."""
+    from transformers import CLIPConfig, CLIPModel, Dinov2Config, Dinov2Model
+
+    folder, sizes = tmp_path_factory.mktemp("tiny"), {"hidden_size": 16, "num_hidden_layers": 1}
+    sizes |= {"num_attention_heads": 2, "intermediate_size": 32}
+    torch.manual_seed(0)
+    tokens = {"vocab_size": 600, "max_position_embeddings": 24, "eos_token_id": 599, "bos_token_id": 598}
+    vision = sizes | {"image_size": 16, "patch_size": 8}
+    config = CLIPConfig(text_config=sizes | tokens, vision_config=vision, projection_dim=8)
+    CLIPModel(config).save_pretrained(folder / "clip")
+    StableDiffusionPipeline.from_pretrained(teacher).tokenizer.save_pretrained(folder / "clip")
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    Dinov2Model(Dinov2Config(**small, image_size=16, patch_size=8)).save_pretrained(folder / "dinov2")
+    size = {"size": {"shortest_edge": 16}, "crop_size": {"height": 16, "width": 16}}
+    for name, kind in (("clip", "CLIPImageProcessor"), ("dinov2", "BitImageProcessor")):
+        text = json.dumps({"image_processor_type": kind, **size})
+        (folder / name / "preprocessor_config.json").write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(("name", "width"), [("clip", 8), ("dinov2", 16)])
+def test_features_of_transformers_models(tiny_models, name, width):
+    from evaluation.features import describe, load_features
+
+    pictures = torch.randint(0, 255, (5, 20, 24, 3), dtype=torch.uint8)
+    features = load_features(str(tiny_models / name), "cpu")(pictures)
+    assert features.shape == (5, width) and features.dtype == torch.float64
+    torch.testing.assert_close(load_features(f"{name}={tiny_models / name}", "cpu")(pictures), features)
+    assert features.std(0).min() > 0 and describe(str(tiny_models / name)) == name
+
+
+def test_clip_score(tiny_models):
+    from evaluation.features import load_clip_score
+    from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
+
+    source = tiny_models / "clip"
+    pictures = torch.randint(0, 255, (2, 16, 16, 3), dtype=torch.uint8)
+    prompts = ["a red hill", "word " * 40]
+    scores = load_clip_score(str(source), "cpu")(pictures, prompts)
+    model, tokenizer = CLIPModel.from_pretrained(source).eval(), CLIPTokenizer.from_pretrained(source)
+    images = [Image.fromarray(picture.numpy()) for picture in pictures]
+    pixels = AutoImageProcessor.from_pretrained(source)(images=images, return_tensors="pt")["pixel_values"]
+    for index, prompt in enumerate(prompts):
+        tokens = tokenizer([prompt], truncation=True, max_length=24, return_tensors="pt")
+        with torch.no_grad():
+            out = model(pixel_values=pixels[index : index + 1], **tokens)
+        cosine = float((out.image_embeds * out.text_embeds).sum())
+        assert float(scores[index]) == pytest.approx(max(0, 100 * cosine), abs=1e-3)
+
+
+def test_the_demos_judge_scores_its_captions():
+    from evaluation.features import load_features
+
+    judge = load_features(str(ROOT / "assets" / "demo-teacher-sd15" / "judge.safetensors"), "cpu")
+    pictures = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
+    assert judge(pictures).shape == (2, 64)
+    caption = "mountains at sunset with clouds and a balloon"
+    shares = judge.accuracy(pictures, [caption, caption])
+    assert shares.shape == (2,) and set((4 * shares).tolist()) <= {0, 1, 2, 3, 4}
+    assert judge.accuracy(pictures, [caption, "a red fox"]) is None
+
+
+class Page(html.parser.HTMLParser):
+    """Collect every address that a browser would follow by itself, and the text."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.addresses, self.tags, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.addresses += [value for name, value in attributes if name in ("src", "href", "srcset", "data")]
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def test_report_is_one_file(evaluated):
+    folder, results = evaluated
+    text = (folder / "report.html").read_text("utf-8")
+    page = Page(text)
+    assert "http" not in text.replace("http-equiv", "") and "@import" not in text and "url(" not in text
+    assert all(address.startswith("data:") for address in page.addresses) and "script" not in page.tags
+    pictures = [base64.b64decode(a.split(",")[1]) for a in page.addresses if a.startswith("data:image")]
+    assert len(pictures) == 2 * len(results["rows"])
+    assert all(Image.open(io.BytesIO(picture)).size == (32, 32) for picture in pictures)
+    words = " ".join(page.words)
+    assert all(prompt in words for prompt in PROMPTS[:2]), "prompts are shown as they are"
+    assert "FD, mean, to teacher" in words and "DPM-Solver++" in words and "floor" in words
+    assert page.tags.count("svg") >= 8
+
+
+def test_markdown_table_is_rectangular(evaluated):
+    folder, results = evaluated
+    table = (folder / "table.md").read_text("utf-8").split("\n\n")[0].splitlines()
+    assert len(table) == 2 + len(results["rows"]) and len({line.count("|") for line in table}) == 1
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(None, "–"), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.001234, "0.00123")]
+)
+def test_figures_are_rounded_for_reading(value, text):
+    from evaluation.report import number
+
+    assert number(value) == text
+
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "google-chrome", "chromium-browser"))), None)
+PROBE = """<!doctype html><iframe id=f width=%d height=800></iframe><script>
+const frame = document.getElementById("f");
+frame.onload = () => {
+  const page = frame.contentDocument, images = [...page.images];
+  document.title = JSON.stringify({
+    width: page.documentElement.clientWidth, wide: page.documentElement.scrollWidth,
+    images: images.length, broken: images.filter(i => !i.naturalWidth).length,
+    svgs: [...page.querySelectorAll("svg")].filter(s => s.getBoundingClientRect().height > 100).length,
+    rows: page.querySelectorAll("tbody tr").length,
+    requests: [window, frame.contentWindow].flatMap(w => w.performance.getEntriesByType("resource"))
+      .filter(entry => !entry.name.startsWith("data:")).length,
+  });
+};
+frame.srcdoc = %s;
+</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium on the PATH")
+@pytest.mark.parametrize("width", [1200, 390])
+def test_report_in_a_browser(evaluated, tmp_path, width):
+    folder, results = evaluated
+    report = json.dumps((folder / "report.html").read_text("utf-8")).replace("</", "<\\/")
+    (tmp_path / "probe.html").write_text(PROBE % (width, report), "utf-8")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", "--dump-dom", (tmp_path / "probe.html").as_uri()]
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    title = re.search(r"<title>(.*?)</title>", finished.stdout)
+    assert title, finished.stderr[-2000:]
+    seen = json.loads(title[1].replace("&lt;", "<").replace("&amp;", "&"))
+    assert seen["images"] == 2 * len(results["rows"]) and seen["broken"] == 0
+    assert seen["wide"] <= seen["width"] <= width, "the page itself scrolls sideways"
+    assert seen["svgs"] >= 8 and seen["rows"] > len(results["rows"])
+    assert seen["requests"] == 0
+    assert "CONSOLE" not in finished.stderr, finished.stderr
+
+
+def test_help_answers_without_torch():
+    code = "import sys; sys.modules['torch'] = sys.modules['diffusers'] = None\nimport runpy\n"
+    code += "sys.argv = ['evaluate.py', '--help']\n"
+    code += f"runpy.run_path({str(ROOT / 'scripts' / 'evaluate.py')!r}, run_name='__main__')"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=20)
+    assert finished.returncode == 0 and "--teacher_steps" in finished.stdout
+
+
+@pytest.mark.parametrize(
+    ("more", "named"),
+    [
+        (["--num_images", "1"], "--num_images 1"),
+        (["--batch_size", "0"], "--batch_size 0"),
+        (["--steps", "51"], "--steps"),
+        (["--steps", "0"], "--steps"),
+        (["--teacher_steps", "2000"], "2000"),
+        (["--guidance_scale", "-1"], "guidance"),
+        (["--lora", "no/such/lora.safetensors"], "no/such/lora.safetensors"),
+        (["--features", "none.py"], "none.py"),
+        (["--features", "judge.safetensors"], "judge.safetensors"),
+        (["--lpips", "alex"], "--lpips alex"),
+        (["--reference", "no-folder"], "no-folder"),
+        (["--prompts_file", "no-prompts.txt"], "no-prompts.txt"),
+        (["--seed", "2147483648"], "--seed"),
+    ],
+)
+def test_wrong_values_exit_with_2(evaluate, teacher, judges, lora, tmp_path, capsys, more, named):
+    assert lora.is_dir()
+    with pytest.raises(SystemExit) as stop:
+        evaluate.parse_args(flags(teacher, judges, tmp_path, *more))
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and named in message and message.count("\n") == 1
