@@ -17,11 +17,12 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { fon
 .wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
-th, td { white-space: nowrap; }
+td { white-space: nowrap; } th { vertical-align: bottom; min-width: 4rem; }
+.wide td:first-child { position: sticky; left: 0; background: Canvas; }
 thead th { background: var(--soft); }
 td small { opacity: 0.7; display: block; }
 .plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 12px; }
+figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 14px; }
 .pictures td { padding: 2px; border: 0; } .pictures th { border: 0; font-weight: normal; }
 .pictures img { display: block; width: clamp(5rem, 22vw, 12rem); height: auto; image-rendering: pixelated; }
 """
@@ -40,10 +41,10 @@ def interval(figure):
     """Return `[low, high]` of a figure, with digits enough to see its width; "" without one."""
     if not figure or figure["low"] is None:
         return ""
-    width = max(figure["high"] - figure["low"], 1e-12)
-    digits = max(
-        2, 2 + math.floor(math.log10(max(abs(figure["high"]), 1e-12))) - math.floor(math.log10(width))
-    )
+    largest, width = (abs(figure["high"]), figure["high"] - figure["low"])
+    digits = 3
+    if width > 0 and largest > 0:
+        digits = min(6, max(2, 2 + math.floor(math.log10(largest)) - math.floor(math.log10(width))))
     return f"[{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
 
 
@@ -54,11 +55,9 @@ def columns(results):
 
 
 def facts(row):
-    """Return what a row's table cells begin with: label, steps, guidance, network evaluations, memory."""
-    return [
-        row["label"], str(row["steps"]), f"{row['guidance']:g}", number(row["evaluations"]),
-        number(row["peak_gib"]),
-    ]  # fmt: skip
+    """Return (first cells of a row: label, steps, guidance; last ones: evaluations, memory)."""
+    first = [row["label"], str(row["steps"]), f"{row['guidance']:g}"]
+    return first, [f"{row['evaluations']:g}", number(row["peak_gib"])]
 
 
 def series(row):
@@ -66,17 +65,18 @@ def series(row):
     return f"{row['label']}, guidance {row['guidance']:g}"
 
 
-FACTS = ["sampler", "steps", "guidance", "UNet evaluations a picture", "peak GiB"]
+FIRST, LAST = ["sampler", "steps", "guidance"], ["UNet evaluations a picture", "peak GiB"]
 
 
 def markdown_table(results):
     """Return the rows as a Markdown table, each figure with its 95% interval."""
     titles = columns(results)
-    lines = ["| " + " | ".join([*FACTS, *titles.values()]) + " |", "|---" * (len(FACTS) + len(titles)) + "|"]
+    head = [*FIRST, *titles.values(), *LAST]
+    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
     for row in results["rows"]:
-        figures = [row["figures"].get(key) for key in titles]
+        (first, last), figures = facts(row), [row["figures"].get(key) for key in titles]
         cells = [f"{number(f['value'])} {interval(f)}".strip() if f else "–" for f in figures]
-        lines.append("| " + " | ".join([*facts(row), *cells]) + " |")
+        lines.append("| " + " | ".join([*first, *cells, *last]) + " |")
     return "\n".join(lines)
 
 
@@ -92,13 +92,13 @@ def results_table(results):
     titles = columns(results)
     body = []
     for row in results["rows"]:
-        cells = [html.escape(fact) for fact in facts(row)]
+        (first, last), cells = facts(row), []
         for key in titles:
             figure = row["figures"].get(key)
             small = interval(figure)
             cells.append((number(figure["value"]) if figure else "–") + (small and f"<small>{small}</small>"))
-        body.append(cells)
-    return html_table([html.escape(title) for title in [*FACTS, *titles.values()]], body)
+        body.append([*map(html.escape, first), *cells, *last])
+    return html_table([html.escape(title) for title in [*FIRST, *titles.values(), *LAST]], body)
 
 
 def ticks(low, high, is_log):
@@ -143,7 +143,7 @@ def plot(title, x_title, lines, marks=None):
     values = [p[1] for p in points]
     is_log = min(values) > 0 and max(values) > 20 * min(values)
     seen = values + [edge for p in points for edge in p[2:] if edge is not None and (edge > 0 or not is_log)]
-    height = 300 + 18 * len(lines)
+    height = 312 + 18 * len(lines)
     x, y = Axis([p[0] for p in points], 62, 450, True), Axis(seen, 262, 34, is_log)
     parts = [f'<text x="8" y="18" font-weight="bold">{html.escape(title)}</text>']
     for tick in marks or ticks(x.low, x.high, x.is_log):
@@ -164,7 +164,7 @@ def plot(title, x_title, lines, marks=None):
             parts.append(f'<circle cx="{a:.1f}" cy="{b:.1f}" r="3.5" fill="{colour}"/>')
             if low is not None:
                 parts.append(f'<path d="M{a:.1f} {y(low):.1f}V{y(high):.1f}" {stroke} stroke-opacity=".5"/>')
-        at = 316 + 18 * number_
+        at = 320 + 18 * number_
         parts.append(f'<path d="M62 {at - 4}h20" {stroke} stroke-dasharray="{dash}"/>')
         parts.append(f'<text x="90" y="{at}">{html.escape(label)}</text>')
     head = f'<svg viewBox="0 0 460 {height}" role="img" aria-label="{html.escape(title)} by {x_title}">'
