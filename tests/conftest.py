@@ -229,7 +229,9 @@ def read_log(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
 
 
-def pytest_sessionfinish():
+def pytest_sessionfinish(session):
     """Leave no process behind: one that a failed test forked would keep pytest from ending."""
+    if session.config.getoption("numprocesses", None):  # the children are the workers, each clears up its own
+        return
     for child in psutil.Process().children(recursive=True):
         child.kill()
