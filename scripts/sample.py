@@ -58,8 +58,11 @@ def build_parser():
     group = cli.add_argument_group("sampling")
     add_prompt_flags(group)
     add = group.add_argument
-    text = "solver steps, 1 to 1000, LCM rows to 50; a column each (default: 1 2 4 8)"
-    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
+    text = (
+        "solver steps, 1 to 1000, LCM rows to 50; a column each (default: those of 1 2 4 8 that --strength "
+    )
+    text += "leaves a step of)"
+    add("--steps", nargs="+", type=int, metavar="N", help=text)
     text = "steps of the teacher rows (default: --steps)"
     add("--base_steps", nargs="+", type=int, metavar="N", help=text)
     text = f"rows, of {', '.join(SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
@@ -90,14 +93,16 @@ def parse_args(argv=None):
     """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
     parser = build_parser()
     args = parser.parse_args(argv)
+    if args.strength is None:
+        args.strength = 1.0 if args.mask else 0.8
+    share = args.strength if args.image else 1.0
+    args.steps = args.steps or [n for n in (1, 2, 4, 8) if n * share >= 1] or [8]
     samplers = args.samplers or ["ddim", "dpmsolver++"] + ["lcm-lora"] * bool(args.lora)
     for name, values in (("samplers", samplers), ("steps", args.steps), ("base_steps", args.base_steps)):
         setattr(args, name, list(dict.fromkeys(values or args.steps)))
     for name in ("lcm_guidance_scale", "lora_strengths"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.loras = [split_weight(text) for text in args.lora]
-    if args.strength is None:
-        args.strength = 1.0 if args.mask else 0.8
     if args.prompts_file:
         args.prompts = read_prompts(args.prompts_file)
     refuse(parser, [*model_problems(args), *lora_problems(args.loras), *problems(args)])

@@ -40,6 +40,7 @@ def load_python(path, device):
 def load_features(spec, device):
     """Return the feature model of `inception`, `clip`, `dinov2` or PATH; raises InputError.
 
+    Inception's weight file is unpickled by torch-fidelity and a Python file is run: name only ones you trust.
     PATH is a transformers folder, the demo's judge (.safetensors) or a Python file; NAME=PATH gives
     `inception` its weight file, and `clip` and `dinov2` the folder or Hub id to take.
     """
