@@ -593,7 +593,8 @@ def distillation_loss(student, unet, schedule, latents, conditioning, uncond, dr
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
     # 2. The noisy latent at the upper end.
     z_t = add_noise(schedule, latents, draws.eps, timesteps)
-    unet.eval()  # the target is computed without dropout
+    if args.lora_dropout:  # switching walks the whole UNet, which for SDXL's 9,810 modules takes long
+        unet.eval()  # the target is computed without dropout
     with torch.no_grad():
         # 3. The teacher's guided step to the lower end.
         z_prev = teacher_step(
@@ -602,7 +603,8 @@ def distillation_loss(student, unet, schedule, latents, conditioning, uncond, dr
         # 4. Where the student itself, without gradient, sends the lower end.
         target = consistency(unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
     # 5. Where the student sends the upper end: the two should agree.
-    unet.train()
+    if args.lora_dropout:
+        unet.train()
     pred = consistency(student, schedule, z_t, timesteps, conditioning, dtype)
     return distance(pred, target, args.loss_type, args.huber_c)
 
