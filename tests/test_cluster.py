@@ -24,18 +24,20 @@ STUBS = {
 set -m
 while [[ $1 == --* ]]; do shift; done
 export SLURM_NODEID=0
-"$@" & echo $! > $STATE/step; wait $!""",
+"$@" & echo $! > $STATE/step; wait $!; code=$?
+kill -KILL -- -$! 2>/dev/null; exit $code""",
     "scancel": """#!/bin/bash
 echo "$@" >> $STATE/scancel; kill -USR1 -- -$(cat $STATE/step)""",
     "scontrol": """#!/bin/bash
-[[ $1 == show ]] && echo node0 || echo "$@" >> $STATE/scontrol""",
+if [[ $1 == show ]]; then echo node0; exit; fi
+echo "$@" >> $STATE/scontrol; kill -KILL -- -$(cat $STATE/step) 2>/dev/null; exit 0""",
     "squeue": """#!/bin/bash
 echo ${JOB_STATE:-RUNNING}""",
     "accelerate": """#!/bin/bash
 printf '%s\\n' "$@" > $STATE/words; env > $STATE/env
 [[ -n $FAIL ]] && exit 1
 [[ -n $WORK ]] || exit 0
-python3 $STATE/train.py || exit 1""",
+python3 $STATE/bin/train.py || exit 1""",
     "train.py": """
 import os, pathlib, signal, sys, time
 state = pathlib.Path(os.environ["STATE"])
@@ -54,16 +56,18 @@ time.sleep(60)
 @pytest.fixture
 def job(tmp_path):
     """Return a function that runs a Slurm script with stand-ins: (exit code, folder with what they noted)."""
+    (tmp_path / "bin").mkdir()
     for name, text in STUBS.items():
-        (tmp_path / name).write_text(text)
-        (tmp_path / name).chmod(0o755)
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "shards").mkdir()
-    (tmp_path / "shards" / "00000.tar").write_bytes(b"tar")
-    (tmp_path / "shards" / "00001.tar").write_bytes(b"tar")
+    for number in range(4):
+        (tmp_path / "shards" / f"{number:05d}.tar").write_bytes(b"tar")
 
     def run(script, *words, send=None, **changes):
         variables = {
-            "STATE": tmp_path, "PATH": f"{tmp_path}:{os.environ['PATH']}", "USER": "me", "SLURM_JOB_ID": 77,
+            "STATE": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "USER": "me",
+            "SLURM_JOB_ID": 77,
             "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[0-1]", "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
             "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
@@ -121,14 +125,14 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, script):
     assert code == 0, said
     words = noted(tmp_path, "words")
     number = next(i for i, word in enumerate(words) if word.startswith("train_lcm_lora_"))
-    launch = dict(zip(words[:number:2], words[1:number:2], strict=True))
+    launch = dict(zip(words[1:number:2], words[2:number:2], strict=True))
     assert (ROOT / launch["--config_file"]).is_file()
     assert launch["--num_processes"] == ("16" if "multi_node" in script.name else "8")
     if "multi_node" in script.name:
         assert launch["--num_machines"] == "2" and launch["--main_process_ip"] == "node0"
         assert launch["--machine_rank"] == "0" and 20000 <= int(launch["--main_process_port"]) < 40000
     copied = tmp_path / "local" / "me-lcm-lora" / "shards"
-    assert {path.name for path in copied.iterdir()} == {"00000.tar", "00001.tar"}
+    assert {path.name for path in copied.iterdir()} == {f"{number:05d}.tar" for number in range(4)}
     args = load_script(words[number]).parse_args(words[number + 1 :])
     assert args.max_train_steps == 7 and args.resume_from_checkpoint == "latest"
     assert args.train_shards_path_or_url == [str(copied)] and args.output_dir == str(tmp_path / "out")
@@ -141,11 +145,10 @@ def test_the_array_shares_the_shards(job, tmp_path):
     script = ROOT / "scripts" / "slurm" / "cache_latents.sh"
     assert job(script, "--resolution", "512")[0] == 0
     words = noted(tmp_path, "words")
-    assert [Path(word).name for word in words if word.endswith(".tar")] == ["00001.tar"]
+    assert [Path(word).name for word in words if word.endswith(".tar")] == ["00001.tar", "00003.tar"]
     assert words[words.index("--output_dir") + 1] == str(tmp_path / "out" / "part-1")
     assert job(script, send=to_the_shell, WORK=1)[0] != 0
     assert noted(tmp_path, "scontrol") == ["requeue 77"]
-    os.killpg(int(noted(tmp_path, "step")[0]), signal.SIGKILL)  # Slurm's part
     assert job(script, SLURM_ARRAY_TASK_ID=5, SLURM_ARRAY_TASK_COUNT=9)[0] == 2
 
 

@@ -421,14 +421,12 @@ def test_wrong_usage_ends_with_one_line_and_2(tool, tmp_path, capsys):
         assert ended.value.code == 2 and named in said and len(said.splitlines()) == 1
 
 
-def test_a_real_process_ends_as_it_should(trained, tmp_path):
+def test_a_real_process_says_what_is_wrong_and_ends_with_2(trained, tmp_path):
     family, *_, folder = trained
     if family == "sdxl":
         pytest.skip("one family is enough for a real process")
     command = [sys.executable, ROOT / "scripts" / "export_lora.py", "--input", folder, "--format", "kohya"]
     command += ["--output", tmp_path / "out.safetensors"]
-    for more, code, said in (([], 2, "error: --family auto"), (["--family", "sd"], 0, "layers of rank 4")):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=240, env=ENVIRONMENT)
-        assert (
-            done.returncode == code and said in done.stdout + done.stderr and "Traceback" not in done.stderr
-        )
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --family auto")
+    assert "Traceback" not in done.stderr
