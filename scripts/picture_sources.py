@@ -168,7 +168,7 @@ def draw_prompts(args):
     def read(wanted):
         if not pipes:
             pipes.append(load_teacher(args))
-        from sample import draw
+        from drawing import draw
 
         for start in range(0, len(wanted), args.batch_size):
             batch = wanted[start : start + args.batch_size]
@@ -192,20 +192,17 @@ def encode_png(picture):
 
 def load_teacher(args):
     """Return the pipeline that draws, on this process's device."""
-    import sample  # of this folder
+    import drawing  # of this folder
     import torch
 
     try:
-        device = sample.choose_device(args.device)
+        device = drawing.choose_device(args.device)
         if args.device == "auto" and device.type == "cuda":
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        default = "fp16" if device.type == "cuda" else "no"
-        dtype = getattr(torch, sample.DTYPES[args.mixed_precision or default])
-        source = (args.pretrained_teacher_model, args.teacher_revision, args.variant)
-        pipe = sample.load_pipeline(*source, dtype, device, args.teacher_config)
-    except sample.InputError as error:
+        pipe = drawing.load_teacher(args, device)
+    except drawing.InputError as error:
         raise InputError(str(error)) from error
-    sample.set_sampler(pipe, args.sampler)
+    drawing.set_sampler(pipe, args.sampler)
     return pipe
 
 

@@ -11,6 +11,12 @@ FIGURES = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "pe
 PARTS = {"data", "VAE", "text", "teacher", "target", "student forward", "backward", "optimizer"}
 
 
+@pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
 def benchmark(*arguments):
     return subprocess.run(
         [sys.executable, str(ROOT / "scripts" / "benchmark_training.py"), *map(str, arguments)],

@@ -11,6 +11,12 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 
 @pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
+@pytest.fixture(scope="module")
 def benchmark():
     return load_script("scripts/benchmark_inference.py")
 

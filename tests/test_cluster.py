@@ -53,6 +53,12 @@ time.sleep(60)
 }
 
 
+@pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
 @pytest.fixture
 def job(tmp_path):
     """Return a function that runs a Slurm script with stand-ins: (exit code, folder with what they noted)."""

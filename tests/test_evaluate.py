@@ -47,6 +47,12 @@ def load(device):
 
 
 @pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
+@pytest.fixture(scope="module")
 def evaluate():
     return load_script("scripts/evaluate.py")
 

@@ -56,6 +56,12 @@ PIPELINES = {"sd": StableDiffusionPipeline, "sdxl": StableDiffusionXLPipeline}
 
 
 @pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
+@pytest.fixture(scope="module")
 def tool():
     return load_script("scripts/export_lora.py")
 

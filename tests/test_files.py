@@ -181,7 +181,8 @@ def test_kohya_file_has_three_tensors_a_module(script, trained):
     assert set(state) == {f"{module}.{side}" for module in modules for side in sides}
     assert {tensor.dtype for tensor in state.values()} == {torch.float16}
     assert {v.item() for name, v in state.items() if name.endswith("alpha")} == {8.0}
-    assert "lora_unet_mid_block_attentions_0_transformer_blocks_0_attn1_to_out_0" in modules
+    place = {"train_lcm_lora_sd15": "mid_block_attentions_0", "train_lcm_lora_sdxl": "middle_block_1"}
+    assert f"lora_unet_{place[script.__name__]}_transformer_blocks_0_attn1_to_out_0" in modules
 
 
 def test_nothing_but_the_two_files_is_left(script, trained):

@@ -20,6 +20,12 @@ LORA = {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"}
 ALL = LORA | {"README.md", "image_0.png"}
 
 
+@pytest.fixture(scope="module")
+def teacher(teachers):
+    """Return the folder of the tiny SD 1.5 teacher: nothing here depends on the family."""
+    return teachers["train_lcm_lora_sd15"]
+
+
 class Hub(ThreadingHTTPServer):
     """A Hub; a repository's name says how it fails."""
 
