@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 family=${1:-sd15}
 case $family in
-  sd15) data=outputs/demo-data kind=() updates=260 pictures=128 ;;
-  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=180 pictures=96 ;;
+  sd15) data=outputs/demo-data kind=() updates=240 pictures=104 ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=170 pictures=80 ;;
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
