@@ -56,16 +56,3 @@ class Judge(nn.Module):
             features.append(f.double())
             predicted.append(torch.stack([part.argmax(1) for part in logits], dim=1))
         return torch.cat(features), torch.cat(predicted)
-
-
-def frechet_distance(a, b):
-    """Return the Fréchet distance of two Gaussians fitted to features a [N, D] and b [M, D] (float64).
-
-    |mean_a - mean_b|^2 + trace(C_a + C_b - 2 (C_a C_b)^(1/2)) (arXiv:1706.08500, eq. 6); the root's trace
-    is the sum of the roots of the eigenvalues of C_a^(1/2) C_b C_a^(1/2), which is symmetric.
-    """
-    cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)
-    values, vectors = torch.linalg.eigh(cov_a)
-    root_a = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root_a @ cov_b @ root_a).clamp(min=0).sqrt().sum()
-    return float((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
