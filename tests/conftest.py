@@ -229,6 +229,13 @@ def read_log(output_dir):
     return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
 
 
+def pytest_collection_modifyitems(items):
+    """Begin with the slow files, so that the two processes end together."""
+    slow = "launch checkpoint cache evaluate hub cluster export drawing benchmark sdxl files".split()
+    rank = {f"test_{name}": number for number, name in enumerate(slow)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(slow)))
+
+
 def pytest_sessionfinish(session):
     """Leave no process behind: one that a failed test forked would keep pytest from ending."""
     if session.config.getoption("numprocesses", None):  # the children are the workers, each clears up its own

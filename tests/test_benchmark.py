@@ -48,11 +48,6 @@ def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
     assert report["ratios"]["loss_difference"] < 1e-4  # float32; the third loss follows two updates
 
 
-def test_a_cache_takes_vae_and_text_out_of_the_step(teacher, tmp_path):
-    report = measured(teacher, tmp_path, "--recipe", "ours", "--cached", "--gradient_checkpointing")
-    assert set(report["recipes"]["ours"]["seconds_per_part"]) == PARTS - {"VAE", "text"}
-
-
 @pytest.mark.parametrize("arguments", [("--model", "sd14"), ("--steps", "0"), ("--recipe", "fast")])
 def test_wrong_flags_end_in_one_line_and_code_2(arguments):
     run = benchmark(*arguments)

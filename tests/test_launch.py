@@ -259,8 +259,8 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
 
 
 @one_family
-@pytest.mark.parametrize("changes", [{"mixed_precision": "bf16"}, {"use_8bit_adam": True, "lora_rank": 64}])
-def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path, changes):
+def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path):
+    changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "lora_rank": 64}
     for name, steps in (("unbroken", 4), ("resumed", 2), ("resumed", 4)):
         line = flags(teacher, shards, tmp_path / name, max_train_steps=steps, **changes)
         done = launch(
