@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 family=${1:-sd15}
 case $family in
-  sd15) data=outputs/demo-data kind=() updates=300 pictures=96 ;;
-  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=170 pictures=80 ;;
+  sd15) data=outputs/demo-data kind=() pictures=192 ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) pictures=96 ;;
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
@@ -19,7 +19,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 pictures to train on: $data"
 if [ ! -e "$data/complete" ]; then
-  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 6000 "${kind[@]}"
+  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000 "${kind[@]}"
   touch "$data/complete"
 fi
 
@@ -27,8 +27,8 @@ say "2/4 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
   torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
-    --resolution 64 --train_batch_size 16 --max_train_steps "$updates" --lora_rank 32 --learning_rate 1e-3 \
-    --lr_scheduler linear --w_min 5.5 --w_max 7.5 --validation_steps 150 \
+    --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 8e-4 \
+    --lr_scheduler linear --w_min 5.5 --w_max 7.5 --validation_steps 100 \
     --checkpointing_steps 100 --checkpoints_total_limit 1
 fi
 

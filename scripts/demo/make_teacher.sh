@@ -8,6 +8,6 @@ family=${1:?name the family: sd15 or sdxl}
 . scripts/environment.sh
 export ACCELERATE_USE_CPU=true
 parts=()
-[ "$family" = sd15 ] || parts=(--parts_from assets/demo-teacher-sd15)
+[ "$family" = sd15 ] || parts=(--parts_from assets/demo-teacher-sd15 --unet_updates 3000)
 exec .venv/bin/torchrun --nproc_per_node 2 scripts/demo/train_teacher.py --family "$family" "${parts[@]}" \
   --output_dir "assets/demo-teacher-$family" --work_dir "outputs/demo-teacher-$family" "${@:2}"
