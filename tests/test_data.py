@@ -384,6 +384,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 def server(layouts, monkeypatch):
     """Serve a folder of three shards at an address of this machine."""
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    Handler.seen.clear()
 
     def handler(*connection):
         return Handler(*connection, directory=layouts / "equal-3")

@@ -370,6 +370,7 @@ def refused(script, teacher, shards, unusable, tmp_path_factory):
     return ended
 
 
+@one_family
 @pytest.mark.parametrize("name", REAL)
 def test_unusable_input_ends_a_real_process_with_one_line(refused, name):
     code, seconds, said, named = refused[name]
