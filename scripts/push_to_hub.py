@@ -10,8 +10,6 @@ Exit codes: 0 published; 2 wrong usage, an unusable folder, or the Hub refuses; 
 """
 
 import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -38,10 +36,6 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for package in ("xformers", "bitsandbytes"):
-    logging.getLogger(package).setLevel(logging.ERROR)  # on import they warn of CUDA code not needed here
-
 import train_lcm_lora_sd15 as trainer
 
 
