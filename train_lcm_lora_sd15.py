@@ -359,7 +359,7 @@ def parse_args(argv=None):
 
 def masked(text):
     """Return a text without the secrets that shard addresses may carry."""
-    return re.sub(r"(?i)(bearer\s+)[^\s'\"]+|(://)[^/@\s]+(?=@)|hf_\w{8,}", r"\1\2***", text)
+    return re.sub(r"((?i:bearer)\s+)[^\s'\"]+|(://)[^/@\s]+(?=@)|hf_\w{8,}", r"\1\2***", text)
 
 
 def public_flags(args):
