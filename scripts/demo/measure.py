@@ -189,6 +189,8 @@ def main():
     parser.add_argument("--num_images", type=int, default=128, help="pictures a row (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (default: %(default)s)")
     args = parser.parse_args()
+    if args.num_images < 40:
+        parser.error(f"--num_images {args.num_images}: must be at least 40, for intervals from 20 groups")
     accelerator = Accelerator(cpu=True)
     results = measure(args, accelerator)
     if accelerator.is_main_process:
