@@ -35,6 +35,7 @@ import signal
 import sys
 import tarfile
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -175,6 +176,9 @@ def add_distillation_args(parser):
     add("--num_ddim_timesteps", type=int, default=50, help="solver steps N over the T training timesteps")
     add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between student and target")
     add("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
+    add("--loss_space", choices=("sample", "epsilon"), default="sample",
+        help="where student and target are compared: clean latents, or the noise that they imply, which is "
+        "alpha_t / sigma_t times that and so gives little noise more weight")
     add("--timestep_scaling_factor", type=float, default=10.0,
         help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=float, default=0.0,
@@ -431,12 +435,12 @@ class Schedule:
         return self.alphas[timesteps].view(shape), self.sigmas[timesteps].view(shape)
 
 
-def make_schedule(scheduler_config, num_ddim_timesteps, timestep_scaling, device):
+def make_schedule(scheduler_config, num_ddim_timesteps, timestep_scaling, device, loss_space="sample"):
     """Return the Schedule of a diffusers scheduler config.
 
     Raises:
-        UnusableInput: the prediction type is unknown, the solver has more steps than the schedule, or an eps
-            teacher's schedule ends in pure noise, where its clean estimate would divide by zero.
+        UnusableInput: the prediction type is unknown, the solver has more steps than the schedule, or the
+            schedule ends in pure noise, from which eps gives no clean latent, nor a clean latent eps.
     """
     scheduler = DDPMScheduler.from_config(scheduler_config)
     prediction_type = scheduler.config.prediction_type
@@ -445,9 +449,10 @@ def make_schedule(scheduler_config, num_ddim_timesteps, timestep_scaling, device
             f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample"
         )
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
-    if prediction_type == "epsilon" and alphas_cumprod[-1] < 1e-6:
+    if "epsilon" in (prediction_type, loss_space) and alphas_cumprod[-1] < 1e-6:
         raise UnusableInput(
-            "teacher: predicts eps at zero terminal SNR, where only v_prediction can be distilled"
+            "teacher: its schedule ends at zero terminal SNR, where only v_prediction can be distilled, with "
+            "--loss_space sample"
         )
     num_timesteps = len(alphas_cumprod)
     if num_ddim_timesteps > num_timesteps:
@@ -499,6 +504,14 @@ def distance(pred, target, loss_type, huber_c):
     if loss_type == "l2":
         return difference.square().mean()
     return ((difference.square() + huber_c**2).sqrt() - huber_c).mean()
+
+
+def loss_between(schedule, pred, target, timesteps, args):
+    """Return the distance of clean latents z_0 [B,4,h,w], or of eps = (z_t - alpha z_0) / sigma."""
+    if args.loss_space == "epsilon":
+        alpha_t, sigma_t = schedule.at(timesteps)
+        pred, target = pred * (alpha_t / sigma_t), target * (alpha_t / sigma_t)
+    return distance(pred, target, args.loss_type, args.huber_c)
 
 
 # <<< shared: mathematics
@@ -607,7 +620,7 @@ def distillation_loss(student, unet, schedule, latents, conditioning, uncond, dr
     if args.lora_dropout:
         unet.train()
     pred = consistency(student, schedule, z_t, timesteps, conditioning, dtype)
-    return distance(pred, target, args.loss_type, args.huber_c)
+    return loss_between(schedule, pred, target, timesteps, args)
 
 
 # <<< shared: step
@@ -829,7 +842,7 @@ def to_rgb(picture):
 
 
 def crop(picture, args, rng):
-    """Return (pixels uint8 [3,R,R], (top, left) of the crop in the resized picture)."""
+    """Return (pixels uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
     side = args.resolution
     scale = side / min(picture.size)
     size = tuple(max(side, round(length * scale)) for length in picture.size)
@@ -840,10 +853,9 @@ def crop(picture, args, rng):
     box = (left * x, top * y, min((left + side) * x, picture.width), min((top + side) * y, picture.height))
     if picture.size != (side, side):
         picture = picture.resize((side, side), Image.Resampling[args.interpolation_type.upper()], box)
-    pixels = np.asarray(picture)
     if args.random_flip and rng.random() < 0.5:
-        pixels, left = pixels[:, ::-1], spare[1] - left
-    return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))), (top, left)
+        picture, left = ImageOps.mirror(picture), spare[1] - left
+    return torch.from_numpy(np.array(picture)), (top, left)
 
 
 def prepare_sample(sample, args, epoch, cached=False):
@@ -866,11 +878,11 @@ def prepare_sample(sample, args, epoch, cached=False):
     check_side(original, metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
     pixels, corner = crop(picture, args, rng)
-    size = original[::-1]
+    size, target = original[::-1], pixels.shape[:2]
     if args.use_fix_crop_and_size:
-        size, corner = pixels.shape[1:], (0, 0)
+        size, corner = target, (0, 0)
     # What SDXL's UNet is told: original height and width, crop top and left, target height and width.
-    time_ids = torch.tensor([*size, *corner, *pixels.shape[1:]], dtype=torch.float32)
+    time_ids = torch.tensor([*size, *corner, *target], dtype=torch.float32)
     return {"pixels": pixels, "time_ids": time_ids, "caption": caption}
 
 
@@ -921,7 +933,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                     yield sample
 
     def __iter__(self):
-        """Yield batches: pixels uint8 [B,3,R,R] or cached tensors, captions, the position after it, skips."""
+        """Yield batches: pixels uint8 [B,R,R,3] or cached tensors, captions, the position after it, skips."""
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.num_batches) % self.workers
         consumer = self.first_consumer + worker
@@ -1258,7 +1270,8 @@ def make_fast(unet, args):
 
 
 def encode_moments(vae, pixels, args):
-    """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,3,R,R]."""
+    """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
+    pixels = pixels.permute(0, 3, 1, 2)  # only another view: convolutions are at home in this memory order
     parts = (part.float() / 127.5 - 1 for part in pixels.split(args.vae_encode_batch_size))
     return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
 
@@ -1713,7 +1726,7 @@ def write_card(args, drawn, prompts, num_processes):
     training = "\n".join(
         f"| {flag} | {getattr(args, flag)} |"
         for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
-        "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c seed".split()
+        "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
     description = f"""# LCM-LoRA
 
@@ -1838,6 +1851,8 @@ def push_or_say(args, folder=None, attempts=PUSH_ATTEMPTS):
 # >>> shared: run
 def start(args):
     """Return the Accelerator, after checking that this suite supports how it was launched."""
+    # Of 1x1 convolutions' gradients, whose strides of size-1 dimensions mean nothing.
+    warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     diffusers_logging.set_verbosity_error()  # encode_prompt would say of every long caption that it is cut
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -2099,9 +2114,8 @@ def make_job(args, accelerator, samples, cache):
     """Return the Job of a run from its start: models, LoRA, optimizer."""
     dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
     pipe, *rest = load_models(args, dtype, accelerator.device, samples, cache)
-    schedule = make_schedule(
-        pipe.scheduler.config, args.num_ddim_timesteps, args.timestep_scaling_factor, accelerator.device
-    )
+    flags = args.num_ddim_timesteps, args.timestep_scaling_factor
+    schedule = make_schedule(pipe.scheduler.config, *flags, accelerator.device, args.loss_space)
     parameters = add_lora(pipe.unet, args)
     make_fast(pipe.unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes)

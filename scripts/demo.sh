@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 family=${1:-sd15}
 case $family in
-  sd15) data=outputs/demo-data kind=() pictures=192 ;;
-  sdxl) data=outputs/demo-data-varied kind=(--varied) pictures=96 ;;
+  sd15) data=outputs/demo-data kind=() ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) ;;
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
@@ -27,9 +27,9 @@ say "2/4 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
   torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
-    --resolution 64 --train_batch_size 16 --max_train_steps 300 --learning_rate 8e-4 \
-    --lr_scheduler linear --w_min 5.5 --w_max 7.5 --validation_steps 100 \
-    --checkpointing_steps 100 --checkpoints_total_limit 1
+    --resolution 64 --train_batch_size 16 --max_train_steps 240 --learning_rate 2e-3 --lr_scheduler linear \
+    --lora_rank 32 --num_ddim_timesteps 20 --w_min 5.5 --w_max 7.5 --loss_space epsilon \
+    --validation_steps 120 --checkpointing_steps 80 --checkpoints_total_limit 1
 fi
 
 say "3/4 pictures: $out/grid.png"
@@ -42,7 +42,7 @@ fi
 say "4/4 table: $out/results.json"
 if [ ! -e "$out/results.json" ]; then
   torchrun --nproc_per_node 2 scripts/demo/measure.py \
-    --pretrained_teacher_model "$teacher" --lora "$out" --num_images "$pictures" --output_dir "$out"
+    --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out"
 else
   cat "$out/table.md"
 fi

@@ -82,6 +82,7 @@ def test_defaults_are_the_released_recipe(script):
     args = parse(script, lora_rank=None, lora_alpha=None, learning_rate=None, train_batch_size=None)
     assert (args.lora_rank, args.lora_alpha, args.learning_rate) == (64, 64, 1e-4)
     assert (args.w_max, args.num_ddim_timesteps, args.loss_type, args.huber_c) == (15, 50, "huber", 0.001)
+    assert args.loss_space == "sample"
     assert (args.timestep_scaling_factor, args.adam_weight_decay, args.proportion_empty_prompts) == (10, 0, 0)
     assert parse(script, lora_rank=8, lora_alpha=None).lora_alpha == 8
     args = parse(script, resolution=None)
@@ -105,7 +106,10 @@ WRONG = [
     *((name, value) for name in ("w_min", "adam_weight_decay") for value in (-1, "nan", "inf")),
     *(("w_max", value) for value in (2.9, "nan", "inf")),
     *(("min_aesthetic", value) for value in ("nan", "-inf")),
-    *((name, "x") for name in "loss_type lr_scheduler report_to mixed_precision interpolation_type".split()),
+    *(
+        (name, "x")
+        for name in "loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type".split()
+    ),
     ("lora_target_modules", " , "),
     ("seed", 2**63),
     ("pretrained_teacher_model", None),

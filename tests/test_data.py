@@ -306,7 +306,7 @@ def test_a_data_set_without_a_usable_sample_is_an_error(script, tmp_path, member
 def test_odd_samples_are_trained_on(script, tmp_path, members, changes):
     shard = write_shard(tmp_path / "0.tar", changed(1, **members))
     (batch,) = itertools.islice(make_stream(script, shard, **changes), 1)
-    assert batch["pixels"].shape == (changes.get("train_batch_size", 2), 3, SIDE, SIDE)
+    assert batch["pixels"].shape == (changes.get("train_batch_size", 2), SIDE, SIDE, 3)
     assert not batch["skipped"]
 
 
@@ -536,8 +536,8 @@ def ruler(width=60, height=40):
 def test_center_crop_takes_the_middle(script):
     args = make_args(script, "pipe:", resolution=40, center_crop=True)
     pixels, corner = script.crop(ruler(), args, random.Random())
-    assert corner == (0, 10) and pixels.shape == (3, 40, 40) and pixels.dtype == torch.uint8
-    assert pixels[0, 0].tolist() == list(range(10, 50)) and pixels[1, :, 0].tolist() == list(range(40))
+    assert corner == (0, 10) and pixels.shape == (40, 40, 3) and pixels.dtype == torch.uint8
+    assert pixels[0, :, 0].tolist() == list(range(10, 50)) and pixels[:, 0, 1].tolist() == list(range(40))
 
 
 def test_random_crop_and_flip_are_what_they_say(script):
@@ -545,7 +545,7 @@ def test_random_crop_and_flip_are_what_they_say(script):
     corners, flips = set(), 0
     for seed in range(60):
         pixels, (top, left) = script.crop(ruler(62, 32), args, random.Random(seed))
-        row = pixels[0, 0].tolist()
+        row = pixels[0, :, 0].tolist()
         flipped = row[0] > row[-1]
         # Of a mirrored picture, the corner is counted from its own left side.
         assert row == (list(range(61 - left, 29 - left, -1)) if flipped else list(range(left, left + 32)))
@@ -555,7 +555,7 @@ def test_random_crop_and_flip_are_what_they_say(script):
     assert len(corners) > 15 and {0, 30} & corners
     assert 18 <= flips <= 42
     tall = [script.crop(ruler(32, 62), args, random.Random(seed)) for seed in range(9)]
-    assert all(pixels[1, 0, 0] == top for pixels, (top, _) in tall) and len({c for _, (c, _) in tall}) > 3
+    assert all(pixels[0, 0, 1] == top for pixels, (top, _) in tall) and len({c for _, (c, _) in tall}) > 3
 
 
 @pytest.mark.parametrize("size", [(120, 80), (80, 120), (30, 20), (81, 80), (2000, 2)])
@@ -564,10 +564,10 @@ def test_a_crop_keeps_the_aspect(script, size):
     scale = 40 / min(size)
     picture = ruler(*size) if max(size) < 256 else Image.new("RGB", size)
     pixels, (top, left) = script.crop(picture, args, random.Random())
-    assert pixels.shape == (3, 40, 40)
+    assert pixels.shape == (40, 40, 3)
     assert (top, left) == ((round(size[1] * scale) - 40) // 2, (round(size[0] * scale) - 40) // 2)
     if max(size) < 256:  # 20 pixels of the crop span 20 / scale of the picture, in x and in y
-        for channel, line in ((0, pixels[0, 20]), (1, pixels[1, :, 20])):
+        for channel, line in ((0, pixels[20, :, 0]), (1, pixels[:, 20, 1])):
             assert int(line[30]) - int(line[10]) == pytest.approx(20 / scale, abs=1), channel
 
 

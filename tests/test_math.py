@@ -1,5 +1,6 @@
 """The mathematics of the loss, against diffusers' schedulers and plain formulas."""
 
+import argparse
 import dataclasses
 
 import numpy as np
@@ -87,6 +88,9 @@ def test_v_prediction_takes_zero_terminal_snr(script):
 def test_schedules_that_cannot_be_distilled_are_refused(script):
     with pytest.raises(script.UnusableInput, match="zero terminal SNR"):
         schedule_of(script, ddim("epsilon", rescale_betas_zero_snr=True))
+    v_prediction = ddim("v_prediction", rescale_betas_zero_snr=True).config
+    with pytest.raises(script.UnusableInput, match="--loss_space sample"):
+        script.make_schedule(v_prediction, 50, 10.0, torch.device("cpu"), "epsilon")
     with pytest.raises(script.UnusableInput, match="prediction_type 'flow_prediction'"):
         script.make_schedule(
             dict(ddim().config) | {"prediction_type": "flow_prediction"}, 50, 10.0, torch.device("cpu")
@@ -123,6 +127,21 @@ def test_distance_is_the_plain_formula(script):
     huber = np.mean(np.sqrt(d**2 + c**2) - c)
     assert script.distance(pred, target, "huber", c).item() == pytest.approx(huber, rel=1e-6)
     assert script.distance(pred, pred, "huber", 0.001).item() == 0
+
+
+@pytest.mark.parametrize("loss_type", ["huber", "l2"])
+def test_the_loss_in_epsilon_compares_the_noise_that_clean_latents_imply(script, loss_type):
+    schedule = schedule_of(script, ddim())
+    timesteps = torch.tensor([19, 499, 999])
+    z_t, pred, target = (noise(seed, batch=3) for seed in range(3))
+    args = argparse.Namespace(loss_type=loss_type, huber_c=0.1, loss_space="epsilon")
+    alpha_t, sigma_t = schedule.at(timesteps)
+    eps = [(z_t - alpha_t * z_0) / sigma_t for z_0 in (pred, target)]
+    loss = script.loss_between(schedule, pred, target, timesteps, args)
+    torch.testing.assert_close(loss, script.distance(*eps, loss_type, 0.1), rtol=1e-5, atol=0)
+    args.loss_space = "sample"
+    plain = script.loss_between(schedule, pred, target, timesteps, args)
+    assert torch.equal(plain, script.distance(pred, target, loss_type, 0.1))
 
 
 def draw(script, step=3, micro_step=1, rank=2, batch=64, **changes):

@@ -75,7 +75,7 @@ def test_time_ids_tell_the_crop_that_was_made(script, pipe, random_flip):
     mirrored, corners = 0, set()
     for key in "abcdefghij":
         sample = ruler(script, 62, SIDE, key, random_flip=random_flip)
-        row = sample["pixels"][0, 0].tolist()
+        row = sample["pixels"][0, :, 0].tolist()
         left = row[0] if row[0] < row[-1] else 61 - row[0]
         mirrored += row[0] > row[-1]
         corners.add(left)
@@ -275,7 +275,7 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     }
     expected = {F32 if force_upcast else torch.float16}
     seen = watch(loaded.vae)
-    pixels = torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8)
+    pixels = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)
     with torch.no_grad():
         assert script.encode_moments(loaded.vae, pixels, args).dtype == F32
         embeds = script.encode_prompts(loaded, ["sea"], CPU)

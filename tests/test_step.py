@@ -310,13 +310,13 @@ def test_a_dropped_or_empty_caption_is_the_unconditional_one(script, pipe):
 
 
 def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe, args):
-    pixels = torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    pixels = torch.randint(256, (3, 32, 32, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     eps = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         whole = script.encode_moments(pipe.vae, pixels, args)
         args.vae_encode_batch_size = 1
         sliced = script.encode_moments(pipe.vae, pixels, args)
-        posterior = pipe.vae.encode(pixels / 127.5 - 1).latent_dist
+        posterior = pipe.vae.encode(pixels.permute(0, 3, 1, 2) / 127.5 - 1).latent_dist
     latents = script.sample_latents(whole, eps, 0.5)
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * eps) * 0.5)
     torch.testing.assert_close(sliced, whole)

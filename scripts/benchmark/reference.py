@@ -76,4 +76,4 @@ def plain_loss(trainer, teacher, student, _unet, schedule, latents, conditioning
             teacher, trainer, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
         )
         target = trainer.consistency(student, schedule, z_prev, prev_timesteps, conditioning, dtype)
-    return trainer.distance(pred, target, args.loss_type, args.huber_c)
+    return trainer.loss_between(schedule, pred, target, timesteps, args)

@@ -4,9 +4,10 @@
     python scripts/demo/measure.py --lora outputs/demo-sd15 --output_dir outputs/demo-sd15
 
 `distance` is the Fréchet distance, on the judge's features, to the teacher's guided 50-step samples of the
-same prompts and other noise; that of the teacher's own 50-step samples is the floor. `accuracy` is the share
-of caption attributes that the judge finds in the picture. 95% intervals: the jackknife over 20 groups of
-pictures for distances, the bootstrap for accuracies.
+same prompts and other noise; that of the teacher's own 50-step samples is the floor. Those features are kept
+in the teacher's folder; after a change of the teacher, `--draw_reference 8` makes them again, from 8 pictures
+of each prompt. `accuracy` is the share of caption attributes that the judge finds in the picture. 95%
+intervals: the jackknife over 20 groups of prompts for distances, the bootstrap for accuracies.
 Under `torchrun --nproc_per_node N` the pictures are shared among N processes.
 """
 
@@ -21,6 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from judge import Judge
 from landscapes import ATTRIBUTES, caption_of
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -31,6 +33,7 @@ STEPS = (1, 2, 4, 8)
 TEACHER_STEPS, TEACHER_GUIDANCE = 50, 7.5
 OTHER_GUIDANCES = (2.0, 3.0, 5.0)
 BATCH = 64
+PROMPTS, PROMPT_SEED = 192, 7
 NAMES = {
     "ddim": "DDIM",
     "dpmsolver++": "DPM-Solver++",
@@ -66,11 +69,23 @@ def read_everywhere(judge, pictures, seconds):
     return torch.cat(features), torch.cat(predicted), sum(times) / len(times)
 
 
+def list_prompts(count):
+    """Return (labels [count, 4], captions) of the first of the `PROMPTS` random captions."""
+    rng = np.random.default_rng(PROMPT_SEED)
+    labels = np.stack([rng.integers(len(names), size=PROMPTS) for names in ATTRIBUTES], 1)[:count]
+    return torch.as_tensor(labels), [caption_of(row) for row in labels.tolist()]
+
+
+def reference_distance(features, reference):
+    """Return the Fréchet distance of features [P, D] to those of the same prompts' S pictures [P, S, D]."""
+    return frechet_distance(features, reference.flatten(0, 1))
+
+
 def score(features, predicted, labels, reference):
     """Return distance and accuracies with the half-widths of their 95% intervals."""
     right = (predicted == labels).double()
     figures = {
-        "distance": jackknife(frechet_distance, features, reference),
+        "distance": jackknife(reference_distance, features, reference),
         "accuracy": bootstrap_mean(right.mean(1)),
         "all_right": bootstrap_mean(right.prod(1)),
     }
@@ -78,35 +93,54 @@ def score(features, predicted, labels, reference):
     return {name: f["value"] for name, f in figures.items()} | half_widths
 
 
+class Bench:
+    """The teacher's pipeline, the prompts and the judge; this process draws its share of the prompts."""
+
+    def __init__(self, args, accelerator):
+        """Load the pipeline, with the LoRA where there is one."""
+        self.labels, self.captions = list_prompts(args.num_images)
+        self.judge = Judge.load(args.judge)
+        self.pipe = load_pipeline(args.pretrained_teacher_model)
+        if args.lora:
+            load_lora(self.pipe, args.lora)
+        with accelerator.split_between_processes(list(range(args.num_images))) as share:
+            self.share = share
+
+    def draw(self, row, noise=0):
+        """Return (features, predictions, mean seconds a picture) of a row with all processes' pictures."""
+        captions = [self.captions[i] for i in self.share]
+        seeds = [noise * PROMPTS + i for i in self.share]
+        pictures, seconds = draw_row(self.pipe, *row, captions, seeds)
+        return read_everywhere(self.judge, pictures, seconds)
+
+
+def progress(items, desc, unit, accelerator):
+    """Return a progress bar over items, shown by the main process."""
+    return tqdm(items, desc=desc, unit=unit, disable=not accelerator.is_main_process)
+
+
+def draw_reference(args, accelerator):
+    """Write the features [P, S, D] f16 of S pictures of each prompt, drawn as the first row is."""
+    bench = Bench(args, accelerator)
+    noises = progress(range(1, args.draw_reference + 1), "reference", "set", accelerator)
+    features = torch.stack([bench.draw(list_rows()[0], noise)[0] for noise in noises], dim=1)
+    if accelerator.is_main_process:
+        save_file({"features": features.half()}, args.reference)
+        print(f"{args.reference}: {tuple(features.shape)}")
+
+
 def measure(args, accelerator):
     """Return the results: floor, teacher and one row each of `list_rows`."""
-    rng = np.random.default_rng(args.seed)
-    labels = torch.as_tensor(
-        np.stack([rng.integers(len(names), size=args.num_images) for names in ATTRIBUTES], 1)
-    )
-    captions = [caption_of(row) for row in labels.tolist()]
-    judge = Judge.load(args.judge)
-    pipe = load_pipeline(args.pretrained_teacher_model)
-    load_lora(pipe, args.lora)
-    with accelerator.split_between_processes(list(range(args.num_images))) as share:
-        mine = [captions[i] for i in share]
-
-    def drawn(row, noise):
-        pictures, seconds = draw_row(pipe, *row, mine, [noise * args.num_images + i for i in share])
-        return read_everywhere(judge, pictures, seconds)
-
-    rows = list_rows()
-    reference, _, _ = drawn(rows[0], noise=0)
+    bench = Bench(args, accelerator)
+    reference = load_file(args.reference)["features"][: args.num_images].double()
     results = []
-    for sampler, steps, guidance in tqdm(
-        rows, desc="measuring", unit="row", disable=not accelerator.is_main_process
-    ):
+    for sampler, steps, guidance in progress(list_rows(), "measuring", "row", accelerator):
         row = {"sampler": sampler, "steps": steps, "guidance": guidance}
         if sampler == "dpmsolver++" and steps <= 2:  # the same formula as DDIM's: see scripts/sample.py
             results.append(pick(results, "ddim", steps, guidance) | row)
             continue
-        features, predicted, seconds = drawn((sampler, steps, guidance), noise=1)
-        scores = score(features, predicted, labels, reference)
+        features, predicted, seconds = bench.draw((sampler, steps, guidance))
+        scores = score(features, predicted, bench.labels, reference)
         results.append(row | scores | {"seconds": seconds})
     return {"floor": results[0]["distance"], "num_images": args.num_images, "rows": results}
 
@@ -173,8 +207,8 @@ def goals(results):
     return "\n".join(lines)
 
 
-def main():
-    """Measure from the command line."""
+def parse_args():
+    """Return the arguments; wrong ones end with a message and exit code 2."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -184,14 +218,33 @@ def main():
     parser.add_argument(
         "--judge", default="assets/demo-teacher-sd15/judge.safetensors", help="default: %(default)s"
     )
-    parser.add_argument("--lora", required=True, help="folder or file of the LoRA")
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for results.json and table.md")
+    parser.add_argument("--lora", help="folder or file of the LoRA")
+    parser.add_argument("--output_dir", type=Path, help="folder for results.json and table.md")
     parser.add_argument("--num_images", type=int, default=128, help="pictures a row (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=7, help="of prompts and noise (default: %(default)s)")
+    parser.add_argument(
+        "--draw_reference", type=int, metavar="N", help="make the teacher's reference, N pictures a prompt"
+    )
     args = parser.parse_args()
-    if args.num_images < 40:
-        parser.error(f"--num_images {args.num_images}: must be at least 40, for intervals from 20 groups")
+    args.reference = Path(args.pretrained_teacher_model) / "reference.safetensors"
+    if args.draw_reference:
+        args.num_images, args.lora = PROMPTS, None
+    elif not (args.lora and args.output_dir):
+        parser.error("--lora and --output_dir are needed")
+    elif not args.reference.is_file():
+        parser.error(f"{args.reference}: no such file; --draw_reference 8 makes it")
+    if not 40 <= args.num_images <= PROMPTS:
+        parser.error(f"--num_images {args.num_images}: must be 40 to {PROMPTS}; intervals are of 20 groups")
+    return args
+
+
+def main():
+    """Measure from the command line."""
+    args = parse_args()
     accelerator = Accelerator(cpu=True)
+    if args.draw_reference:
+        draw_reference(args, accelerator)
+        accelerator.end_training()
+        return
     results = measure(args, accelerator)
     if accelerator.is_main_process:
         args.output_dir.mkdir(parents=True, exist_ok=True)
