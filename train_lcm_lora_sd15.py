@@ -55,8 +55,6 @@ OTHER_SCRIPT = "train_lcm_lora_sdxl.py"
 DEFAULT_RESOLUTION_PX = 512
 DEFAULT_W_MIN = 5.0  # range of the released SD 1.5 recipe
 TEXT_PARTS = ("tokenizer", "text_encoder")
-KOHYA_ARCHITECTURE = "stable-diffusion-v1/lora"
-KOHYA_BASE_MODEL = "sd_v1"
 CARD_TAGS = (
     "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
     "stable-diffusion stable-diffusion-diffusers"
@@ -1118,6 +1116,14 @@ def kohya_name(module, _layers_per_block):
     return "lora_unet_" + module.replace(".", "_")
 
 
+def kohya_model(text_width):
+    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
+    if text_width == 1024:
+        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
+    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+
+
 # >>> shared: models
 def load_teacher(args, dtype, device, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
@@ -1221,6 +1227,9 @@ def make_fast(unet, args):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.compile:
+        # A graph for each width of the blocks in each of teacher's, target's and student's pass: more than
+        # the 8 of one function after which torch stops compiling.
+        torch._dynamo.config.recompile_limit = 64
         unet.compile_repeated_blocks()
 
 
@@ -1304,7 +1313,7 @@ def save_lora(unet, pipeline_class, folder, args):
     config |= {"lora_dropout": 0.0, "target_modules": sorted(config["target_modules"])}
     pipeline_class.save_lora_weights(scratch, unet_lora_layers=state, **metadata)
     weights = kohya_weights(state, args.lora_alpha, unet.config.layers_per_block)
-    save_file(weights, scratch / KOHYA_NAME, metadata=kohya_metadata(args))
+    save_file(weights, scratch / KOHYA_NAME, metadata=kohya_metadata(args, unet.config.cross_attention_dim))
     for name in (WEIGHTS_NAME, KOHYA_NAME):
         os.replace(scratch / name, folder / name)
     scratch.rmdir()
@@ -1322,16 +1331,14 @@ def kohya_weights(state, alpha, layers_per_block):
     return weights
 
 
-def kohya_metadata(args):
+def kohya_metadata(args, text_width):
     """Return the header fields that user interfaces show; no path, no token."""
-    return {
+    return kohya_model(text_width) | {
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.lora_rank),
         "ss_network_alpha": str(args.lora_alpha),
-        "ss_base_model_version": KOHYA_BASE_MODEL,
         "ss_resolution": f"({args.resolution}, {args.resolution})",
         "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": KOHYA_ARCHITECTURE,
         "modelspec.implementation": "diffusers",
         "modelspec.title": "LCM-LoRA",
         "modelspec.usage_hint": "LCM sampler, 2 to 8 steps, guidance 1 to 2",

@@ -217,11 +217,9 @@ def kohya_file(trainer, loras, layers_per_block):
         state |= {f"{key}.lora_down.weight": lora.down, f"{key}.lora_up.weight": lora.up}
         state[f"{key}.alpha"] = torch.tensor(lora.alpha)
     rank, alpha = max((len(lora.down), lora.alpha) for lora in loras.values())
-    header = trainer.kohya_metadata(SimpleNamespace(lora_rank=rank, lora_alpha=alpha, resolution=None))
+    flags = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, resolution=None)
+    header = trainer.kohya_metadata(flags, text_width(loras))
     del header["ss_resolution"]  # a LoRA does not tell
-    if text_width(loras) == 1024:  # SD 2.x; A1111 goes by ss_v2
-        header |= {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
-        header["modelspec.architecture"] = "stable-diffusion-v2-512/lora"
     return state, header
 
 

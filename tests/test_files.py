@@ -427,7 +427,7 @@ def test_no_path_is_in_a_header(script, trained, teacher, args, tmp_path):
     with safe_open(trained[1] / script.KOHYA_NAME, framework="pt") as file:
         metadata = file.metadata()
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "8.0")
-    assert metadata["modelspec.architecture"] == script.KOHYA_ARCHITECTURE
+    assert metadata.items() >= script.kohya_model(16).items()
 
 
 def test_versions_and_script_are_in_the_record(script, args):

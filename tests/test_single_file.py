@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from conftest import flags, load_script
+from conftest import flags, load_script, tiny_text
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
@@ -17,11 +17,19 @@ UNET_ENDS = {
     "conv_in.": "input_blocks.0.0.", "conv_norm_out.": "out.0.", "conv_out.": "out.2.",
     "time_embedding.linear_1.": "time_embed.0.", "time_embedding.linear_2.": "time_embed.2.",
     "mid_block.resnets.0.": "middle_block.0.", "mid_block.attentions.0.": "middle_block.1.",
-    "mid_block.resnets.1.": "middle_block.2.",
+    "mid_block.resnets.1.": "middle_block.2.", "add_embedding.linear_1.": "label_emb.0.0.",
+    "add_embedding.linear_2.": "label_emb.0.2.",
 }  # fmt: skip
 UNET_RESNET = {
     "norm1.": "in_layers.0.", "conv1.": "in_layers.2.", "time_emb_proj.": "emb_layers.1.",
     "norm2.": "out_layers.0.", "conv2.": "out_layers.3.", "conv_shortcut.": "skip_connection.",
+}  # fmt: skip
+XL_TEXT = "conditioner.embedders.0.transformer.text_model.", "conditioner.embedders.1.model."
+OPEN_CLIP = {
+    "embeddings.token_embedding.weight": "token_embedding.weight",
+    "embeddings.position_embedding.weight": "positional_embedding", "final_layer_norm.": "ln_final.",
+    "encoder.layers.": "transformer.resblocks.", "layer_norm1.": "ln_1.", "layer_norm2.": "ln_2.",
+    "self_attn.out_proj.": "attn.out_proj.", "mlp.fc1.": "mlp.c_fc.", "mlp.fc2.": "mlp.c_proj.",
 }  # fmt: skip
 VAE_NAMES = {
     "mid_block.resnets.0.": "mid.block_1.", "mid_block.resnets.1.": "mid.block_2.",
@@ -77,9 +85,60 @@ def to_ldm(unet, vae, text_encoder):
     return {key: value.contiguous().clone() for key, value in (weights | besides).items()}
 
 
+def to_open_clip(text_encoder):
+    """Return a dict of tensors by OpenCLIP's keys: one matrix for q, k and v, the projection transposed."""
+    weights, state = {}, dict(text_encoder.state_dict())
+    state = {key.removeprefix("text_model."): value for key, value in state.items()}
+    weights["text_projection"] = state.pop("text_projection.weight").T
+    for key, value in state.items():
+        if ".q_proj." in key:
+            joined = torch.cat([state[key.replace(".q_proj.", f".{name}_proj.")] for name in "qkv"])
+            key, value = key.replace("self_attn.q_proj.", "attn.in_proj_"), joined
+        if ".k_proj." not in key and ".v_proj." not in key:
+            weights[renamed(key, OPEN_CLIP)] = value
+    return weights
+
+
 @pytest.fixture(scope="module")
 def teacher(teachers):
     return teachers["train_lcm_lora_sd15"]
+
+
+@pytest.fixture(scope="module")
+def xl_reference(teachers, tmp_path_factory):
+    """Return (pipeline, the folder of its settings and other weights, its one file); ten layers mark SDXL."""
+    pipe = StableDiffusionXLPipeline.from_pretrained(teachers["train_lcm_lora_sdxl"])
+    wide = type(pipe.text_encoder_2)
+    pipe.text_encoder_2 = tiny_text(pipe.tokenizer_2, wide, 24, 10, projection_dim=12).eval()
+    folder = tmp_path_factory.mktemp("xl")
+    pipe.save_pretrained(folder / "config")
+    generator = torch.Generator().manual_seed(1)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        for parameter in part.parameters():
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    weights = to_ldm(pipe.unet, pipe.vae, pipe.text_encoder)
+    weights = {key.replace(TEXT, XL_TEXT[0]): value for key, value in weights.items()}
+    second = {XL_TEXT[1] + key: value for key, value in to_open_clip(pipe.text_encoder_2).items()}
+    assert XL_KEY in second
+    weights |= {key: value.contiguous().clone() for key, value in second.items()}
+    save_file(weights, folder / "model.safetensors")
+    return pipe, folder / "config", folder / "model.safetensors"
+
+
+def test_an_sdxl_file_gives_the_weights_and_the_folder_the_settings(xl_reference, sample, shards):
+    reference, folder, file = xl_reference
+    trainer = load_script("train_lcm_lora_sdxl.py")
+    args = trainer.parse_args(flags(file, shards, "unused", teacher_config=folder))
+    for pipe in (
+        trainer.load_teacher(args, torch.float32, torch.device("cpu")),
+        sample.load_pipeline(file, config=folder),
+    ):
+        for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+            theirs, ours = getattr(reference, name).state_dict(), getattr(pipe, name).state_dict()
+            assert theirs.keys() == ours.keys()
+            torch.testing.assert_close(ours, theirs, rtol=0, atol=0, msg=lambda text, name=name: name + text)
+        assert pipe.config.force_zeros_for_empty_prompt is True
+        assert pipe.scheduler.config.prediction_type == "epsilon"
 
 
 @pytest.fixture(scope="module")
