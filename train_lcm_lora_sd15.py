@@ -30,6 +30,7 @@ import operator
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import sys
@@ -80,6 +81,7 @@ PACKAGES = (
     "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 )
 READ_ATTEMPTS = 3
+STALL_S = 30  # a server that sends nothing for so long is left
 PUSH_ATTEMPTS = 5  # 1, 2, 4 and 8 s apart; in each the Hub's client tries single requests again by itself
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
@@ -731,13 +733,21 @@ class Member(tarfile.TarInfo):
             raise tarfile.ReadError(f"ends before its end mark: {error}") from error
 
 
+def open_shard(shard):
+    """Return the stream of a shard; curl, which webdataset takes too, here leaves a server that stalls."""
+    if shard.startswith(("http://", "https://")):
+        limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
+        shard = f"pipe:curl --fail --silent --location {limits} {shlex.quote(shard)}"
+    return wds.gopen(shard)
+
+
 def shard_members(shard):
     """Yield the members of a shard that are read, as group_by_keys of webdataset wants them.
 
     Raises:
         one of STREAM_ERRORS: the tar cannot be read to its end, or the command that gives it failed.
     """
-    stream = wds.gopen(shard)
+    stream = open_shard(shard)
     with tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
         for member in tar:
             if member.isreg() and is_data(member.name):

@@ -138,7 +138,9 @@ ANSWERS = {  # status, length that is promised, what is sent
     "empty": (200, 0, b""),
     "a page, no tar": (200, 5000, b"<html>log in</html>" + b" " * 4981),
     "dies at once": (200, 5000, b"x" * 10),
+    "stalls": (200, 5000, b"x" * 100),
 }
+STALLS = len(ANSWERS) - 1
 
 
 @pytest.fixture
@@ -148,23 +150,29 @@ def server(monkeypatch):
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            status, length, data = [*ANSWERS.values()][int(self.path.strip("/").split(".")[0])]
+            number = int(self.path.strip("/").split(".")[0])
+            status, length, data = [*ANSWERS.values()][number]
             self.send_response(status)
             self.send_header("Content-Length", str(length))
             self.end_headers()
             self.wfile.write(data)
+            if status == 200 and number == STALLS:
+                self.wfile.flush()
+                ended.wait(60)
             self.close_connection = True
 
         def log_message(self, *_):
             """Say nothing."""
 
+    ended = threading.Event()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
         threading.Thread(target=httpd.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{httpd.server_port}"
+        ended.set()
         httpd.shutdown()
 
 
-@pytest.mark.parametrize("number", range(len(ANSWERS)), ids=ANSWERS)
+@pytest.mark.parametrize("number", range(STALLS), ids=[*ANSWERS][:STALLS])
 def test_an_address_without_a_shard_is_an_error_in_under_10_seconds(script, server, sleeps, number):
     url = f"{server}/{number}.tar"
     args = script.parse_args(flags("a/teacher", url, "unused"))
@@ -172,6 +180,14 @@ def test_an_address_without_a_shard_is_an_error_in_under_10_seconds(script, serv
     with pytest.raises(script.UnusableInput, match=f"shard {url} broke off"):
         script.audit(script.list_shards([url]), args)
     assert time.monotonic() - started + sum(sleeps) < 10
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_a_server_that_stalls_is_left(script, server, monkeypatch):
+    monkeypatch.setattr(script, "STALL_S", 1)
+    skipped, started = Counter(), time.monotonic()
+    assert not list(script.read_shard(f"{server}/{STALLS}.tar", skipped))
+    assert time.monotonic() - started < 30 and "broke off" in str(skipped)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -381,3 +381,25 @@ def log_of(script, args, folder, scaler):
         reduce=lambda values, _how: values,
     )  # fmt: skip
     return script.Log(accelerator, args, 0)
+
+
+def test_compiled_blocks_are_compiled_in_the_first_update_only(script, pipe, unet, args, monkeypatch):
+    """With Dynamo's graphs run eagerly: when they are made is the same, and no compiler is needed."""
+    data = [inputs(script, args, pipe, index) for index in ((0, 7, 24, 49), (3, 3, 30, 9))]
+    expected = [loss_of(script, unet, pipe, args, data=each).item() for each in data]
+    kind, limit = type(unet), torch._dynamo.config.recompile_limit
+    compile_blocks = kind.compile_repeated_blocks
+    monkeypatch.setattr(kind, "compile_repeated_blocks", lambda self: compile_blocks(self, backend="eager"))
+    args.compile = True
+    try:
+        torch.compiler.reset()
+        script.make_fast(unet, args)
+        assert loss_of(script, unet, pipe, args, data=data[0]).item() == pytest.approx(expected[0], rel=1e-5)
+        with torch.compiler.set_stance("fail_on_recompile"):
+            loss = loss_of(script, unet, pipe, args, data=data[1])
+            loss.backward()
+        assert loss.item() == pytest.approx(expected[1], rel=1e-5)
+        assert torch._dynamo.utils.counters["frames"]["ok"] >= 3
+    finally:
+        torch._dynamo.config.recompile_limit = limit
+        torch.compiler.reset()
