@@ -156,6 +156,15 @@ def spy(script, monkeypatch):
     return seen
 
 
+def test_the_loss_in_epsilon_counts_from_the_upper_end(script, pipe, unet, args, monkeypatch):
+    seen, schedule = spy(script, monkeypatch), schedule_of(script, pipe)
+    for args.loss_space in ("sample", "epsilon"):
+        loss_of(script, unet, pipe, args, schedule)
+    alpha_t, sigma_t = schedule.at(schedule.ddim_timesteps[[0, 7, 24, 49]])
+    for clean, noise in zip(*seen, strict=True):
+        torch.testing.assert_close(noise, clean * alpha_t / sigma_t, rtol=1e-5, atol=1e-6)
+
+
 def test_target_carries_no_gradient(script, pipe, unet, args, monkeypatch):
     seen = spy(script, monkeypatch)
     loss_of(script, unet, pipe, args)
