@@ -153,7 +153,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 from drawing import load_lora, load_teacher
-from evaluation.gallery import Gallery, list_rows
+from evaluation.gallery import Gallery, list_rows, real_files
 from evaluation.measures import NOTES, Measures, records, score_row, titles
 from evaluation.report import html_report, markdown_table
 from evaluation.statistics import bias_curve
@@ -233,6 +233,7 @@ def main(args):
     accelerator = Accelerator()
     try:
         gallery = Gallery(args, accelerator.process_index, accelerator.num_processes)
+        real_files(args.reference)
         Measures(args, "cpu")  # a judge that is not to be had should be known before hours of drawing
         rows = list_rows(args)
         drawn = draw_pictures(args, gallery, rows, accelerator)

@@ -314,7 +314,8 @@ def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_pa
 
 
 def test_reference_pictures_from_folder_and_shard(tmp_path):
-    from evaluation.gallery import read_real
+    from evaluation.gallery import read_real, real_files
+    from model_args import InputError
 
     samples = []
     (tmp_path / "folder" / "deep").mkdir(parents=True)
@@ -326,6 +327,11 @@ def test_reference_pictures_from_folder_and_shard(tmp_path):
     shard = write_shard(tmp_path / "0.tar", samples)
     folder, tar = (torch.cat(list(read_real([path], (8, 8), 0, 1))) for path in (tmp_path / "folder", shard))
     assert folder.shape == (3, 8, 8, 3) and (folder == tar).all()
+    (tmp_path / "shards" / "empty").mkdir(parents=True)
+    shutil.copy(shard, tmp_path / "shards")
+    assert (torch.cat(list(read_real([tmp_path / "shards"], (8, 8), 0, 1))) == tar).all()
+    with pytest.raises(InputError, match="--reference .*empty: give a folder"):
+        real_files([tmp_path / "shards" / "empty"])
     assert (folder[:, 3:5, 3:5, 0] > 100).all(), "the middle was cut away"
     shares = [torch.cat(list(read_real([shard], (8, 8), rank, 2))) for rank in (0, 1)]
     assert [len(share) for share in shares] == [2, 1]

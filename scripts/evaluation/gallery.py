@@ -172,17 +172,27 @@ class Gallery:
         return torch.from_numpy(np.stack(pictures))
 
 
-def real_pictures(paths):
-    """Yield the PIL pictures of folders and .tar shards, in order of name."""
+def real_files(paths):
+    """Return the pictures and .tar shards that paths are or hold; raises InputError where one has none."""
+    found = []
     for path in map(Path, paths):
-        if path.suffix == ".tar":
-            shard = wds.WebDataset(str(path), shardshuffle=False).decode("pilrgb")
+        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        files = [file for file in inside if file.suffix.lower() in (".tar", *IMAGE_SUFFIXES)]
+        if not files:
+            raise InputError(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")
+        found += files
+    return found
+
+
+def real_pictures(paths):
+    """Yield the PIL pictures of files, folders and .tar shards, in order of name."""
+    for file in real_files(paths):
+        if file.suffix == ".tar":
+            # Every process reads all: the split is by picture, in read_real.
+            shard = wds.WebDataset(str(file), shardshuffle=False, nodesplitter=iter).decode("pilrgb")
             yield from (picture for (picture,) in shard.to_tuple("jpg;png;webp;jpeg"))
-        elif path.is_dir():
-            files = sorted(file for file in path.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
-            yield from (Image.open(file).convert("RGB") for file in files)
         else:
-            raise InputError(f"--reference {path}: give a folder of pictures or .tar shards")
+            yield Image.open(file).convert("RGB")
 
 
 def read_real(paths, size, rank, processes, chunk=32):
