@@ -641,6 +641,7 @@ METADATA_KEYS = {
 }
 
 
+PLAIN_MEMBERS = (tarfile.REGTYPE, tarfile.XHDTYPE)
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError)  # of a shard that cannot be read on
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
 
@@ -722,6 +723,23 @@ def read_shard(shard, skipped, cache=None):
 
 class Member(tarfile.TarInfo):
     """A member of a tar; the tar must end in its end mark, where tarfile takes any odd header for the end."""
+
+    @classmethod
+    def frombuf(cls, buf, encoding, errors):
+        """Return what a header says; of a plain file's or its extended header's only name, type and size."""
+        is_plain = buf[156:157] in PLAIN_MEMBERS and buf[257:265] == b"ustar\x0000"  # reading all is slow
+        if is_plain and len(buf) == 512 and not buf[345]:
+            name, size, checksum = (
+                buf[a:b].partition(b"\0")[0] for a, b in ((0, 100), (124, 136), (148, 156))
+            )
+            try:
+                if int(checksum, 8) == sum(buf) - sum(buf[148:156]) + 8 * 32:
+                    member = cls(name.decode(encoding, errors))
+                    member.type, member.size = buf[156:157], int(size, 8)
+                    return member
+            except ValueError:
+                pass  # a number written in another way
+        return super().frombuf(buf, encoding, errors)
 
     @classmethod
     def fromtarfile(cls, tar):
@@ -850,7 +868,7 @@ def to_rgb(picture):
 
 
 def crop(picture, args, rng):
-    """Return (pixels uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
+    """Return (pixels, array uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
     side = args.resolution
     scale = side / min(picture.size)
     size = tuple(max(side, round(length * scale)) for length in picture.size)
@@ -863,7 +881,7 @@ def crop(picture, args, rng):
         picture = picture.resize((side, side), Image.Resampling[args.interpolation_type.upper()], box)
     if args.random_flip and rng.random() < 0.5:
         picture, left = ImageOps.mirror(picture), spare[1] - left
-    return torch.from_numpy(np.array(picture)), (top, left)
+    return np.asarray(picture), (top, left)
 
 
 def prepare_sample(sample, args, epoch, cached=False):
@@ -976,10 +994,14 @@ class ShardStream(torch.utils.data.IterableDataset):
 
 
 def collate(samples):
-    """Return samples as one batch: tensors stacked, captions as a list."""
+    """Return samples as one batch: tensors and arrays stacked as tensors, captions as a list."""
     batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    tensors = {name for name, values in batch.items() if isinstance(values[0], torch.Tensor)}
-    return batch | {name: torch.stack(batch[name]) for name in tensors}
+    for name, values in batch.items():
+        if isinstance(values[0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+        elif isinstance(values[0], torch.Tensor):
+            batch[name] = torch.stack(values)
+    return batch
 
 
 def describe(skipped):
@@ -1202,14 +1224,14 @@ def load_teacher(args, dtype, device, **parts):
         OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError,
         diffusers.loaders.single_file_utils.SingleFileComponentError,
     ) as error:  # fmt: skip
-        reason, remedy = " ".join(str(error).split()), ""
-        if Path(args.pretrained_teacher_model).is_file():
+        path, reason, remedy = Path(args.pretrained_teacher_model), " ".join(str(error).split()), ""
+        where = "" if path.exists() else " (no such path here, so it was taken for a Hub id)"
+        if path.is_file():
             remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
             if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
                 remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
         raise UnusableInput(
-            f"--pretrained_teacher_model {args.pretrained_teacher_model} cannot be loaded: "
-            f"{reason[:400]}{remedy}"
+            f"--pretrained_teacher_model {path} cannot be loaded{where}: {reason[:400]}{remedy}"
         ) from error
     check_parts(pipe, args)
     pipe.set_progress_bar_config(disable=True)

@@ -151,7 +151,7 @@ def encode(trainer, pipe, samples, args):
         UnusableInput: the VAE overflows in the chosen precision.
     """
     device = pipe.vae.device
-    pixels = torch.stack([sample["pixels"] for sample in samples]).to(device)
+    pixels = trainer.collate(samples)["pixels"].to(device)
     tensors = {"moments": trainer.encode_moments(pipe.vae, pixels, args)}
     tensors |= trainer.encode_prompts(pipe, [sample["caption"] for sample in samples], device)
     halves = {name: value.half().cpu() for name, value in tensors.items()}
@@ -168,7 +168,8 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
     """Write the cached form of a shard, whole or not at all; returns skipped samples by cause."""
     skipped = Counter()
     scratch = target.with_name(f".writing-{target.name}")
-    with wds.TarWriter(str(scratch)) as writer, ThreadPoolExecutor(own.decode_threads) as pool:
+    # A time of whole seconds saves an extended header for each member.
+    with wds.TarWriter(str(scratch), mtime=0) as writer, ThreadPoolExecutor(own.decode_threads) as pool:
         writer.write(head)
         samples = prepared(trainer, pool, shard, args, own, skipped)
         while batch := list(islice(samples, own.batch_size)):

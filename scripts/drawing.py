@@ -48,7 +48,9 @@ def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, devic
             remedy = "give --teacher_config FOLDER, a local diffusers model of the same architecture"
         pipe = load(str(model), dtype=dtype, **source, **parts).to(device)  # fails if the file lacks weights
     except (*LOAD_ERRORS, sf.SingleFileComponentError) as error:
-        raise InputError(f"{model} does not load; {remedy} ({textwrap.shorten(str(error), 240)})") from error
+        where = "" if Path(model).exists() else " (no such path here, so it was taken for a Hub id)"
+        why = textwrap.shorten(str(error), 240)
+        raise InputError(f"{model}{where} does not load; {remedy} ({why})") from error
     if not isinstance(pipe, families):
         raise InputError(f"model {model} is a {type(pipe).__name__}; give an SD 1.x, SD 2.x or SDXL")
     pipe.set_progress_bar_config(disable=True)

@@ -279,7 +279,9 @@ def main(args):
     family = {768: "sd", 1024: "sd", 2048: "sdxl"}.get(text_width(loras), "sdxl" if is_ldm else None)
     family = args.family if args.family != "auto" else family
     if not family:
-        raise sd15.UnusableInput(f"--family auto: text width {text_width(loras)} tells nothing; give one")
+        raise sd15.UnusableInput(
+            f"--family auto: text width {text_width(loras)} tells nothing; give sd or sdxl"
+        )
     trainer = {"sd": sd15, "sdxl": sdxl}[family]
     if args.rank:
         resized = {name: resize(lora, args.rank) for name, lora in loras.items()}

@@ -86,9 +86,10 @@ def parse_args(argv=None):
         cli.error(f"--guidance_scale {args.guidance_scale}: must be in 0 to 100")
     if bool(args.prompts_file) != bool(args.pretrained_teacher_model):
         cli.error("--prompts_file and --pretrained_teacher_model: give both, or --source")
-    path = args.source or args.prompts_file
-    if not path.exists():
-        cli.error(f"{path}: no such file or folder; check the path")
+    for name in ("source", "prompts_file"):
+        path = getattr(args, name)
+        if path and not path.exists():
+            cli.error(f"--{name} {path}: no such file or folder; check the path")
     if args.output_dir.exists() and not args.output_dir.is_dir():
         cli.error(f"--output_dir {args.output_dir}: is a file, give a folder")
     args.source = args.source and Path(os.path.normpath(args.source))

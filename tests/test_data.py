@@ -658,3 +658,50 @@ def test_shards_may_sit_in_folders_with_dots_and_upper_case_suffixes(script, tmp
             new.addfile(member, data)
     (sample,), _, _ = script.audit(script.list_shards([str(tmp_path / "a.b")]), make_args(script, shard))
     assert sample["caption"] == "sea 0"
+
+
+def test_short_reading_of_tar_headers_is_tarfiles_own(script):
+    """Headers of three formats, with bytes changed and cut short: name, type and size, or the same error."""
+    rng, headers = random.Random(0), []
+    for form in (tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT):
+        for name in ("a.jpg", "ä.txt", f"{'d' * 90}/{'f' * 60}.json"):
+            for kind in (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.DIRTYPE, tarfile.SYMTYPE):
+                member = tarfile.TarInfo(name)
+                member.type, member.size, member.mtime = kind, rng.randrange(8**11), rng.random()
+                whole = member.tobuf(form)
+                headers += [whole[start : start + 512] for start in range(0, len(whole), 512)]
+
+    def read(kind, header):
+        try:
+            member = kind.frombuf(header, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            return type(error)
+        return member.name, member.type, member.size, member.isreg()
+
+    seen = Counter()
+    for header in headers:
+        for change in range(100):
+            wrong = bytearray(header)
+            if change:
+                wrong[rng.choice((0, 99, 124, 135, 148, 154, 156, 257, 263, 345, 500))] = rng.randrange(256)
+            if change % 2 and change:  # a checksum that fits the wrong byte
+                wrong[148:156] = b" " * 8
+                wrong[148:156] = b"%06o\0 " % sum(wrong)
+            wrong = bytes(wrong[: rng.choice((512, 512, 300))] if change > 70 else wrong)
+            expected = read(tarfile.TarInfo, wrong)
+            assert read(script.Member, wrong) == expected, wrong
+            seen[expected if isinstance(expected, type) else "read"] += 1
+    assert len(seen) == 3 and min(seen.values()) > 100, seen
+
+
+@pytest.mark.parametrize("form", [tarfile.PAX_FORMAT, tarfile.GNU_FORMAT, tarfile.USTAR_FORMAT])
+def test_names_of_every_tar_format(script, tmp_path, form):
+    """A name too long for a header, or not ASCII, and a time in fractions of a second."""
+    written = {"a.txt": b"sea", f"{'d' * 90}/{'f' * 60}.txt": b"a" * 513, "ä.json": b"{}", "empty.txt": b""}
+    with tarfile.open(tmp_path / "0.tar", "w", format=form) as tar:
+        for name, data in written.items():
+            member = tarfile.TarInfo(name)
+            member.size, member.mtime = len(data), 1.5
+            tar.addfile(member, io.BytesIO(data))
+    read = {member["fname"]: member["data"] for member in script.shard_members(str(tmp_path / "0.tar"))}
+    assert read == written

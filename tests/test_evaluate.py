@@ -139,6 +139,26 @@ def test_kid_is_the_unbiased_estimate():
     assert kernel_distance(a, b) == pytest.approx(within[0] / 72 + within[1] / 42 - 2 * across)
 
 
+def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
+    """Two draws of the same prompts: the noise differs, not the prompts. Unpaired, KID comes out below 0."""
+    from evaluation.measures import score_row
+    from evaluation.statistics import kernel_distance
+
+    generator, found = torch.Generator().manual_seed(0), []
+    for _ in range(60):
+        prompts = 2 * torch.randn(50, 4, generator=generator)
+        a, b = (prompts + 0.3 * torch.randn(50, 4, generator=generator) for _ in range(2))
+        found.append([kernel_distance(a, b), kernel_distance(a, b, paired=True)])
+    unpaired, paired = np.array(found).T
+    assert unpaired.mean() < -1 and abs(paired.mean()) < 3 * paired.std() / 60**0.5 < 0.5
+    took = [{"block": 0, "seconds": 1.0}]
+    figures = score_row({"f": a}, {"teacher": {"f": b}, "real": {"f": b}}, took)
+    values = [figures[f"KID/f/{name}"]["value"] for name in ("teacher", "real")]
+    assert values == pytest.approx([paired[-1], unpaired[-1]])
+    with pytest.raises(ValueError, match="as many of both"):
+        kernel_distance(a, b[1:], paired=True)
+
+
 def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
     from evaluation.statistics import T_95, frechet_distance, jackknife
 

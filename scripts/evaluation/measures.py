@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """From kept pictures to figures: features and scores of each picture, distances and means of each row."""
 
+from functools import partial
+
 import torch
 from accelerate.utils import gather_object
 from model_args import InputError
@@ -10,6 +12,7 @@ from evaluation.gallery import read_real
 from evaluation.statistics import bootstrap_mean, frechet_distance, jackknife, kernel_distance
 
 DISTANCES = {"FD": frechet_distance, "KID": kernel_distance}
+PAIRED = DISTANCES | {"KID": partial(kernel_distance, paired=True)}  # with the teacher: prompt by prompt
 SCORES = {
     "clip_score": "CLIP score (higher is better)",
     "accuracy": "share of caption attributes shown (higher is better)",
@@ -107,7 +110,7 @@ def score_row(values, references, took):
     figures = {}
     for against, features in references.items():
         for model, distant in features.items():
-            for kind, distance in DISTANCES.items():
+            for kind, distance in (PAIRED if against == "teacher" else DISTANCES).items():
                 figures[f"{kind}/{model}/{against}"] = jackknife(distance, values[model], distant)
     figures |= {key: bootstrap_mean(values[key]) for key in SCORES if key in values}
     by_block = {record["block"]: record["seconds"] for record in took}

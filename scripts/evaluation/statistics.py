@@ -38,23 +38,28 @@ def frechet_distance(a, b):
     return float((mean_a - mean_b).square().sum() + spread - 2 * cross)
 
 
-def kernel_distance(a, b):
+def kernel_distance(a, b, paired=False):
     """Return KID, the unbiased squared maximum mean discrepancy with the kernel (x.y/D + 1)^3.
 
-    arXiv:1801.01401, section 4; over all pairs, in blocks of 1,000 rows. Can be below 0.
+    arXiv:1801.01401, section 4; over all pairs, in blocks of 1,000 rows. Can be below 0. `paired`: pictures i
+    of both sets have the same prompt. As a set's pairs (i, i) are left out, so then are those between the
+    sets (Gretton et al. 2012, JMLR 13, eq. 5): else these, which are alike, make the distance too small.
     """
-    if min(len(a), len(b)) < 2:
-        raise ValueError("KID: give 2 or more features of each set")
+    if min(len(a), len(b)) < 2 or (paired and len(a) != len(b)):
+        raise ValueError("KID: give 2 or more features of each set, as many of both where they are paired")
+
+    def kernel(products):
+        return (products / a.shape[1] + 1) ** 3
 
     def total(x, y):
-        return float(sum(((part @ y.T / x.shape[1] + 1) ** 3).sum() for part in x.split(1000)))
+        return float(sum(kernel(part @ y.T).sum() for part in x.split(1000)))
 
-    def own(x):
-        diagonal = float(((x.square().sum(1) / x.shape[1] + 1) ** 3).sum())
-        return (total(x, x) - diagonal) / (len(x) * (len(x) - 1))
+    def unlike(x, y):
+        return (total(x, y) - float(kernel((x * y).sum(1)).sum())) / (len(x) * (len(x) - 1))
 
     a, b = a.double(), b.double()
-    return own(a) + own(b) - 2 * total(a, b) / (len(a) * len(b))
+    across = unlike(a, b) if paired else total(a, b) / (len(a) * len(b))
+    return unlike(a, a) + unlike(b, b) - 2 * across
 
 
 def jackknife(distance, a, b, seed=0):
