@@ -536,7 +536,7 @@ def ruler(width=60, height=40):
 def test_center_crop_takes_the_middle(script):
     args = make_args(script, "pipe:", resolution=40, center_crop=True)
     pixels, corner = script.crop(ruler(), args, random.Random())
-    assert corner == (0, 10) and pixels.shape == (40, 40, 3) and pixels.dtype == torch.uint8
+    assert corner == (0, 10) and pixels.shape == (40, 40, 3) and pixels.dtype == np.uint8
     assert pixels[0, :, 0].tolist() == list(range(10, 50)) and pixels[:, 0, 1].tolist() == list(range(40))
 
 
