@@ -154,7 +154,7 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object, release_memory
 from drawing import load_lora, load_teacher
 from evaluation.gallery import Gallery, list_rows, real_files
-from evaluation.measures import NOTES, Measures, records, score_row, titles
+from evaluation.measures import NOTES, Measures, distances_to, records, score_row, titles
 from evaluation.report import html_report, markdown_table
 from evaluation.statistics import bias_curve
 from PIL import Image
@@ -185,6 +185,7 @@ def measure(args, gallery, rows, accelerator):
         size = Image.open(gallery.path(teacher, 0)).size
         references["real"] = measures.real(args.reference, size, accelerator)
     found, bias = [], {}
+    distances = distances_to(references) if accelerator.is_main_process else {}
     for row in tqdm(rows[1:], desc="measuring", unit="row", disable=not accelerator.is_main_process):
         values, took = measures.row(gallery, row, teacher), records(gallery, row)
         if not accelerator.is_main_process:
@@ -195,7 +196,7 @@ def measure(args, gallery, rows, accelerator):
         found.append({
             "name": row.name, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
-            "figures": score_row(values, references, took),
+            "figures": score_row(values, distances, took),
             "evaluations": took[0]["evaluations"], "peak_gib": max(peaks, default=None),
         })  # fmt: skip
     return found, bias, titles(measures.features, references)

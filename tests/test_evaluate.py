@@ -127,7 +127,7 @@ def test_frechet_distance_is_the_textbooks(n, m, width):
 
 
 def test_kid_is_the_unbiased_estimate():
-    from evaluation.statistics import kernel_distance
+    from evaluation.statistics import KernelDistance
 
     a, b = torch.randn(9, 4).double(), torch.randn(7, 4).double() + 1
 
@@ -136,27 +136,40 @@ def test_kid_is_the_unbiased_estimate():
 
     within = [sum(k(x, y) for i, x in enumerate(s) for j, y in enumerate(s) if i != j) for s in (a, b)]
     across = sum(k(x, y) for x in a for y in b) / 63
-    assert kernel_distance(a, b) == pytest.approx(within[0] / 72 + within[1] / 42 - 2 * across)
+    assert KernelDistance(b)(a)["value"] == pytest.approx(within[0] / 72 + within[1] / 42 - 2 * across)
 
 
 def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
     """Two draws of the same prompts: the noise differs, not the prompts. Unpaired, KID comes out below 0."""
-    from evaluation.measures import score_row
-    from evaluation.statistics import kernel_distance
+    from evaluation.measures import distances_to, score_row
+    from evaluation.statistics import KernelDistance
 
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(60):
         prompts = 2 * torch.randn(50, 4, generator=generator)
         a, b = (prompts + 0.3 * torch.randn(50, 4, generator=generator) for _ in range(2))
-        found.append([kernel_distance(a, b), kernel_distance(a, b, paired=True)])
+        found.append([KernelDistance(b, paired)(a)["value"] for paired in (False, True)])
     unpaired, paired = np.array(found).T
     assert unpaired.mean() < -1 and abs(paired.mean()) < 3 * paired.std() / 60**0.5 < 0.5
     took = [{"block": 0, "seconds": 1.0}]
-    figures = score_row({"f": a}, {"teacher": {"f": b}, "real": {"f": b}}, took)
+    figures = score_row({"f": a}, distances_to({"teacher": {"f": b}, "real": {"f": b}}), took)
     values = [figures[f"KID/f/{name}"]["value"] for name in ("teacher", "real")]
     assert values == pytest.approx([paired[-1], unpaired[-1]])
     with pytest.raises(ValueError, match="as many of both"):
-        kernel_distance(a, b[1:], paired=True)
+        KernelDistance(b[1:], paired=True)(a)
+
+
+@pytest.mark.parametrize(("count", "paired"), [(100, True), (100, False), (90, False)])
+def test_interval_of_kid_is_the_jackknifes(count, paired):
+    """Sums by group give what leaving each group out, and measuring anew, gives."""
+    from evaluation.statistics import KernelDistance, jackknife
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(n, 5, generator=generator).double() for n in (100, count))
+    plain = jackknife(lambda x, y: KernelDistance(y, paired)(x)["value"], a, b)
+    assert KernelDistance(b, paired)(a) == pytest.approx(plain, rel=1e-9)
+    assert plain["low"] < plain["value"] < plain["high"]
+    assert KernelDistance(b[:30])(a)["low"] is None
 
 
 def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():

@@ -9,10 +9,9 @@ from model_args import InputError
 
 from evaluation.features import describe, load_clip_score, load_features, load_lpips
 from evaluation.gallery import read_real
-from evaluation.statistics import bootstrap_mean, frechet_distance, jackknife, kernel_distance
+from evaluation.statistics import KernelDistance, bootstrap_mean, frechet_distance, jackknife
 
-DISTANCES = {"FD": frechet_distance, "KID": kernel_distance}
-PAIRED = DISTANCES | {"KID": partial(kernel_distance, paired=True)}  # with the teacher: prompt by prompt
+DISTANCES = ("FD", "KID")
 SCORES = {
     "clip_score": "CLIP score (higher is better)",
     "accuracy": "share of caption attributes shown (higher is better)",
@@ -102,16 +101,25 @@ def records(gallery, row):
     return gather_object(mine)
 
 
-def score_row(values, references, took):
-    """Return {figure: {value, low, high}} of a row: distances to each reference, means of scores, seconds.
+def frechet_to(reference, features):
+    """Return the Fréchet distance of features to those of a reference as {value, low, high}."""
+    return jackknife(frechet_distance, features, reference)
 
-    `references` is {name: {feature model: features}}; `took` are the row's records.
-    """
-    figures = {}
+
+def distances_to(references):
+    """Return {figure: (feature model, function of a row's features)} of {name: {feature model: features}}."""
+    found = {}
     for against, features in references.items():
-        for model, distant in features.items():
-            for kind, distance in (PAIRED if against == "teacher" else DISTANCES).items():
-                figures[f"{kind}/{model}/{against}"] = jackknife(distance, values[model], distant)
+        for model, reference in features.items():
+            found[f"FD/{model}/{against}"] = model, partial(frechet_to, reference)
+            by_prompt = against == "teacher"
+            found[f"KID/{model}/{against}"] = model, KernelDistance(reference, paired=by_prompt)
+    return found
+
+
+def score_row(values, distances, took):
+    """Return {figure: {value, low, high}} of a row: distances, means of scores, seconds of its records."""
+    figures = {figure: distance(values[model]) for figure, (model, distance) in distances.items()}
     figures |= {key: bootstrap_mean(values[key]) for key in SCORES if key in values}
     by_block = {record["block"]: record["seconds"] for record in took}
     figures["seconds"] = bootstrap_mean([by_block[block] for block in sorted(by_block)])
