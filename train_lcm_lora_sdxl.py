@@ -293,6 +293,7 @@ FLAG_RULES = (
     ("at least 1", lambda value: value >= 1, "lora_rank num_ddim_timesteps resolution train_batch_size "
      "gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples checkpointing_steps "
      "checkpoints_total_limit logging_steps vae_encode_batch_size shuffle_buffer_samples max_image_pixels"),
+    ("a multiple of 8", lambda value: value % 8 == 0, "resolution"),
     ("at least 0", lambda value: 0 <= value < math.inf, "dataloader_num_workers lr_warmup_steps "
      "validation_steps min_image_side_px w_min adam_weight_decay"),
     ("in [0, 2^63)", lambda value: 0 <= value < 2**63, "seed"),
@@ -1765,6 +1766,7 @@ def write_card(args, drawn, prompts, num_processes):
         for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
+    base = teacher if from_hub else "THE-TEACHER"
     description = f"""# LCM-LoRA
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -1772,8 +1774,10 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 <Gallery />
 
 ```python
+import torch
 from diffusers import DiffusionPipeline, LCMScheduler
-pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}")
+pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16)
+pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
 pipe.load_lora_weights("{name}", adapter_name="lcm")
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]

@@ -70,7 +70,8 @@ def load_lora(pipe, lora, name="lcm"):
             pipe.load_lora_weights(str(lora), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
-        raise InputError(f"LoRA {lora} does not load; give one made for this model ({why})") from error
+        where = "" if Path(lora).exists() else " (no such path here, so it was taken for a Hub id)"
+        raise InputError(f"LoRA {lora}{where} does not load; give one made for this model ({why})") from error
     finally:
         logs.set_verbosity_error()
     fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name=name)) if found else 0

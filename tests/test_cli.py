@@ -104,6 +104,7 @@ WRONG = [
     *((name, value) for name in SHARES for value in (-0.1, 1.1, "nan", "inf")),
     *((name, 1) for name in ("lora_dropout", "adam_beta1", "adam_beta2")),
     *((name, value) for name in ("w_min", "adam_weight_decay") for value in (-1, "nan", "inf")),
+    ("resolution", 60),
     *(("w_max", value) for value in (2.9, "nan", "inf")),
     *(("min_aesthetic", value) for value in ("nan", "-inf")),
     *(
