@@ -1234,12 +1234,12 @@ def load_teacher(args, dtype, device, **parts):
         raise UnusableInput(
             f"--pretrained_teacher_model {path} cannot be loaded{where}: {reason[:400]}{remedy}"
         ) from error
-    check_parts(pipe, args)
+    check_parts(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
-def check_parts(pipe, args):
+def check_parts(pipe):
     """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
     config = pipe.unet.config if pipe.unet else None
     if config:
@@ -1259,10 +1259,6 @@ def check_parts(pipe, args):
     if "beta_start" not in pipe.scheduler.config:
         raise UnusableInput(
             f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
-        )
-    if pipe.vae and args.resolution % pipe.vae_scale_factor:
-        raise UnusableInput(
-            f"--resolution {args.resolution}: must be a multiple of {pipe.vae_scale_factor} px"
         )
 
 

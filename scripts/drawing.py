@@ -26,6 +26,11 @@ MIN_CELL_PX = 128
 LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
 
 
+def taken_for(source):
+    """Return a model's or LoRA's name for an error, with a hint where no such path is here."""
+    return source if Path(source).exists() else f"{source} (no such path here, so it was taken for a Hub id)"
+
+
 def quiet():
     """Let the libraries print errors alone, and no progress bars of loading."""
     for library in (diffusers, transformers):
@@ -48,9 +53,8 @@ def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, devic
             remedy = "give --teacher_config FOLDER, a local diffusers model of the same architecture"
         pipe = load(str(model), dtype=dtype, **source, **parts).to(device)  # fails if the file lacks weights
     except (*LOAD_ERRORS, sf.SingleFileComponentError) as error:
-        where = "" if Path(model).exists() else " (no such path here, so it was taken for a Hub id)"
         why = textwrap.shorten(str(error), 240)
-        raise InputError(f"{model}{where} does not load; {remedy} ({why})") from error
+        raise InputError(f"{taken_for(model)} does not load; {remedy} ({why})") from error
     if not isinstance(pipe, families):
         raise InputError(f"model {model} is a {type(pipe).__name__}; give an SD 1.x, SD 2.x or SDXL")
     pipe.set_progress_bar_config(disable=True)
@@ -70,8 +74,8 @@ def load_lora(pipe, lora, name="lcm"):
             pipe.load_lora_weights(str(lora), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
-        where = "" if Path(lora).exists() else " (no such path here, so it was taken for a Hub id)"
-        raise InputError(f"LoRA {lora}{where} does not load; give one made for this model ({why})") from error
+        remedy = "give one made for this model"
+        raise InputError(f"LoRA {taken_for(lora)} does not load; {remedy} ({why})") from error
     finally:
         logs.set_verbosity_error()
     fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name=name)) if found else 0

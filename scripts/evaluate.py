@@ -44,14 +44,8 @@ def build_parser():
     add("--num_images", type=int, default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
-    text = "of %(choices)s (default: all, lcm-lora with --lora)"
-    add(
-        "--samplers",
-        nargs="+",
-        choices=SAMPLERS,
-        metavar="NAME",
-        help=text.replace("%(choices)s", ", ".join(SAMPLERS)),
-    )
+    text = f"of {', '.join(SAMPLERS)} (default: all, lcm-lora with --lora)"
+    add("--samplers", nargs="+", choices=SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
     add("--guidance_scale", nargs="+", type=float, default=[7.5], metavar="G", help=text)
     text = "guidances of the LCM rows, 1 (off) to 2; rows for each (default: 1.0)"

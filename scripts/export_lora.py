@@ -283,10 +283,10 @@ def main(args):
             f"--family auto: text width {text_width(loras)} tells nothing; give sd or sdxl"
         )
     trainer = {"sd": sd15, "sdxl": sdxl}[family]
-    largest = max(len(lora.down) for lora in loras.values())
-    if args.rank and args.rank > largest:
-        raise sd15.UnusableInput(f"--rank {args.rank}: must be at most the LoRA's own, {largest}")
     if args.rank:
+        largest = max(len(lora.down) for lora in loras.values())
+        if args.rank > largest:
+            raise sd15.UnusableInput(f"--rank {args.rank}: must be at most the LoRA's own, {largest}")
         resized = {name: resize(lora, args.rank) for name, lora in loras.items()}
         loras = {name: lora for name, (lora, _) in resized.items()}
         kept = [share for _, share in resized.values()]

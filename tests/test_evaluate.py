@@ -346,7 +346,7 @@ def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_pa
     assert (noise[0] - noise[1]).abs().max() > 0.01
 
 
-def test_reference_pictures_from_folder_and_shard(tmp_path):
+def test_reference_pictures_from_folder_and_shard(tmp_path, monkeypatch):
     from evaluation.gallery import read_real, real_files
     from model_args import InputError
 
@@ -366,6 +366,8 @@ def test_reference_pictures_from_folder_and_shard(tmp_path):
     with pytest.raises(InputError, match="--reference .*empty: give a folder"):
         real_files([tmp_path / "shards" / "empty"])
     assert (folder[:, 3:5, 3:5, 0] > 100).all(), "the middle was cut away"
+    monkeypatch.setenv("RANK", "0")  # by which webdataset knows of other processes
+    monkeypatch.setenv("WORLD_SIZE", "2")
     shares = [torch.cat(list(read_real([shard], (8, 8), rank, 2))) for rank in (0, 1)]
     assert [len(share) for share in shares] == [2, 1]
 

@@ -336,7 +336,11 @@ FORKED = {
     "truncated tokenizer": ("pretrained_teacher_model", "{}/cut-tokenizer", "{}/cut-tokenizer"),
     "output in a file": ("output_dir", "{}/whole.tar/out", "--output_dir {}/whole.tar/out"),
     "LoRA targets": ("lora_target_modules", "to_q,to_nowhere", "'to_nowhere'"),
-    "resolution": ("resolution", 31, "--resolution 31"),
+    "no teacher": (
+        "pretrained_teacher_model",
+        "no-such/model",
+        "no-such/model cannot be loaded (no such path",
+    ),
     "solver steps": ("num_ddim_timesteps", 1001, "--num_ddim_timesteps 1001"),
 }
 
