@@ -2116,7 +2116,6 @@ def finish(job):
         if args.push_to_hub:
             push_or_say(args)
     accelerator.wait_for_everyone()
-    accelerator.end_training()
 
 
 def load_models(args, dtype, device, samples, cache):
@@ -2216,6 +2215,11 @@ def main(args):
     finally:
         log.bar.close()  # so that an error has a line of its own
     finish(job)
+    # DDP has to go before its process group: as the last to hold it, it would wait for gloo's thread, and
+    # that for the interpreter.
+    del job
+    accelerator.free_memory()
+    accelerator.end_training()
 
 
 def run(args):
