@@ -1,5 +1,6 @@
 """Whole runs: what `accelerate launch` leaves behind, two processes, kinds of teacher, unusable input."""
 
+import gc
 import inspect
 import json
 import os
@@ -29,6 +30,7 @@ from PIL import Image
 from safetensors import safe_open
 from safetensors.torch import load_file
 from test_checkpoint import Run, assert_same, at_call, checkpoints, finish, free_port, send
+from torch.nn.parallel import DistributedDataParallel
 
 TOKEN = "hf_this_must_not_be_written"
 
@@ -219,6 +221,23 @@ def test_two_processes_killed_and_stopped_end_as_an_unbroken_run(
     said = finish(script, line, tmp_path / "3", processes=2)
     assert sum("checkpoint-5" in text for text in said) == 1
     assert_same(out, two_processes / "out")
+
+
+@one_family
+def test_ddp_goes_before_its_process_group(script, teacher, shards, tmp_path):
+    """Else the run hangs now and then: the group's end waits for a thread that waits for the interpreter."""
+
+    def look(_script):
+        destroy = torch.distributed.destroy_process_group
+
+        def looked(*args):
+            found = any(isinstance(thing, DistributedDataParallel) for thing in gc.get_objects())
+            os._exit(7) if found else destroy(*args)
+
+        torch.distributed.destroy_process_group = looked
+
+    line = flags(teacher, shards, tmp_path / "out", **TWO | {"max_train_steps": 1})
+    finish(script, line, tmp_path / "said", processes=2, hook=look)
 
 
 @one_family
