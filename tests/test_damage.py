@@ -106,6 +106,10 @@ def test_compressed_shards_are_read_and_their_early_end_is_noticed(script, shard
     assert len(captions) in (2, 3) and "ends before its end mark" in str(skipped)
     packed.write_bytes(packed.read_bytes()[:-200])
     assert sum(read(script, packed)[1].values()) == 1
+    data = bytearray(gzip.compress(shard.read_bytes()))
+    data[10] = 0xFF  # behind gzip's header: a block of no known type
+    packed.write_bytes(data)
+    assert "while decompressing data" in str(read(script, packed)[1])
 
 
 def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):
