@@ -40,7 +40,7 @@ import time
 import warnings
 import zlib
 from collections import Counter
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -152,7 +152,7 @@ def add_model_args(parser):
         help="Hub id or folder of a VAE to use in place of the teacher's own")
     add("--cache_dir", help="where files from the Hub are kept")
     add("--cast_teacher_unet", action="store_true",
-        help="accepted and not needed: teacher and student share one UNet")
+        help="accepted and not needed: teacher and student share one UNet's weights")
 
 
 def add_lora_args(parser):
@@ -557,16 +557,6 @@ def draw(args, shape, global_step, micro_step, process_index, device):
     return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
 
 
-@contextmanager
-def adapter_off(unet):
-    """Make the UNet the teacher; on leaving, LoRA and its gradients are as before."""
-    unet.disable_adapters()
-    try:
-        yield
-    finally:
-        unet.enable_adapters()
-
-
 def predict(unet, z_t, timesteps, conditioning, dtype):
     """Return the UNet's output as float32; the one place where the compute dtype takes effect."""
     with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
@@ -588,11 +578,10 @@ def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
     return c_skip * z_t + c_out * z0
 
 
-def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
+def teacher_step(teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
     """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
     double = timesteps.repeat(2)
-    with adapter_off(unet):
-        output = predict(unet, z_t.repeat(2, 1, 1, 1), double, join(conditioning, uncond), dtype)
+    output = predict(teacher, z_t.repeat(2, 1, 1, 1), double, join(conditioning, uncond), dtype)
     z0, eps = clean_estimate(schedule, output, z_t.repeat(2, 1, 1, 1), double)
     (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
     z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
@@ -600,10 +589,11 @@ def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, u
     return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
 
 
-def distillation_loss(student, unet, schedule, latents, conditioning, uncond, draws, args, dtype):
+def distillation_loss(student, unet, teacher, schedule, latents, conditioning, uncond, draws, args, dtype):
     """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student).
 
-    `unet` is the UNet with its LoRA; `student` is the same module, wrapped for gradient synchronization.
+    `unet` is the UNet with its LoRA; `student` is the same module, wrapped for gradient synchronization;
+    `teacher` is the UNet without the LoRA.
     """
     # 1. A jump of the solver's grid, from t_{n+k} down to t_n.
     timesteps = schedule.ddim_timesteps[draws.index]
@@ -615,7 +605,7 @@ def distillation_loss(student, unet, schedule, latents, conditioning, uncond, dr
     with torch.no_grad():
         # 3. The teacher's guided step to the lower end.
         z_prev = teacher_step(
-            unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
+            teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
         )  # fmt: skip
         # 4. Where the student itself, without gradient, sends the lower end.
         target = consistency(unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
@@ -1280,6 +1270,17 @@ def check_parts(pipe):
         raise UnusableInput(
             f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
         )
+
+
+def twin(unet):
+    """Return a frozen UNet on the very weights of `unet`: the teacher, whatever is added to `unet` later.
+
+    It takes no memory, and a pass is spared what PEFT does in every layer for a LoRA that is switched off.
+    """
+    with torch.device("meta"):
+        teacher = type(unet).from_config(unet.config)
+    teacher.load_state_dict(unet.state_dict(), assign=True)
+    return teacher.requires_grad_(False).eval()
 
 
 def add_lora(unet, args):
@@ -2045,6 +2046,7 @@ class Job:
     accelerator: Accelerator
     dtype: torch.dtype  # of the UNet's, VAE's and text encoder's arithmetic
     pipe: object  # the teacher's pipeline; its UNet carries the LoRA
+    teacher: torch.nn.Module  # a UNet without the LoRA, on the same weights
     schedule: Schedule
     student: torch.nn.Module  # the same UNet, wrapped for several processes
     optimizer: torch.optim.Optimizer
@@ -2072,9 +2074,10 @@ def batch_loss(job, batch, micro_step):
         draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
         conditioning, uncond = condition(job.uncond_embeds, batch, draws.empty)
+    models = job.student, pipe.unet, job.teacher
     return distillation_loss(
-        job.student, pipe.unet, job.schedule, latents, conditioning, uncond, draws, args, job.dtype
-    )
+        *models, job.schedule, latents, conditioning, uncond, draws, args, job.dtype
+    )  # fmt: skip
 
 
 def update(job, batches, parameters):
@@ -2172,13 +2175,17 @@ def make_job(args, accelerator, samples, cache):
     pipe, *rest = load_models(args, dtype, accelerator.device, samples, cache)
     flags = args.num_ddim_timesteps, args.timestep_scaling_factor
     schedule = make_schedule(pipe.scheduler.config, *flags, accelerator.device, args.loss_space)
+    teacher = twin(pipe.unet)
     parameters = add_lora(pipe.unet, args)
-    make_fast(pipe.unet, args)
+    for unet in (pipe.unet, teacher):
+        make_fast(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes)
     register_hooks(accelerator, pipe.unet, type(pipe), args)
-    student, optimizer = accelerator.prepare(pipe.unet, optimizer)
+    # Not moved again: where "cpu" becomes "cpu:0" that copies, and parts student and teacher.
+    student, optimizer = accelerator.prepare(pipe.unet, optimizer, device_placement=[False, True])
     accelerator.register_for_checkpointing(lr_schedule)
-    return Job(args, accelerator, dtype, pipe, schedule, student, optimizer, lr_schedule, *rest, RunState())
+    models = pipe, teacher, schedule, student
+    return Job(args, accelerator, dtype, *models, optimizer, lr_schedule, *rest, RunState())
 
 
 def make_stream(job, shards, cache, manifest):

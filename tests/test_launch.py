@@ -134,6 +134,14 @@ def observe(folder):
         def noting(*args, **kwargs):
             loss = loss_of(*args, **kwargs)
             given = inspect.signature(loss_of).bind(*args, **kwargs).arguments
+            places = [
+                {
+                    name.replace(".base_layer", ""): value.data_ptr()
+                    for name, value in model.state_dict().items()
+                }
+                for model in (given["teacher"], given["unet"])
+            ]
+            assert places[0].items() <= places[1].items() and len(places[0]) < len(places[1])
             lora = [value for value in given["unet"].parameters() if value.requires_grad]
             draws = given["draws"]
             row = {

@@ -101,7 +101,7 @@ def test_teacher_and_student_are_told_the_size_and_crop_of_their_sample(script, 
     given = script.condition(script.encode_prompts(loaded, [""], CPU), batch, [True, False])
     draws = script.draw(args, (2, 4, 8, 8), 0, 0, 0, CPU)
     schedule = script.make_schedule(loaded.scheduler.config, 50, 10.0, CPU)
-    script.distillation_loss(loaded.unet, loaded.unet, schedule, draws.eps, *given, draws, args, F32)
+    script.distillation_loss(*[loaded.unet] * 3, schedule, draws.eps, *given, draws, args, F32)
     ids = torch.stack([sample["time_ids"] for sample in samples])
     assert not torch.equal(ids[0], ids[1])
     doubled, *single = seen

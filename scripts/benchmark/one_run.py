@@ -160,16 +160,15 @@ def count_flops(trainer, job, side):
         embeds = {name: torch.empty(value.shape) for name, value in job.uncond_embeds.items()}
         inputs = trainer.unet_inputs(embeds, {"time_ids": torch.empty(1, 6)})
         unet = UNet2DConditionModel.from_config(job.pipe.unet.config).requires_grad_(False)
-        trainer.add_lora(unet, job.args)
         latents, flops = torch.empty(1, unet.config.in_channels, side, side), 0
         with torch.no_grad():
             if job.pipe.vae:
                 vae = AutoencoderKL.from_config(job.pipe.vae.config)
                 pixels = torch.empty(1, 3, job.args.resolution, job.args.resolution)
                 flops += counted(lambda: vae.encode(pixels))
+            flops += 2 * counted(forward)
+            trainer.add_lora(unet, job.args)
             flops += counted(forward)
-            with trainer.adapter_off(unet):
-                flops += 2 * counted(forward)
         return flops + counted(lambda: forward().sum().backward())
 
 

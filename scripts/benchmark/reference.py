@@ -65,7 +65,9 @@ def plain_teacher_step(
     return trainer.ddim_step(schedule, z0, eps, prev_timesteps)
 
 
-def plain_loss(trainer, teacher, student, _unet, schedule, latents, conditioning, uncond, draws, args, dtype):
+def plain_loss(
+    trainer, teacher, student, _unet, _twin, schedule, latents, conditioning, uncond, draws, args, dtype
+):
     """Return the loss as common scripts order it: student, teacher twice, target."""
     timesteps = schedule.ddim_timesteps[draws.index]
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
