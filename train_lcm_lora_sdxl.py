@@ -39,7 +39,7 @@ import tarfile
 import time
 import warnings
 import zlib
-from collections import Counter
+from collections import Counter, deque
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
@@ -638,6 +638,7 @@ METADATA_KEYS = {
 TAR_BLOCK = 512  # bytes
 TAR_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 TAR_BODILESS = b"123456"  # types of links, devices and folders: whatever size their header says
+MAX_TAR_EXTENDED = 2**20  # bytes of a header that says more of a member
 TAR_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
@@ -734,8 +735,11 @@ def shard_members(shard):
     """
     stream = open_shard(shard)
     tar = io.BufferedReader(Readable(stream), 2**16)
-    if tar.peek(2)[:2] == b"\x1f\x8b":
+    head = tar.peek(6)
+    if head.startswith(b"\x1f\x8b"):
         tar = gzip.open(tar)
+    elif head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
+        raise tarfile.ReadError("packed with bzip2, xz or zstd; give it as 'pipe:xz -dc FILE' or the like")
     for name, data in tar_members(tar):
         yield {"fname": name, "data": data, "__url__": shard}
     while tar.read(2**20):
@@ -767,32 +771,43 @@ def tar_members(tar):
     tarfile would take as long for a sample's headers as a third of decoding a picture of 512 px.
     """
     extended = {}  # what headers before a member's own say of it
-    while any(header := read_exactly(tar, TAR_BLOCK)):
+    while any(header := b"".join(pieces(tar, TAR_BLOCK))):
         name, size, kind = read_header(header)
         if kind in TAR_BODILESS:
             size = 0
         elif kind not in TAR_EXTENDED:
             name, size = extended.get("path", name), int(extended.get("size", size))
-        data = read_exactly(tar, size + -size % TAR_BLOCK)[: max(size, 0)]
+        is_wanted = kind in TAR_FILES and is_data(name)
+        if (
+            kind == tarfile.GNUTYPE_SPARSE
+            or is_wanted
+            and any(key.startswith("GNU.sparse") for key in extended)
+        ):
+            raise tarfile.ReadError("sparse files are not read; pack without --sparse")
+        if size < 0 or kind in TAR_EXTENDED and size > MAX_TAR_EXTENDED:
+            raise tarfile.ReadError(f"damaged header, size {size}")
+        data = b"".join(pieces(tar, size if is_wanted or kind in TAR_EXTENDED else 0))
+        deque(pieces(tar, size + -size % TAR_BLOCK - len(data)), maxlen=0)  # the rest goes nowhere
         if kind == tarfile.XHDTYPE:
             extended |= pax_records(data)
         elif kind == tarfile.GNUTYPE_LONGNAME:
             extended["path"] = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
         elif kind not in TAR_EXTENDED:
             extended = {}
-            if kind in TAR_FILES and is_data(name):
+            if is_wanted:
                 yield name, data
+    if extended:
+        raise tarfile.ReadError("ends behind an extended header")
 
 
-def read_exactly(tar, size):
-    """Return the next `size` bytes of a tar; raises ReadError where it ends before."""
-    pieces = []
+def pieces(tar, size):
+    """Yield the next `size` bytes of a tar, in pieces; raises ReadError where it ends before."""
     while size > 0:
-        pieces.append(tar.read(min(size, 2**24)))  # a damaged header may promise any size
-        size -= len(pieces[-1])
-        if not pieces[-1]:
+        piece = tar.read(min(size, 2**20))
+        if not piece:
             raise tarfile.ReadError("ends before its end mark")
-    return b"".join(pieces)
+        yield piece
+        size -= len(piece)
 
 
 def read_header(block):
@@ -810,14 +825,15 @@ def read_header(block):
 
 def pax_records(data):
     """Return a dict of the records of an extended header: lines "length key=value"; raises ReadError."""
-    records = {}
-    while data:
-        length, _, _ = data.partition(b" ")
-        if not length.isdigit() or not len(length) < int(length) <= len(data):
+    data, start, records = data.rstrip(b"\0"), 0, {}
+    while start < len(data):
+        length, _, _ = data[start : start + 20].partition(b" ")
+        end = start + int(length) if length.isdigit() else 0
+        if not start + len(length) < end <= len(data):
             raise tarfile.ReadError("damaged extended header")
-        key, _, value = data[len(length) + 1 : int(length) - 1].partition(b"=")
+        key, _, value = data[start + len(length) + 1 : end - 1].partition(b"=")
         records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        data = data[int(length) :]
+        start = end
     return records
 
 
@@ -927,7 +943,9 @@ def crop(picture, args, rng):
     spare = (size[1] - side, size[0] - side)
     top, left = (n // 2 for n in spare) if args.center_crop else (rng.randint(0, n) for n in spare)
     if size == (width, height):
-        pixels = np.asarray(picture)[top : top + side, left : left + side]
+        pixels = np.asarray(picture)
+        if size != (side, side):  # a copy: a view would keep the whole picture
+            pixels = pixels[top : top + side, left : left + side].copy()
     else:  # only the part that is kept is resized: a strip would grow without bound
         x, y = width / size[0], height / size[1]
         box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))

@@ -1,9 +1,11 @@
 """Streams that end early or fail, errors within seconds, every picture once an epoch."""
 
+import bz2
 import gzip
 import hashlib
 import http.server
 import itertools
+import lzma
 import random
 import tarfile
 import threading
@@ -110,6 +112,15 @@ def test_compressed_shards_are_read_and_their_early_end_is_noticed(script, shard
     data[10] = 0xFF  # behind gzip's header: a block of no known type
     packed.write_bytes(data)
     assert "while decompressing data" in str(read(script, packed)[1])
+
+
+@pytest.mark.usefixtures("sleeps")
+@pytest.mark.parametrize("module", [bz2, lzma])
+def test_other_kinds_of_compression_are_named(script, shard, module):
+    packed = shard.with_suffix(".packed")
+    packed.write_bytes(module.compress(shard.read_bytes()))
+    captions, skipped = read(script, packed)
+    assert not captions and "bzip2, xz or zstd; give it as 'pipe:" in str(skipped)
 
 
 def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):

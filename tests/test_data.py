@@ -11,6 +11,8 @@ import signal
 import struct
 import tarfile
 import threading
+import time
+import tracemalloc
 import zlib
 from collections import Counter
 from pathlib import Path
@@ -780,28 +782,77 @@ def test_tars_of_every_format_are_read_as_tarfile_reads_them(script, tmp_path, f
     assert read == list(expected.items())
 
 
-@pytest.mark.parametrize("between", [tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK])
-def test_an_extended_header_says_the_name_and_size_of_the_next_file(script, tmp_path, between):
-    def member(kind, body, size):
-        header = tarfile.TarInfo("a.jpg")
+def tar_of(*parts):
+    """Return a tar of (type, name, size that its header says, body) as bytes."""
+    blocks = []
+    for kind, name, size, body in parts:
+        header = tarfile.TarInfo(name)
         header.type, header.size = kind, size
-        return header.tobuf(tarfile.USTAR_FORMAT) + body + bytes(-len(body) % 512)
-
-    records = b"12 size=700\n16 path=sea.txt\n"
-    headers = member(tarfile.XHDTYPE, records, len(records)) + member(between, b"15 comment=all\n", 15)
-    (tmp_path / "0.tar").write_bytes(headers + member(tarfile.REGTYPE, b"x" * 700, 0) + bytes(1024))
-    (read,) = script.shard_members(str(tmp_path / "0.tar"))
-    assert (read["fname"], read["data"]) == ("sea.txt", b"x" * 700)
+        blocks += [header.tobuf(tarfile.GNU_FORMAT), body, bytes(-len(body) % 512)]
+    return b"".join(blocks) + bytes(1024)
 
 
-@pytest.mark.parametrize(
-    "record", [b"x path=a\n", b"99 path=a.txt\n", b"0 path=a\n", b"1", b"16 size=twelve!\n"]
-)
-def test_a_damaged_extended_header_is_an_error(script, tmp_path, record):
-    member = tarfile.TarInfo("a.txt")
-    extended = tarfile.TarInfo("PaxHeader")
-    extended.type, extended.size = tarfile.XHDTYPE, len(record)
-    blocks = [extended.tobuf(tarfile.USTAR_FORMAT), record.ljust(512, b"\0"), member.tobuf(), bytes(1024)]
-    (tmp_path / "0.tar").write_bytes(b"".join(blocks))
-    with pytest.raises(script.STREAM_ERRORS):
-        list(script.shard_members(str(tmp_path / "0.tar")))
+@pytest.mark.parametrize("padding", [b"", bytes(7)])
+@pytest.mark.parametrize("between", [tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK])
+def test_an_extended_header_says_the_name_and_size_of_the_next_file(script, between, padding):
+    records = b"12 size=700\n16 path=sea.txt\n" + padding
+    tar = tar_of(
+        (tarfile.XHDTYPE, "x", len(records), records), (between, "y", 15, b"15 comment=all\n"),
+        (tarfile.REGTYPE, "a.jpg", 0, b"x" * 700),
+    )  # fmt: skip
+    assert list(script.tar_members(io.BytesIO(tar))) == [("sea.txt", b"x" * 700)]
+
+
+LONG = b"5 a=\n" * 200_000  # of a megabyte
+BROKEN_TARS = {
+    "record without a length": ((tarfile.XHDTYPE, "x", 9, b"x path=a\n"), "damaged extended header"),
+    "record too long": ((tarfile.XHDTYPE, "x", 14, b"99 path=a.txt\n"), "damaged extended header"),
+    "record without an end": ((tarfile.XHDTYPE, "x", 9, b"0 path=a\n"), "damaged extended header"),
+    "size in words": ((tarfile.XHDTYPE, "x", 16, b"16 size=twelve!\n"), "twelve"),
+    "size below 0": ((tarfile.XHDTYPE, "x", 11, b"11 size=-9\n"), "size -9"),
+    "endless records": ((tarfile.XHDTYPE, "x", 2**20 + 1, LONG * 2), "damaged header, size 1048577"),
+    "sparse": ((tarfile.GNUTYPE_SPARSE, "a.txt", 512, bytes(512)), "sparse files are not read"),
+    "sparse, pax": ((tarfile.XHDTYPE, "x", 22, b"22 GNU.sparse.major=1\n"), "sparse files are not read"),
+}
+
+
+@pytest.mark.parametrize(("part", "cause"), BROKEN_TARS.values(), ids=BROKEN_TARS)
+def test_a_tar_that_cannot_be_read_right_is_an_error(script, part, cause):
+    tar = tar_of(part, (tarfile.REGTYPE, "a.txt", 0, b""))
+    with pytest.raises(script.STREAM_ERRORS, match=cause):
+        list(script.tar_members(io.BytesIO(tar)))
+
+
+def test_a_tar_that_ends_behind_an_extended_header_is_an_error(script):
+    with pytest.raises(tarfile.ReadError, match="ends behind an extended header"):
+        list(script.tar_members(io.BytesIO(tar_of((tarfile.GNUTYPE_LONGNAME, "L", 6, b"a.txt\0")))))
+
+
+def test_what_is_not_read_does_not_lie_in_memory(script):
+    """As a film among the pictures."""
+    film = (tarfile.REGTYPE, "film.mp4", 2**25, bytes(2**25))
+    tar = io.BytesIO(
+        tar_of(film, (tarfile.XHDTYPE, "x", len(LONG), LONG), (tarfile.REGTYPE, "a.txt", 3, b"sea"))
+    )
+    tracemalloc.start()
+    try:
+        assert list(script.tar_members(tar)) == [("a.txt", b"sea")]
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_long_extended_header_takes_no_longer_than_it_is_long(script):
+    started = time.process_time()
+    assert script.pax_records(LONG) == {"a": ""}
+    assert time.process_time() - started < 4, "0.5 s; 10 s where the rest is copied for every record"
+
+
+def test_a_crop_does_not_keep_the_whole_picture(script):
+    args = make_args(script, "pipe:", resolution=48)
+    for size in ((4000, 48), (48, 4000)):
+        picture, _ = script.open_picture(encode(Image.new("RGB", size), "JPEG"), args)
+        kept, _ = script.crop(picture, args, random.Random(0))
+        while isinstance(kept.base, np.ndarray):
+            kept = kept.base
+        assert kept.nbytes == 48 * 48 * 3
