@@ -2137,9 +2137,7 @@ def batch_loss(job, batch, micro_step):
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
         conditioning, uncond = condition(job.uncond_embeds, batch, draws.empty)
     models = job.student, pipe.unet, job.teacher
-    return distillation_loss(
-        *models, job.schedule, latents, conditioning, uncond, draws, args, job.dtype
-    )  # fmt: skip
+    return distillation_loss(*models, job.schedule, latents, conditioning, uncond, draws, args, job.dtype)
 
 
 def update(job, batches, parameters):
