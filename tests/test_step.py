@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 from conftest import flags, read_log
 from diffusers import DDIMScheduler, LCMScheduler
+from diffusers.models.embeddings import Timesteps
+from peft.tuners.lora import Linear, LoraLayer
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -36,6 +39,7 @@ def with_lora(script, base, args, scale=0.1):
     generator = torch.Generator().manual_seed(1)
     for parameter in script.add_lora(unet, args):
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+    script.make_fast(unet, args)
     return unet
 
 
@@ -43,15 +47,18 @@ def schedule_of(script, pipe, **changes):
     return script.make_schedule(dict(pipe.scheduler.config) | changes, 50, 10.0, CPU)
 
 
-def inputs(script, args, pipe, index=(0, 7, 24, 49)):
+def inputs(script, args, pipe, index=(0, 7, 24, 49), dtype=F32):
     """Return (latents, conditioning, uncond, draws) of a batch with one sample at each index of the grid."""
     shape = (len(index), 4, 8, 8)
     draws = script.draw(args, shape, 0, 0, 0, CPU)
     draws = dataclasses.replace(draws, index=torch.tensor(index))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
+        uncond_embeds = {
+            name: value.to(dtype) for name, value in script.encode_prompts(pipe, [""], CPU).items()
+        }
         conditioning, uncond = script.condition(
-            script.encode_prompts(pipe, [""], CPU), batch_of(script, pipe, len(index)), draws.empty
+            uncond_embeds, batch_of(script, pipe, len(index)), draws.empty
         )
     return latents, conditioning, uncond, draws
 
@@ -65,10 +72,9 @@ def batch_of(script, pipe, size):
 
 def loss_of(script, unet, pipe, args, schedule=None, dtype=F32, data=None, teacher=None):
     schedule = schedule or schedule_of(script, pipe)
-    data = data or inputs(script, args, pipe)
-    return script.distillation_loss(
-        unet, unet, teacher or script.twin(pipe.unet), schedule, *data, args, dtype
-    )
+    data = data or inputs(script, args, pipe, dtype=dtype)
+    teacher = teacher or script.twin(copy.deepcopy(pipe.unet).to(dtype))
+    return script.distillation_loss(unet, unet, teacher, schedule, *data, args, dtype)
 
 
 def row(conditioning, n):
@@ -204,8 +210,8 @@ def test_a_fresh_lora_changes_nothing(script, pipe, args):
     )
 
 
-def unet_inputs(script, args, pipe):
-    latents, conditioning, _, draws = inputs(script, args, pipe)
+def unet_inputs(script, args, pipe, dtype=F32):
+    latents, conditioning, _, draws = inputs(script, args, pipe, dtype=dtype)
     return latents, draws.index * 20 + 19, conditioning
 
 
@@ -213,7 +219,7 @@ def unet_inputs(script, args, pipe):
 def test_the_teacher_has_the_weights_and_not_the_lora(script, pipe, args, dtype):
     """No weight lies in memory twice; what is trained does not reach it."""
     unet = copy.deepcopy(pipe.unet).to(dtype)
-    z_t, timesteps, conditioning = unet_inputs(script, args, pipe)
+    z_t, timesteps, conditioning = unet_inputs(script, args, pipe, dtype)
     expected = script.predict(unet, z_t, timesteps, conditioning, dtype)
     teacher = script.twin(unet)
     weights = {name: value.data_ptr() for name, value in unet.state_dict().items()}
@@ -237,16 +243,64 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
     assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
 
 
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, dropout):
+    args.lora_dropout, args.lora_alpha = dropout, 3 * args.lora_rank
+    fast = with_lora(script, pipe.unet, args).train()
+    plain = copy.deepcopy(pipe.unet)
+    script.add_lora(plain, args)
+    plain.load_state_dict(fast.state_dict())
+    seen, layers = set(), dict(plain.train().named_modules())
+    for name, layer in fast.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        given = [2, 5, layer.in_features] if isinstance(layer, Linear) else [2, layer.in_features, 6, 6]
+        x, results = torch.randn(given), []
+        for each in (layer, layers[name]):
+            leaf = x.clone().requires_grad_()
+            torch.manual_seed(0)  # for the same dropout
+            output = each(leaf)
+            gradients = torch.autograd.grad(
+                output.square().sum(), [leaf, *[p for p in each.parameters() if p.requires_grad]]
+            )
+            results.append([output, *gradients])
+        torch.testing.assert_close(
+            *results, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
+        )
+        for each in (layer, layers[name]):
+            each.enable_adapters(False)
+        assert torch.equal(layer(x), layers[name](x)) and not torch.equal(layer(x), results[0][0])
+        seen.add(type(layer))
+    assert seen == {script.LoraLinear, script.LoraConv2d}
+
+
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
-def test_the_unet_computes_in_the_named_dtype(script, pipe, unet, args, monkeypatch, dtype):
+def test_the_unet_computes_in_the_named_dtype(script, pipe, args, monkeypatch, dtype):
     inside, seen = set(), spy(script, monkeypatch)
+    unet = with_lora(script, copy.deepcopy(pipe.unet).to(dtype), args)
     for module in unet.modules():
-        if isinstance(module, torch.nn.Conv2d):
+        if not list(module.children()) and not isinstance(module, Timesteps):  # angles are float32, always
             module.register_forward_hook(lambda _module, _inputs, output: inside.add(output.dtype))
     loss_of(script, unet, pipe, args, dtype=dtype)
     assert inside == {dtype}
-    assert script.predict(unet, *unet_inputs(script, args, pipe), dtype).dtype == F32
+    assert script.predict(unet, *unet_inputs(script, args, pipe, dtype), dtype).dtype == F32
     assert {tensor.dtype for tensor in seen[0]} == {F32}
+
+
+def test_accelerate_does_not_autocast(script, args):
+    args.mixed_precision, seen = "bf16", set()
+    try:
+        job = script.make_job(args, script.start(args), [{"caption": "sea"}], None)
+        job.pipe.unet.conv_in.register_forward_hook(
+            lambda *_given: seen.add(torch.is_autocast_enabled("cpu"))
+        )
+        given = unet_inputs(script, args, job.pipe, torch.bfloat16)
+        assert script.predict(job.student, *given, job.dtype).dtype == F32
+        z_t, timesteps, conditioning = given
+        output = job.student(z_t.to(job.dtype), timesteps, **conditioning).sample
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
+    assert seen == {False} and job.dtype == output.dtype == torch.bfloat16
 
 
 def test_dropout_is_for_the_student_only(script, pipe, args, monkeypatch):

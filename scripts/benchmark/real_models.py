@@ -73,7 +73,7 @@ def build_teacher(model, args, dtype, device, **parts):
     }
     if model == "sd15":
         kind = partial(diffusers.StableDiffusionPipeline, safety_checker=None, requires_safety_checker=False)
-        kind = partial(kind, feature_extractor=None, scheduler=DDIMScheduler(**noise))
+        kind = partial(kind, feature_extractor=None, scheduler=DDIMScheduler(**noise, clip_sample=False))
     else:
         kind = partial(diffusers.StableDiffusionXLPipeline, scheduler=EulerDiscreteScheduler(**noise))
         builders["tokenizer_2"] = lambda: tokenizer

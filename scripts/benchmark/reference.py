@@ -16,7 +16,7 @@ def replace_step(trainer):
     """Make a training script, loaded as a module, train as this recipe does."""
     trainer.load_teacher = partial(plain_load, trainer.load_teacher, trainer)
     trainer.make_fast, trainer.make_optimizer = plain_fast, plain_optimizer
-    trainer.teacher_step = plain_teacher_step
+    trainer.teacher_step, trainer.predict = plain_teacher_step, plain_predict
 
 
 def plain_load(load, trainer, args, dtype, device, **parts):
@@ -50,6 +50,12 @@ def plain_optimizer(parameters, args, _num_processes):
         weight_decay=args.adam_weight_decay,
     )  # fmt: skip
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
+
+
+def plain_predict(unet, z_t, timesteps, conditioning, dtype):
+    """Return the output of a float32 UNet under autocast."""
+    with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return unet(z_t, timesteps, **conditioning, return_dict=False)[0].float()
 
 
 def plain_teacher_step(
