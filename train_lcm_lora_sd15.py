@@ -270,7 +270,7 @@ def add_system_args(parser):
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="xformers in place of SDPA; needs CUDA")
-    add("--vae_encode_batch_size", type=int, default=32, help="pictures that the VAE encodes at a time")
+    add("--vae_encode_batch_size", type=int, default=4, help="pictures that the VAE encodes at a time")
     add("--compile", action="store_true",
         help="torch.compile of the transformer blocks; the first updates are slow")
 # fmt: on
