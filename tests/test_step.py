@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from accelerate.state import AcceleratorState
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import flags, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 from diffusers.models.embeddings import Timesteps
@@ -287,19 +287,15 @@ def test_the_unet_computes_in_the_named_dtype(script, pipe, args, monkeypatch, d
     assert {tensor.dtype for tensor in seen[0]} == {F32}
 
 
-def test_accelerate_does_not_autocast(script, args):
+def test_accelerate_does_not_autocast(script, args, monkeypatch):
+    for state in (AcceleratorState, GradientState, PartialState):
+        monkeypatch.setattr(state, "_shared_state", {})  # whatever another test has started
     args.mixed_precision, seen = "bf16", set()
-    try:
-        job = script.make_job(args, script.start(args), [{"caption": "sea"}], None)
-        job.pipe.unet.conv_in.register_forward_hook(
-            lambda *_given: seen.add(torch.is_autocast_enabled("cpu"))
-        )
-        given = unet_inputs(script, args, job.pipe, torch.bfloat16)
-        assert script.predict(job.student, *given, job.dtype).dtype == F32
-        z_t, timesteps, conditioning = given
-        output = job.student(z_t.to(job.dtype), timesteps, **conditioning).sample
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
+    job = script.make_job(args, script.start(args), [{"caption": "sea"}], None)
+    job.pipe.unet.conv_in.register_forward_hook(lambda *_given: seen.add(torch.is_autocast_enabled("cpu")))
+    z_t, timesteps, conditioning = unet_inputs(script, args, job.pipe, job.dtype)
+    assert script.predict(job.student, z_t, timesteps, conditioning, job.dtype).dtype == F32
+    output = job.student(z_t.to(job.dtype), timesteps, **conditioning).sample
     assert seen == {False} and job.dtype == output.dtype == torch.bfloat16
 
 
