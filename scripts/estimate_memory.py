@@ -8,9 +8,9 @@
 The training script's own step runs on PyTorch's meta device, whose tensors have shapes and no values, and
 what is alive at each moment is added up. Flags that are not listed here are the training script's.
 
-Not counted: CUDA's context (about half a GiB), workspaces of cuDNN and cuBLAS, fragmentation. Attention
-counts as flash attention; --compile and xformers are left out. Exit codes: 0 done; 2 wrong usage; 1 anything
-else.
+Not counted: CUDA's context (about half a GiB), workspaces of cuDNN and cuBLAS, fragmentation, and with
+several GPUs DDP's buckets (4 bytes a parameter of the LoRA). Attention counts as flash attention; --compile
+and xformers are left out. Exit codes: 0 done; 2 wrong usage; 1 anything else.
 """
 
 import argparse
@@ -121,7 +121,7 @@ def make_job(own, trainer, args):
     pipe = build_teacher(own.model, args, dtype, META)
     uncond_embeds = trainer.encode_prompts(pipe, [""], META)
     if own.cached:
-        pipe.vae = pipe.text_encoder = pipe.text_encoder_2 = None
+        pipe.text_encoder = pipe.text_encoder_2 = None  # the VAE is loaded at the first validation
     teacher = trainer.twin(pipe.unet)
     with META:
         parameters = trainer.add_lora(pipe.unet, args)
@@ -166,10 +166,17 @@ def measure(own, trainer, args):
     memory = LiveMemory([tensor for each in tensors.values() for tensor in each])
     for function, part in PARTS.items():
         memory.wrap(trainer, function, part)
+    side = args.resolution // 8
     with memory:
-        loss = trainer.batch_loss(job, make_batch(own, args, job), 0)
-        with memory.within("backward"):
-            loss.backward()
+        for micro_step in range(min(2, args.gradient_accumulation_steps)):  # the second with gradients alive
+            loss = trainer.batch_loss(job, make_batch(own, args, job), micro_step)
+            with memory.within("backward"):
+                loss.backward()
+            del loss
+        for parameter in parameters:
+            parameter.grad = None
+        with torch.no_grad(), memory.within("validation"):
+            job.pipe.vae.decode(torch.empty(1, 4, side, side, dtype=job.dtype, device=META))
     num_parameters = sum(parameter.numel() for parameter in parameters)
     fixed = {name: size_of(each) for name, each in tensors.items()}
     fixed["unet"] -= size_of(parameters)
@@ -183,7 +190,10 @@ def main(own, trainer, args):
     diffusers_logging.set_verbosity_error()
     fixed, peaks = measure(own, trainer, args)
     peaks = {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}
-    print(f"{own.model}, {args.resolution} px, batch {args.train_batch_size}: GiB")
+    precision = args.mixed_precision or "no"
+    print(
+        f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB"
+    )
     for name, num_bytes in (fixed | peaks | {"peak": sum(fixed.values()) + max(peaks.values())}).items():
         print(f"  {name:20}{num_bytes / GIB:8.2f}")
 

@@ -49,7 +49,8 @@ def test_what_the_flags_change(tool, monkeypatch):
     small_fixed, small = figures(
         "--train_batch_size", "4", "--gradient_checkpointing", "--use_8bit_adam", "--cached"
     )
-    assert {"vae", "text_encoder"} & small_fixed.keys() == {"VAE", "text"} & small.keys() == set()
+    assert "text_encoder" not in small_fixed and not {"VAE", "text"} & small.keys()
+    assert small["validation"] == pytest.approx(peaks["validation"], rel=0.01)
     assert small_fixed["optimizer"] / fixed["optimizer"] == pytest.approx(2.03 / 8, rel=0.01)
     assert small["teacher"] == pytest.approx(peaks["teacher"], rel=0.01)
     assert small["backward"] < peaks["backward"] / 2
