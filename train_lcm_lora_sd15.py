@@ -410,6 +410,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file, save_file
 from torch.nn import functional
+from torch.nn.grad import conv2d_input, conv2d_weight
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 from webdataset.tariterators import group_by_keys
@@ -1327,21 +1328,99 @@ def add_lora(unet, args):
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+def factors(layer, dtype):
+    """Return (A, scaling B) of a LoRA layer in a dtype; their float32 parameters get the gradients."""
+    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    return down.weight.to(dtype), (up.weight if scaling == 1 else up.weight * scaling).to(dtype)
+
+
+def merging_pays(layer, rows, down, up):
+    """Return whether adding B A to the weight is less work than taking `rows` inputs through A and B."""
+    has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
+    return not has_dropout and rows * (down[0].numel() + len(up)) > layer.base_layer.weight.numel()
+
+
+def merged(weight, down, up):
+    """Return W + B A in the shape of W [out,in] or [out,in,k,k]; A [r,in] or [r,in,k,k], B [out,r,...]."""
+    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
+
+
+def product_pays(weight, down, up):
+    """Return whether the gradients of A and B are less work by way of the whole gradient of W."""
+    return weight.numel() < 2 * (down.numel() + up.numel())
+
+
+def unmerged(grad, down, up):
+    """Return the gradients of A and B, in their shapes, from that of W + B A."""
+    grad = grad.flatten(1)
+    return (up.flatten(1).T @ grad).view_as(down), (grad @ down.flatten(1).T).view_as(up)
+
+
+class MergedLinear(torch.autograd.Function):
+    """x (W + B A)^T + b of x [rows,in], where W and b are frozen; it keeps x, and not the sum."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up):
+        """Return the output [rows,out]."""
+        ctx.save_for_backward(x, weight, down, up)
+        return functional.linear(x, merged(weight, down, up), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Return the gradients in the order of forward's arguments."""
+        x, weight, down, up = ctx.saved_tensors
+        grad_x = grad @ merged(weight, down, up) if ctx.needs_input_grad[0] else None
+        if product_pays(weight, down, up):
+            return grad_x, None, None, *unmerged(grad.T @ x, down, up)
+        return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down)
+
+
+class MergedConv2d(torch.autograd.Function):
+    """The same of a convolution of x [B,in,h,w]."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, down, up, *options):
+        """Return the output [B,out,h',w']; `options` are stride and padding."""
+        ctx.save_for_backward(x, weight, down, up)
+        ctx.options = options
+        return functional.conv2d(x, merged(weight, down, up), bias, *options)
+
+    @staticmethod
+    def backward(ctx, grad):
+        """Return the gradients in the order of forward's arguments."""
+        (x, weight, down, up), options, grad_x = ctx.saved_tensors, ctx.options, None
+        if ctx.needs_input_grad[0]:
+            grad_x = conv2d_input(x.shape, merged(weight, down, up), grad, *options)
+        if product_pays(weight, down, up):
+            grads = unmerged(conv2d_weight(x, weight.shape, grad, *options), down, up)
+        else:
+            hidden = functional.conv2d(x, down, None, *options)
+            grad_hidden = functional.conv2d(grad, up.transpose(0, 1))
+            grads = (
+                conv2d_weight(x, down.shape, grad_hidden, *options),
+                conv2d_weight(hidden, up.shape, grad),
+            )
+        return grad_x, None, None, *grads, None, None
+
+
 class LoraLinear(lora.Linear):
     """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A, B, in the dtype of x.
 
     PEFT's own forward pass computes in float32 unless there is autocast, and reads or writes the layer's
-    output six times where this one does it twice.
+    output six times where this one does it twice; or once, with W + scaling B A where that is less work.
     """
 
     def forward(self, x):
         """Return the layer's output [...,out] of x [...,in]."""
         if self.disable_adapters:
             return super().forward(x)
-        rows = x.flatten(0, -2)
-        down, up = (factor["default"].weight.to(x.dtype) for factor in (self.lora_A, self.lora_B))
-        hidden = functional.linear(self.lora_dropout["default"](rows), down)
-        output = self.base_layer(rows).addmm_(hidden, up.T, alpha=self.scaling["default"])
+        base, rows = self.base_layer, x.flatten(0, -2)
+        down, up = factors(self, x.dtype)
+        if merging_pays(self, len(rows), down, up):
+            output = MergedLinear.apply(rows, base.weight, base.bias, down, up)
+        else:
+            hidden = functional.linear(self.lora_dropout["default"](rows), down)
+            output = base(rows).addmm_(hidden, up.T)
         return output.unflatten(0, x.shape[:-1])
 
 
@@ -1352,10 +1431,12 @@ class LoraConv2d(lora.Conv2d):
         """Return the layer's output [B,out,h',w'] of x [B,in,h,w]."""
         if self.disable_adapters:
             return super().forward(x)
-        conv = self.lora_A["default"]
-        down, up = (factor["default"].weight.to(x.dtype) for factor in (self.lora_A, self.lora_B))
-        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, conv.stride, conv.padding)
-        return self.base_layer(x).add_(functional.conv2d(hidden, up), alpha=self.scaling["default"])
+        base, options = self.base_layer, (self.base_layer.stride, self.base_layer.padding)
+        down, up = factors(self, x.dtype)
+        if merging_pays(self, x[:, 0].numel(), down, up):
+            return MergedConv2d.apply(x, base.weight, base.bias, down, up, *options)
+        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
+        return base(x).add_(functional.conv2d(hidden, up))
 
 
 def make_fast(unet, args):

@@ -11,7 +11,8 @@ from accelerate.state import AcceleratorState, GradientState, PartialState
 from conftest import flags, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 from diffusers.models.embeddings import Timesteps
-from peft.tuners.lora import Linear, LoraLayer
+from peft.tuners.lora import Conv2d, Linear, LoraLayer
+from torch.utils.flop_counter import FlopCounterMode
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -243,35 +244,88 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
     assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, dropout):
+@pytest.mark.parametrize("dropout, merges, by_product", [
+    (0.5, False, False), (0.0, False, False), (0.0, True, False), (0.0, True, True)
+])  # fmt: skip
+def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, monkeypatch, dropout, merges, by_product):
     args.lora_dropout, args.lora_alpha = dropout, 3 * args.lora_rank
     fast = with_lora(script, pipe.unet, args).train()
     plain = copy.deepcopy(pipe.unet)
     script.add_lora(plain, args)
     plain.load_state_dict(fast.state_dict())
+    if not dropout:  # which forbids it
+        monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
+    monkeypatch.setattr(script, "product_pays", lambda *_given: by_product)
     seen, layers = set(), dict(plain.train().named_modules())
     for name, layer in fast.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         given = [2, 5, layer.in_features] if isinstance(layer, Linear) else [2, layer.in_features, 6, 6]
-        x, results = torch.randn(given), []
-        for each in (layer, layers[name]):
-            leaf = x.clone().requires_grad_()
-            torch.manual_seed(0)  # for the same dropout
-            output = each(leaf)
-            gradients = torch.autograd.grad(
-                output.square().sum(), [leaf, *[p for p in each.parameters() if p.requires_grad]]
+        x = torch.randn(given)
+        for with_input in (False, True):  # the first layers' inputs need no gradient
+            results = [gradients_of(each, x, with_input) for each in (layer, layers[name])]
+            torch.testing.assert_close(
+                *results, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
             )
-            results.append([output, *gradients])
-        torch.testing.assert_close(
-            *results, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-        )
         for each in (layer, layers[name]):
             each.enable_adapters(False)
         assert torch.equal(layer(x), layers[name](x)) and not torch.equal(layer(x), results[0][0])
         seen.add(type(layer))
     assert seen == {script.LoraLinear, script.LoraConv2d}
+
+
+def gradients_of(layer, x, with_input):
+    """Return the layer's output of x, and the gradients of its parameters and, where asked, of x."""
+    leaf = x.clone().requires_grad_(with_input)
+    torch.manual_seed(0)  # for the same dropout
+    output = layer(leaf)
+    wanted = [leaf] * with_input + [each for each in layer.parameters() if each.requires_grad]
+    return output, *torch.autograd.grad(output.square().sum(), wanted)
+
+
+def test_lora_layers_take_the_way_of_fewer_flops(script, pipe, args, monkeypatch):
+    args.lora_rank, chosen = 3, set()
+    unet = with_lora(script, pipe.unet, args)
+    for layer in (module for module in unet.modules() if isinstance(module, LoraLayer)):
+        factors = sum(p.numel() for p in layer.parameters() if p.requires_grad)
+        even = 3 * layer.base_layer.weight.numel() // factors  # rows for which both ways are the same work
+        for choice, rows, count in (
+            ("merging_pays", even // 2, forward_flops),
+            ("merging_pays", even * 2, forward_flops),
+            ("product_pays", even * 99, all_flops),
+        ):
+            x = torch.randn(rows, layer.in_features, *[1, 1] * isinstance(layer, Conv2d))
+            flops = {None: count(layer, x)}
+            for value in (False, True):
+                with monkeypatch.context() as patch:
+                    patch.setattr(script, choice, lambda *_given, value=value: value)
+                    flops[value] = count(layer, x)
+            assert flops[None] == min(flops.values()) < max(flops.values())
+            chosen.add((choice, flops[None] == flops[True]))
+    assert len(chosen) == 4  # each choice was made both ways
+
+
+def forward_flops(layer, x):
+    """Return the FLOPs of the layer's output."""
+    with torch.no_grad(), counter() as flops:
+        layer(x)
+    return flops.get_total_flops()
+
+
+def all_flops(layer, x):
+    """Return the FLOPs of the layer's output and gradients."""
+    with counter() as flops:
+        layer(x.clone().requires_grad_()).sum().backward()
+    return flops.get_total_flops()
+
+
+def counter():
+    """Return PyTorch's counter, taught the operation in place that it does not know."""
+
+    def addmm_flops(_sum, left, right, **_rest):
+        return 2 * left[0] * left[1] * right[1]
+
+    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
