@@ -1345,12 +1345,12 @@ def merged(weight, down, up):
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
 
 
-def product_pays(weight, down, up):
+def whole_gradient_pays(weight, down, up):
     """Return whether the gradients of A and B are less work by way of the whole gradient of W."""
     return weight.numel() < 2 * (down.numel() + up.numel())
 
 
-def unmerged(grad, down, up):
+def factor_gradients(grad, down, up):
     """Return the gradients of A and B, in their shapes, from that of W + B A."""
     grad = grad.flatten(1)
     return (up.flatten(1).T @ grad).view_as(down), (grad @ down.flatten(1).T).view_as(up)
@@ -1370,8 +1370,8 @@ class MergedLinear(torch.autograd.Function):
         """Return the gradients in the order of forward's arguments."""
         x, weight, down, up = ctx.saved_tensors
         grad_x = grad @ merged(weight, down, up) if ctx.needs_input_grad[0] else None
-        if product_pays(weight, down, up):
-            return grad_x, None, None, *unmerged(grad.T @ x, down, up)
+        if whole_gradient_pays(weight, down, up):
+            return grad_x, None, None, *factor_gradients(grad.T @ x, down, up)
         return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down)
 
 
@@ -1391,8 +1391,8 @@ class MergedConv2d(torch.autograd.Function):
         (x, weight, down, up), options, grad_x = ctx.saved_tensors, ctx.options, None
         if ctx.needs_input_grad[0]:
             grad_x = conv2d_input(x.shape, merged(weight, down, up), grad, *options)
-        if product_pays(weight, down, up):
-            grads = unmerged(conv2d_weight(x, weight.shape, grad, *options), down, up)
+        if whole_gradient_pays(weight, down, up):
+            grads = factor_gradients(conv2d_weight(x, weight.shape, grad, *options), down, up)
         else:
             hidden = functional.conv2d(x, down, None, *options)
             grad_hidden = functional.conv2d(grad, up.transpose(0, 1))
@@ -1407,7 +1407,8 @@ class LoraLinear(lora.Linear):
     """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A, B, in the dtype of x.
 
     PEFT's own forward pass computes in float32 unless there is autocast, and reads or writes the layer's
-    output six times where this one does it twice; or once, with W + scaling B A where that is less work.
+    output six times where this one does it twice; or once, with W + scaling B A where that is less work, in
+    the dtype of x like a LoRA that a pipeline has fused.
     """
 
     def forward(self, x):

@@ -288,15 +288,20 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
 @one_family
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path):
     changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "lora_rank": 64}
-    for name, steps in (("unbroken", 4), ("resumed", 2), ("resumed", 4)):
-        line = flags(teacher, shards, tmp_path / name, max_train_steps=steps, **changes)
-        done = launch(
-            line, Path(script.__file__).name
-        )  # a process of its own: bf16 kernels do not outlive a fork
+    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
+    for out in (unbroken, resumed):
+        line = flags(teacher, shards, out, **changes)
+        # a process of its own: bf16 kernels do not outlive a fork
+        done = launch(line, Path(script.__file__).name)
         assert done.returncode == 0, done.stderr[-2000:]
-    assert_same(tmp_path / "resumed", tmp_path / "unbroken")
+        if out == unbroken:  # and as it was after its second update
+            shutil.copytree(unbroken, resumed)
+            shutil.rmtree(resumed / "checkpoint-4")
+            (resumed / "pytorch_lora_weights.safetensors").unlink()
+    assert "resuming from" in done.stdout + done.stderr
+    assert_same(resumed, unbroken)
     for folder in ("checkpoint-2", "checkpoint-4"):
-        weights = load_file(tmp_path / "resumed" / folder / "unet" / "adapter_model.safetensors")
+        weights = load_file(resumed / folder / "unet" / "adapter_model.safetensors")
         assert {value.dtype for value in weights.values()} == {torch.float32}
 
 

@@ -244,10 +244,10 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
     assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
 
 
-@pytest.mark.parametrize("dropout, merges, by_product", [
+@pytest.mark.parametrize("dropout, merges, whole", [
     (0.5, False, False), (0.0, False, False), (0.0, True, False), (0.0, True, True)
 ])  # fmt: skip
-def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, monkeypatch, dropout, merges, by_product):
+def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, monkeypatch, dropout, merges, whole):
     args.lora_dropout, args.lora_alpha = dropout, 3 * args.lora_rank
     fast = with_lora(script, pipe.unet, args).train()
     plain = copy.deepcopy(pipe.unet)
@@ -255,7 +255,7 @@ def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, monkeypatch, 
     plain.load_state_dict(fast.state_dict())
     if not dropout:  # which forbids it
         monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
-    monkeypatch.setattr(script, "product_pays", lambda *_given: by_product)
+    monkeypatch.setattr(script, "whole_gradient_pays", lambda *_given: whole)
     seen, layers = set(), dict(plain.train().named_modules())
     for name, layer in fast.named_modules():
         if not isinstance(layer, LoraLayer):
@@ -292,7 +292,7 @@ def test_lora_layers_take_the_way_of_fewer_flops(script, pipe, args, monkeypatch
         for choice, rows, count in (
             ("merging_pays", even // 2, forward_flops),
             ("merging_pays", even * 2, forward_flops),
-            ("product_pays", even * 99, all_flops),
+            ("whole_gradient_pays", even * 99, all_flops),
         ):
             x = torch.randn(rows, layer.in_features, *[1, 1] * isinstance(layer, Conv2d))
             flops = {None: count(layer, x)}
