@@ -1335,9 +1335,13 @@ def factors(layer, dtype):
 
 
 def merging_pays(layer, rows, down, up):
-    """Return whether adding B A to the weight is less work than taking `rows` inputs through A and B."""
+    """Return whether adding B A to the weight is less work than taking `rows` inputs through A and B.
+
+    With gradients it is added twice: the backward pass needs the sum too.
+    """
     has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-    return not has_dropout and rows * (down[0].numel() + len(up)) > layer.base_layer.weight.numel()
+    sums = 2 if torch.is_grad_enabled() else 1
+    return not has_dropout and rows * (down[0].numel() + len(up)) > sums * layer.base_layer.weight.numel()
 
 
 def merged(weight, down, up):
@@ -1345,9 +1349,9 @@ def merged(weight, down, up):
     return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
 
 
-def whole_gradient_pays(weight, down, up):
-    """Return whether the gradients of A and B are less work by way of the whole gradient of W."""
-    return weight.numel() < 2 * (down.numel() + up.numel())
+def whole_gradient_pays(rows, weight, down, up):
+    """Return whether W's whole gradient is the shorter way to those of A and B from `rows` outputs."""
+    return (rows + 2 * len(down)) * weight.numel() < 2 * rows * (down.numel() + up.numel())
 
 
 def factor_gradients(grad, down, up):
@@ -1370,7 +1374,7 @@ class MergedLinear(torch.autograd.Function):
         """Return the gradients in the order of forward's arguments."""
         x, weight, down, up = ctx.saved_tensors
         grad_x = grad @ merged(weight, down, up) if ctx.needs_input_grad[0] else None
-        if whole_gradient_pays(weight, down, up):
+        if whole_gradient_pays(len(grad), weight, down, up):
             return grad_x, None, None, *factor_gradients(grad.T @ x, down, up)
         return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down)
 
@@ -1379,11 +1383,11 @@ class MergedConv2d(torch.autograd.Function):
     """The same of a convolution of x [B,in,h,w]."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up, *options):
-        """Return the output [B,out,h',w']; `options` are stride and padding."""
+    def forward(ctx, x, weight, bias, down, up, stride, padding):
+        """Return the output [B,out,h',w']."""
         ctx.save_for_backward(x, weight, down, up)
-        ctx.options = options
-        return functional.conv2d(x, merged(weight, down, up), bias, *options)
+        ctx.options = stride, padding
+        return functional.conv2d(x, merged(weight, down, up), bias, stride, padding)
 
     @staticmethod
     def backward(ctx, grad):
@@ -1391,7 +1395,7 @@ class MergedConv2d(torch.autograd.Function):
         (x, weight, down, up), options, grad_x = ctx.saved_tensors, ctx.options, None
         if ctx.needs_input_grad[0]:
             grad_x = conv2d_input(x.shape, merged(weight, down, up), grad, *options)
-        if whole_gradient_pays(weight, down, up):
+        if whole_gradient_pays(grad[:, 0].numel(), weight, down, up):
             grads = factor_gradients(conv2d_weight(x, weight.shape, grad, *options), down, up)
         else:
             hidden = functional.conv2d(x, down, None, *options)
@@ -1434,7 +1438,8 @@ class LoraConv2d(lora.Conv2d):
             return super().forward(x)
         base, options = self.base_layer, (self.base_layer.stride, self.base_layer.padding)
         down, up = factors(self, x.dtype)
-        if merging_pays(self, x[:, 0].numel(), down, up):
+        pixels = x[:, 0].numel() // (base.stride[0] * base.stride[1])  # of the output
+        if merging_pays(self, pixels, down, up):
             return MergedConv2d.apply(x, base.weight, base.bias, down, up, *options)
         hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
         return base(x).add_(functional.conv2d(hidden, up))

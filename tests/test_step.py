@@ -283,26 +283,27 @@ def gradients_of(layer, x, with_input):
     return output, *torch.autograd.grad(output.square().sum(), wanted)
 
 
-def test_lora_layers_take_the_way_of_fewer_flops(script, pipe, args, monkeypatch):
+def test_lora_layers_take_the_way_of_fewest_flops(script, pipe, args, monkeypatch):
     args.lora_rank, chosen = 3, set()
     unet = with_lora(script, pipe.unet, args)
     for layer in (module for module in unet.modules() if isinstance(module, LoraLayer)):
         factors = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        even = 3 * layer.base_layer.weight.numel() // factors  # rows for which both ways are the same work
-        for choice, rows, count in (
-            ("merging_pays", even // 2, forward_flops),
-            ("merging_pays", even * 2, forward_flops),
-            ("whole_gradient_pays", even * 99, all_flops),
-        ):
-            x = torch.randn(rows, layer.in_features, *[1, 1] * isinstance(layer, Conv2d))
-            flops = {None: count(layer, x)}
-            for value in (False, True):
+        even = 3 * layer.base_layer.weight.numel() // factors  # rows for which W + B A is as much as A and B
+        for count, rows in (
+            (forward_flops, even // 2), (forward_flops, even * 3 // 2),
+            (all_flops, even * 3 // 2), (all_flops, even * 3), (all_flops, even * 99),
+        ):  # fmt: skip
+            picture = layer.base_layer.stride if isinstance(layer, Conv2d) else ()  # one pixel of output
+            x = torch.randn(rows, layer.in_features, *picture)
+            taken, flops = count(layer, x), {}
+            for way in ((False, False), (True, False), (True, True)):
                 with monkeypatch.context() as patch:
-                    patch.setattr(script, choice, lambda *_given, value=value: value)
-                    flops[value] = count(layer, x)
-            assert flops[None] == min(flops.values()) < max(flops.values())
-            chosen.add((choice, flops[None] == flops[True]))
-    assert len(chosen) == 4  # each choice was made both ways
+                    for name, value in zip(("merging_pays", "whole_gradient_pays"), way, strict=True):
+                        patch.setattr(script, name, lambda *_given, value=value: value)
+                    flops[way] = count(layer, x)
+            assert taken == min(flops.values()), (layer, rows, taken, flops)
+            chosen.add((count, min(flops, key=flops.get)))
+    assert {way for _, way in chosen} == set(flops) and len(chosen) == 5  # each way that there is
 
 
 def forward_flops(layer, x):
