@@ -268,6 +268,8 @@ def add_system_args(parser):
         help="compute dtype; default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
+    add("--use_4bit_base", action="store_true",
+        help="frozen weights of the attention blocks in 4 bits (NF4, bitsandbytes): less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="xformers in place of SDPA; needs CUDA")
     add("--vae_encode_batch_size", type=int, default=4, help="pictures that the VAE encodes at a time")
@@ -388,6 +390,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else imports warn of
 for _package in ("xformers", "bitsandbytes"):
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import bitsandbytes
 import diffusers
 import numpy as np
 import simplejpeg
@@ -1303,6 +1306,32 @@ def twin(unet):
     return teacher.requires_grad_(False).eval()
 
 
+class QuantizedLinear(torch.nn.Linear):
+    """A frozen linear layer whose weight is kept in 4 bits: NF4, blocks of 64 (QLoRA, arXiv:2305.14314)."""
+
+    def __init__(self, linear):
+        """Take the place of `linear`, in whose dtype the weight is unpacked for every use."""
+        torch.nn.Module.__init__(self)  # a weight of its own would be made for nothing
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        packed, self.packing = bitsandbytes.functional.quantize_4bit(linear.weight, quant_type="nf4")
+        self.weight = torch.nn.Parameter(packed, requires_grad=False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """Return the layer's output [...,out] of x [...,in]."""
+        return bitsandbytes.matmul_4bit(x, self.weight, self.packing, bias=self.bias)
+
+
+def quantize(unet, teacher):
+    """Keep the weights of the attention blocks, which both UNets share, in 4 bits."""
+    linear = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)]
+    for name in linear:  # names, since a list of modules would keep every weight until the end
+        if ".attentions." in name:
+            quantized = QuantizedLinear(unet.get_submodule(name))
+            unet.set_submodule(name, quantized)
+            teacher.set_submodule(name, quantized)
+
+
 def add_lora(unet, args):
     """Add the LoRA to the UNet, in float32 whatever the base's dtype, and return its parameters.
 
@@ -1340,18 +1369,21 @@ def merging_pays(layer, rows, down, up):
     With gradients it is added twice: the backward pass needs the sum too.
     """
     has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-    sums = 2 if torch.is_grad_enabled() else 1
-    return not has_dropout and rows * (down[0].numel() + len(up)) > sums * layer.base_layer.weight.numel()
+    inputs, outputs, sums = down[0].numel(), len(up), 2 if torch.is_grad_enabled() else 1
+    return not has_dropout and rows * (inputs + outputs) > sums * inputs * outputs
 
 
-def merged(weight, down, up):
+def merged(weight, down, up, packing=None):
     """Return W + B A in the shape of W [out,in] or [out,in,k,k]; A [r,in] or [r,in,k,k], B [out,r,...]."""
-    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view_as(weight)
+    if packing:
+        weight = bitsandbytes.functional.dequantize_4bit(weight, packing)
+    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(len(up), *down.shape[1:])
 
 
-def whole_gradient_pays(rows, weight, down, up):
+def whole_gradient_pays(rows, down, up):
     """Return whether W's whole gradient is the shorter way to those of A and B from `rows` outputs."""
-    return (rows + 2 * len(down)) * weight.numel() < 2 * rows * (down.numel() + up.numel())
+    inputs, outputs = down[0].numel(), len(up)
+    return (rows + 2 * len(down)) * inputs * outputs < 2 * rows * (down.numel() + up.numel())
 
 
 def factor_gradients(grad, down, up):
@@ -1364,19 +1396,20 @@ class MergedLinear(torch.autograd.Function):
     """x (W + B A)^T + b of x [rows,in], where W and b are frozen; it keeps x, and not the sum."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, down, up):
-        """Return the output [rows,out]."""
+    def forward(ctx, x, weight, bias, down, up, packing):
+        """Return the output [rows,out]; `packing` is a QuantizedLinear's, else None."""
         ctx.save_for_backward(x, weight, down, up)
-        return functional.linear(x, merged(weight, down, up), bias)
+        ctx.packing = packing
+        return functional.linear(x, merged(weight, down, up, packing), bias)
 
     @staticmethod
     def backward(ctx, grad):
         """Return the gradients in the order of forward's arguments."""
         x, weight, down, up = ctx.saved_tensors
-        grad_x = grad @ merged(weight, down, up) if ctx.needs_input_grad[0] else None
-        if whole_gradient_pays(len(grad), weight, down, up):
-            return grad_x, None, None, *factor_gradients(grad.T @ x, down, up)
-        return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down)
+        grad_x = grad @ merged(weight, down, up, ctx.packing) if ctx.needs_input_grad[0] else None
+        if whole_gradient_pays(len(grad), down, up):
+            return grad_x, None, None, *factor_gradients(grad.T @ x, down, up), None
+        return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down), None
 
 
 class MergedConv2d(torch.autograd.Function):
@@ -1395,7 +1428,7 @@ class MergedConv2d(torch.autograd.Function):
         (x, weight, down, up), options, grad_x = ctx.saved_tensors, ctx.options, None
         if ctx.needs_input_grad[0]:
             grad_x = conv2d_input(x.shape, merged(weight, down, up), grad, *options)
-        if whole_gradient_pays(grad[:, 0].numel(), weight, down, up):
+        if whole_gradient_pays(grad[:, 0].numel(), down, up):
             grads = factor_gradients(conv2d_weight(x, weight.shape, grad, *options), down, up)
         else:
             hidden = functional.conv2d(x, down, None, *options)
@@ -1422,7 +1455,8 @@ class LoraLinear(lora.Linear):
         base, rows = self.base_layer, x.flatten(0, -2)
         down, up = factors(self, x.dtype)
         if merging_pays(self, len(rows), down, up):
-            output = MergedLinear.apply(rows, base.weight, base.bias, down, up)
+            packing = getattr(base, "packing", None)
+            output = MergedLinear.apply(rows, base.weight, base.bias, down, up, packing)
         else:
             hidden = functional.linear(self.lora_dropout["default"](rows), down)
             output = base(rows).addmm_(hidden, up.T)
@@ -1494,8 +1528,6 @@ def condition(uncond_embeds, batch, empty):
 def make_optimizer(parameters, args, num_processes):
     """Return (AdamW or its 8-bit form, learning-rate schedule stepped once an update)."""
     if args.use_8bit_adam:
-        import bitsandbytes
-
         adamw = bitsandbytes.optim.AdamW8bit
     else:
         adamw = partial(torch.optim.AdamW, fused=True)
@@ -2310,6 +2342,8 @@ def make_job(args, accelerator, samples, cache):
     flags = args.num_ddim_timesteps, args.timestep_scaling_factor
     schedule = make_schedule(pipe.scheduler.config, *flags, accelerator.device, args.loss_space)
     teacher = twin(pipe.unet)
+    if args.use_4bit_base:
+        quantize(pipe.unet, teacher)
     parameters = add_lora(pipe.unet, args)
     for unet in (pipe.unet, teacher):
         make_fast(unet, args)

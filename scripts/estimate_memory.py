@@ -116,13 +116,19 @@ def parse_args(argv=None):
 
 
 def make_job(own, trainer, args):
-    """Return (what `batch_loss` asks of a job, the LoRA's parameters), all of it on the meta device."""
+    """Return (what `batch_loss` asks of a job, the LoRA's parameters, bytes of the UNet as it is loaded).
+
+    All of it is on the meta device.
+    """
     dtype = DTYPES[args.mixed_precision or "no"]
     pipe = build_teacher(own.model, args, dtype, META)
     uncond_embeds = trainer.encode_prompts(pipe, [""], META)
     if own.cached:
         pipe.text_encoder = pipe.text_encoder_2 = None  # the VAE is loaded at the first validation
     teacher = trainer.twin(pipe.unet)
+    loaded = size_of(pipe.unet.parameters())
+    if args.use_4bit_base:
+        trainer.quantize(pipe.unet, teacher)
     with META:
         parameters = trainer.add_lora(pipe.unet, args)
     for unet in (pipe.unet, teacher):
@@ -134,7 +140,7 @@ def make_job(own, trainer, args):
         accelerator=SimpleNamespace(device=META, process_index=0), state=trainer.RunState(),
         uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()},
     )  # fmt: skip
-    return job, parameters
+    return job, parameters, loaded
 
 
 def make_batch(own, args, job):
@@ -148,6 +154,11 @@ def make_batch(own, args, job):
     return batch | embeds | {"moments": moments}
 
 
+def scales_of(module):
+    """Return the scales of weights kept in 4 bits, which are neither parameters nor buffers."""
+    return [each.packing.absmax for each in module.modules() if hasattr(each, "packing")]
+
+
 def size_of(tensors):
     """Return the bytes that tensors take."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
@@ -156,10 +167,10 @@ def size_of(tensors):
 def measure(own, trainer, args):
     """Return ({what lies in memory throughout: bytes}, {part of the step: most bytes beside that})."""
     functional.scaled_dot_product_attention = flash_attention
-    job, parameters = make_job(own, trainer, args)
+    job, parameters, loaded = make_job(own, trainer, args)
     modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", *trainer.TEXT_PARTS)}
     tensors = {
-        name: [*module.parameters(), *module.buffers()]
+        name: [*module.parameters(), *module.buffers(), *scales_of(module)]
         for name, module in modules.items()
         if isinstance(module, torch.nn.Module)
     }
@@ -182,6 +193,9 @@ def measure(own, trainer, args):
     fixed["unet"] -= size_of(parameters)
     fixed["LoRA"] = size_of(parameters)
     fixed["optimizer"] = num_parameters * (ADAMW_8BIT_BYTES if args.use_8bit_adam else ADAMW_BYTES)
+    if args.use_4bit_base:  # before the LoRA is there, and a cache's VAE
+        later = ("LoRA", "optimizer", "vae") if own.cached else ("LoRA", "optimizer")
+        memory.peaks["loading"] = loaded - fixed["unet"] - sum(fixed[name] for name in later)
     return fixed, memory.peaks
 
 

@@ -287,7 +287,7 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
 
 @one_family
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path):
-    changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "lora_rank": 64}
+    changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_4bit_base": True, "lora_rank": 64}
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     for out in (unbroken, resumed):
         line = flags(teacher, shards, out, **changes)

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 from types import SimpleNamespace
 
+import bitsandbytes
 import numpy as np
 import pytest
 import torch
@@ -242,6 +243,33 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
     loss.backward()
     assert loss.dtype == F32 and loss.item() == pytest.approx(full.item(), rel=0.1)
     assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
+
+
+@pytest.mark.parametrize("merges", [False, True])
+def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args, monkeypatch, merges):
+    monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
+    args.gradient_checkpointing = merges
+    small, plain = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet)
+    teachers = script.twin(small), script.twin(plain)
+    script.quantize(small, teachers[0])
+    kept = {name: module for name, module in small.named_modules() if hasattr(module, "packing")}
+    for name, module in plain.named_modules():
+        assert (name in kept) == (isinstance(module, torch.nn.Linear) and "attentions" in name), name
+        if name in kept:
+            assert teachers[0].get_submodule(name) is kept[name]
+            assert kept[name].weight.numel() == module.weight.numel() / 2
+            assert kept[name].packing.quant_type == "nf4"
+            unpacked = bitsandbytes.functional.dequantize_4bit(kept[name].weight, kept[name].packing)
+            assert 0.02 < (unpacked - module.weight).norm() / module.weight.norm() < 0.15
+            module.weight.copy_(unpacked)  # which the teacher shares
+    results = []
+    for base, teacher in zip((small, plain), teachers, strict=True):
+        unet = with_lora(script, base, args).train()
+        loss = loss_of(script, unet, pipe, args, teacher=teacher)
+        loss.backward()
+        results.append([loss, *(each.grad for each in unet.parameters() if each.requires_grad)])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
+    assert len(results[0]) > 50
 
 
 @pytest.mark.parametrize("dropout, merges, whole", [
