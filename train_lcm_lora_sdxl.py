@@ -1806,7 +1806,9 @@ def find_checkpoint(args, say):
 
 def check_same_settings(manifest, args, accelerator):
     """Raise UnusableInput where flags that change the result differ from the checkpoint's."""
-    old, new = manifest["settings"], settings_of(args, accelerator)
+    new, parser = settings_of(args, accelerator), build_parser()
+    # Before a flag was there, runs did what its default does.
+    old = {name: parser.get_default(name) for name in new} | manifest["settings"]
     changed = [
         f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
         for name in sorted(old.keys() | new.keys())

@@ -276,6 +276,21 @@ def test_a_damaged_checkpoint_does_not_push_out_a_new_one(again, unbroken, tmp_p
 
 
 @one_family
+@pytest.mark.parametrize("flag, code", [("use_4bit_base", 0), ("random_flip", 2)])
+def test_a_checkpoint_older_than_a_flag_has_its_default(again, unbroken, script, tmp_path, flag, code):
+    """Of the two flags SETTINGS has the second."""
+    shutil.copytree(unbroken, tmp_path / "out")
+    for name in checkpoints(unbroken):
+        file = tmp_path / "out" / name / script.MANIFEST_NAME
+        manifest = json.loads(file.read_text())
+        del manifest["settings"][flag]
+        file.write_text(json.dumps(script.seal(manifest)))
+    said = again(code)
+    wanted = {0: "resuming from .*checkpoint-6", 2: "(random_flip was False, is True)"}[code]
+    assert any(re.search(wanted, line) for line in said)
+
+
+@one_family
 def test_more_steps_go_on_from_the_last(script, teacher, shards, tmp_path):
     for steps in (2, 3):
         said = finish(
