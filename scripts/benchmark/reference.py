@@ -17,6 +17,7 @@ def replace_step(trainer):
     trainer.load_teacher = partial(plain_load, trainer.load_teacher, trainer)
     trainer.make_fast, trainer.make_optimizer = plain_fast, plain_optimizer
     trainer.teacher_step, trainer.predict = plain_teacher_step, plain_predict
+    trainer.quantize = lambda _unet, _teacher: None  # its weights are whole, whatever the flags
 
 
 def plain_load(load, trainer, args, dtype, device, **parts):
