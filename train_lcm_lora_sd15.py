@@ -1323,13 +1323,25 @@ class QuantizedLinear(torch.nn.Linear):
 
 
 def quantize(unet, teacher):
-    """Keep the weights of the attention blocks, which both UNets share, in 4 bits."""
-    linear = [name for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)]
-    for name in linear:  # names, since a list of modules would keep every weight until the end
-        if ".attentions." in name:
-            quantized = QuantizedLinear(unet.get_submodule(name))
-            unet.set_submodule(name, quantized)
-            teacher.set_submodule(name, quantized)
+    """Keep the weights of the attention blocks, which both UNets share, in 4 bits.
+
+    Raises:
+        UnusableInput: none of them can be packed.
+    """
+    # Where a block of 64 weights spans two rows, bitsandbytes 0.50 unpacks it wrongly on CPUs with AVX-512.
+    names = [  # and no modules, which would keep every weight until the end
+        name
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and ".attentions." in name and module.in_features % 64 == 0
+    ]
+    if not names:
+        raise UnusableInput(
+            "--use_4bit_base: the teacher has no attention layer of a multiple of 64 inputs; leave it out"
+        )
+    for name in names:
+        quantized = QuantizedLinear(unet.get_submodule(name))
+        unet.set_submodule(name, quantized)
+        teacher.set_submodule(name, quantized)
 
 
 def add_lora(unet, args):

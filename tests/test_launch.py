@@ -23,6 +23,7 @@ from conftest import (
     one_family,
     picture_bytes,
     read_log,
+    tiny_unet,
     write_shard,
 )
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
@@ -287,10 +288,13 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
 
 @one_family
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path):
+    wide = tmp_path / "wide"
+    shutil.copytree(teacher, wide)
+    tiny_unet(block_out_channels=(8, 64)).save_pretrained(wide / "unet")
     changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_4bit_base": True, "lora_rank": 64}
     unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
     for out in (unbroken, resumed):
-        line = flags(teacher, shards, out, **changes)
+        line = flags(wide, shards, out, **changes)
         # a process of its own: bf16 kernels do not outlive a fork
         done = launch(line, Path(script.__file__).name)
         assert done.returncode == 0, done.stderr[-2000:]

@@ -249,19 +249,23 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
 def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args, monkeypatch, merges):
     monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
     args.gradient_checkpointing = merges
+    monkeypatch.setattr(pipe, "unet", with_widths(pipe.unet, 8, 64))
     small, plain = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet)
     teachers = script.twin(small), script.twin(plain)
     script.quantize(small, teachers[0])
     kept = {name: module for name, module in small.named_modules() if hasattr(module, "packing")}
+    widths = set()
     for name, module in plain.named_modules():
-        assert (name in kept) == (isinstance(module, torch.nn.Linear) and "attentions" in name), name
+        is_linear = isinstance(module, torch.nn.Linear) and ".attentions." in name
+        assert (name in kept) == (is_linear and module.in_features % 64 == 0), name
         if name in kept:
             assert teachers[0].get_submodule(name) is kept[name]
             assert kept[name].weight.numel() == module.weight.numel() / 2
-            assert kept[name].packing.quant_type == "nf4"
-            unpacked = bitsandbytes.functional.dequantize_4bit(kept[name].weight, kept[name].packing)
-            assert 0.02 < (unpacked - module.weight).norm() / module.weight.norm() < 0.15
+            unpacked = unpack(kept[name])
+            assert 0.02 < (unpacked - module.weight).norm() / module.weight.norm() < 0.12
             module.weight.copy_(unpacked)  # which the teacher shares
+            widths.add(tuple(unpacked.shape))
+    assert {(64, 64), (512, 64), (64, 256)} == widths
     results = []
     for base, teacher in zip((small, plain), teachers, strict=True):
         unet = with_lora(script, base, args).train()
@@ -270,6 +274,35 @@ def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args,
         results.append([loss, *(each.grad for each in unet.parameters() if each.requires_grad)])
     torch.testing.assert_close(*results, rtol=1e-4, atol=1e-6)
     assert len(results[0]) > 50
+
+
+# The 16 values of NF4 (QLoRA, arXiv:2305.14314, appendix E), to four digits.
+NF4 = torch.tensor([
+    -1, -0.6962, -0.5251, -0.3949, -0.2844, -0.1848, -0.0911, 0,
+    0.0796, 0.1609, 0.2461, 0.3379, 0.4407, 0.5626, 0.7230, 1,
+])  # fmt: skip
+
+
+def unpack(layer):
+    """Return the weight of a layer kept in 4 bits, written from its definition and exact to four digits."""
+    packed, scales = layer.weight.flatten(), layer.packing.absmax
+    codes = torch.stack([packed >> 4, packed & 15], dim=1).long().flatten()
+    values = (NF4[codes].view(-1, 64) * scales[:, None]).view(-1, layer.in_features)
+    exact = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.packing)
+    torch.testing.assert_close(exact, values, rtol=1e-3, atol=1e-4)
+    return exact
+
+
+def with_widths(unet, *widths):
+    """Return a frozen random UNet like `unet`, of other widths."""
+    config = dict(unet.config) | {"block_out_channels": widths}
+    return type(unet).from_config(config).requires_grad_(False)
+
+
+def test_a_base_with_nothing_to_pack_is_refused(script, pipe):
+    unet = with_widths(pipe.unet, 8, 8)
+    with pytest.raises(script.UnusableInput, match="use_4bit_base: .* leave it out"):
+        script.quantize(unet, script.twin(unet))
 
 
 @pytest.mark.parametrize("dropout, merges, whole", [
