@@ -195,7 +195,7 @@ def measure(own, trainer, args):
     fixed["optimizer"] = num_parameters * (ADAMW_8BIT_BYTES if args.use_8bit_adam else ADAMW_BYTES)
     if args.use_4bit_base:  # before the LoRA is there, and a cache's VAE
         later = ("LoRA", "optimizer", "vae") if own.cached else ("LoRA", "optimizer")
-        memory.peaks["loading"] = loaded - fixed["unet"] - sum(fixed[name] for name in later)
+        memory.peaks["loading"] = max(0, loaded - fixed["unet"] - sum(fixed[name] for name in later))
     return fixed, memory.peaks
 
 
