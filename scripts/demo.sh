@@ -12,7 +12,7 @@ case $family in
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
-. scripts/environment.sh
+. scripts/dev/environment.sh
 export PATH=$PWD/.venv/bin:$PATH ACCELERATE_USE_CPU=true
 
 say() { printf '\n== %s\n' "$*"; }

@@ -3,8 +3,8 @@
 # Lint and tests; sets up the environment first. Arguments go to pytest: bash scripts/test.sh tests/test_math.py -x
 set -euo pipefail
 cd "$(dirname "$0")/.."
-. scripts/environment.sh
+. scripts/dev/environment.sh
 .venv/bin/ruff check .
 .venv/bin/ruff format --check .
-.venv/bin/python scripts/check_shared.py
+.venv/bin/python scripts/dev/check_shared.py
 exec .venv/bin/python -m pytest "$@"

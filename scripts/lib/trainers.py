@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The two training scripts as modules, for the tools: one reader of shards, one opener of pictures, one loader."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+import train_lcm_lora_sd15 as sd15
+import train_lcm_lora_sdxl as sdxl
+
+UnusableInput = sd15.UnusableInput
+INPUT_ERRORS = (sd15.UnusableInput, sdxl.UnusableInput)  # each script has a class of its own
+DTYPES = sd15.DTYPES
+
+
+def exit_code(main, args):
+    """Return what `main(args)` returns, or 2 after one line for input that cannot be used."""
+    try:
+        return main(args) or 0
+    except INPUT_ERRORS as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
