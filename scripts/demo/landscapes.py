@@ -53,6 +53,12 @@ def caption_of(labels):
     return f"{terrain} at {time} with {weather} and {thing}"
 
 
+def random_captions(count, seed=7):
+    """Return captions of random attributes: those by which the demo compares samplers."""
+    rng = np.random.default_rng(seed)
+    return [caption_of(row) for row in np.stack([rng.integers(len(n), size=count) for n in ATTRIBUTES], 1)]
+
+
 def labels_of(caption):
     """Return the four attribute indices that a caption names."""
     return [next(i for i, name in enumerate(names) if f" {name} " in f" {caption} ") for names in ATTRIBUTES]
@@ -430,7 +436,8 @@ def main():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the shards")
+    parser.add_argument("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
+    parser.add_argument("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
     parser.add_argument(
         "--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)"
     )
@@ -443,6 +450,9 @@ def main():
     parser.add_argument("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
     parser.add_argument("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
     args = parser.parse_args()
+    if args.captions:
+        print(*random_captions(args.captions), sep="\n")
+        return
     write_shards(
         args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied
     )

@@ -1,15 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that name a model, its LoRAs and its prompts, and what can be wrong with them.
+"""The flags that name a model, its LoRAs and its prompts, and the checks of their values.
 
-For sample.py, evaluate.py and benchmark_inference.py. Imports the standard library alone, so that
---help and wrong flags answer before any model library loads.
+Imports the standard library only, so that --help and wrong flags answer before torch and diffusers load.
 """
 
+import argparse
+import difflib
 import math
 import re
+import tempfile
 from pathlib import Path
 
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-without-lora")
 NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
@@ -18,31 +19,49 @@ PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 
-class InputError(ValueError):
-    """An input these tools cannot use; the message is one line that names it and the remedy."""
+class ToolParser(argparse.ArgumentParser):
+    """A parser whose errors are one line; an unknown flag gets the nearest known one."""
+
+    def __init__(self, description):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message):
+        known = [flag for action in self._actions for flag in action.option_strings]
+        for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
+            near = difflib.get_close_matches(flag, known, 1)
+            message += f"; did you mean {near[0]}?" if near else ""
+        self.exit(2, f"{self.prog}: error: {message}\n")
 
 
 def add_model_flags(cli, required=True):
-    """Add the flags of the teacher, precision and device to a parser; return the group's add_argument."""
+    """Add the flags of the teacher and its precision to a parser; return the group's add_argument."""
     add = cli.add_argument_group("model").add_argument
     text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
     add("--pretrained_teacher_model", required=required, metavar="MODEL", help=text)
-    add("--teacher_config", metavar="MODEL", help="folder or Hub id of one file's configs (default: by Hub)")
+    text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
+    add("--teacher_config", metavar="MODEL", help=text)
     add("--teacher_revision", metavar="REV", help="branch, tag or commit of a Hub id (default: main)")
-    add("--variant", help="weight files of a folder or Hub id, such as fp16 (default: the plain ones)")
-    add("--mixed_precision", choices=tuple(DTYPES), help="no is float32 (default: fp16 on cuda, else no)")
+    add("--variant", help="variant of the weight files, such as fp16 (default: files without a variant)")
+    text = "what the UNet predicts (default: the model's config, or the markers of a single file)"
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
+    text = "VAE that replaces the model's own (default: none; SDXL from the Hub in half precision: fp16-fix)"
+    add("--pretrained_vae_model_name_or_path", metavar="MODEL", help=text)
+    add("--cache_dir", metavar="DIR", help="folder for files from the Hub (default: the Hub's own cache)")
+    text = "compute precision; no is float32 (default: fp16 on CUDA, else no)"
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help=text)
     return add
 
 
-def add_prompt_flags(group):
-    """Add --prompts and --prompts_file, one of which is required, to a group of flags."""
-    prompts = group.add_mutually_exclusive_group(required=True)
+def add_prompt_flags(group, required=True):
+    """Add --prompts and --prompts_file, which exclude each other, to a group of flags."""
+    prompts = group.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
 
 
 def read_prompts(path):
-    """Return the prompts of a text file, one a line without blank lines; [] if it is not there."""
+    """Return the prompts of a text file, one a line without blank lines; [] where there is no file."""
     text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -64,11 +83,15 @@ def split_weight(text):
         return source, math.nan
 
 
+# Each of these functions returns pairs (whether a value is wrong, message), for `refuse`.
+
+
 def model_problems(args):
-    """Return pairs (whether it is so, message) of what can be wrong with the flags of the teacher."""
     teacher, config = Path(args.pretrained_teacher_model), args.teacher_config
     model = f"--pretrained_teacher_model {args.pretrained_teacher_model}"
-    no_index = teacher.is_dir() and not (teacher / "model_index.json").exists()
+    # A PEFT or LoRA folder is left to the loader, which names it as a LoRA.
+    known = ("model_index.json", LORA_FILE, PEFT_FILES[0])
+    no_index = teacher.is_dir() and not any((teacher / name).exists() for name in known)
     return (
         (not is_source(args.pretrained_teacher_model), f"{model}: not there; give a folder, file or Hub id"),
         (no_index, f"{model}: holds no model_index.json; give the folder that save_pretrained wrote"),
@@ -80,7 +103,6 @@ def model_problems(args):
 
 
 def lora_problems(loras):
-    """Return pairs (whether it is so, message) of what can be wrong with (source, weight) pairs."""
     found = []
     for source, weight in loras:
         files = [LORA_FILE, PEFT_FILES[0]]
@@ -94,7 +116,6 @@ def lora_problems(loras):
 
 
 def step_problems(steps, samplers):
-    """Return pairs (whether it is so, message) of what can be wrong with a list of solver steps."""
     limit = MAX_LCM_STEPS if any(name.startswith("lcm") for name in samplers) else 1000
     # diffusers 0.42 adds a timestep -1 to trailing schedules of these (61, 103, ...): a division rounds up.
     unmade = [n for n in steps if 1 <= n <= 1000 and math.ceil(1000 / (1000 / n)) != n]
@@ -104,8 +125,32 @@ def step_problems(steps, samplers):
     )
 
 
+def picture_problems(args, scales):
+    """Check the flags that every tool that draws has; `scales` are all its guidances."""
+    side = args.resolution
+    return (
+        (not args.prompts, f"--prompts_file {args.prompts_file}: not there or empty; write a prompt a line"),
+        (not all(0 <= scale <= 100 for scale in scales), f"guidance scales {scales}: give 0 to 100"),
+        (side is not None and (side < 8 or side % 8), f"--resolution {side}: give a multiple of 8"),
+    )
+
+
+def folder_problems(folder):
+    """Make the output folder and write to it, so that a full or read-only disk is found before a model loads."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return (
+            (True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),
+        )
+    return ()
+
+
 def refuse(parser, found):
-    """Exit with 2 and the first message of pairs (whether it is so, message) that is so."""
+    """Exit with 2 and the first message whose condition holds."""
     for is_wrong, message in found:
         if is_wrong:
             parser.exit(2, f"{parser.prog}: error: {message}\n")

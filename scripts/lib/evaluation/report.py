@@ -80,6 +80,50 @@ def markdown_table(results):
     return "\n".join(lines)
 
 
+def summary(results):
+    """Return (head, body) of the table of README: a line for each sampler, distance / score by steps.
+
+    A solver with several guidances has two lines: at the teacher's guidance and at its best one.
+    """
+    used = columns(results)
+    distance = next(key for key in used if key.startswith("FD/") and key.endswith("/teacher"))
+    score = next((key for key in ("accuracy", "clip_score") if key in used), None)
+    teacher, *rows = results["rows"]
+    steps = sorted({row["steps"] for row in rows})
+    smallest = min(max(row["figures"][distance]["value"], 1e-3) for row in results["rows"])
+    decimals = max(1, 1 - math.floor(math.log10(smallest)))
+
+    def cell(row):
+        keys = [(distance, decimals)] + ([(score, 3)] if score else [])
+        figures = [(row["figures"][key], digits) for key, digits in keys]
+        halves = ["" if f["low"] is None else f" ± {(f['high'] - f['low']) / 2:.{d}f}" for f, d in figures]
+        return " / ".join(f"{f['value']:.{d}f}{half}" for (f, d), half in zip(figures, halves, strict=True))
+
+    body = []
+    for label in dict.fromkeys(row["label"] for row in rows):
+        mine = [row for row in rows if row["label"] == label]
+        guidances = list(dict.fromkeys(row["guidance"] for row in mine))
+        first = {row["steps"]: cell(row) for row in mine if row["guidance"] == guidances[0]}
+        body.append([f"{label}, guidance {guidances[0]:g}", *(first.get(n, "–") for n in steps)])
+        if len(guidances) > 1:
+            of_steps = ([row for row in mine if row["steps"] == n] for n in steps)
+            best = [min(found, key=lambda row: row["figures"][distance]["value"]) for found in of_steps]
+            body.append([f"{label}, its best guidance", *(f"{cell(r)} ({r['guidance']:g})" for r in best)])
+    text = f"Teacher, {teacher['steps']} steps, guidance {teacher['guidance']:g}: {cell(teacher)} (floor)"
+    name = f"{used[distance]}{' / ' + SHORT[score] if score else ''}"
+    return [name, *(f"{n} step{'s' * (n > 1)}" for n in steps)], body, text
+
+
+SHORT = {"accuracy": "accuracy", "clip_score": "CLIP score"}
+
+
+def summary_table(results):
+    """Return the summary as Markdown."""
+    head, body, floor = summary(results)
+    lines = [head, ["---"] * len(head), *body]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + f"\n\n{floor}"
+
+
 def html_table(head, body):
     """Return an HTML table that scrolls sideways where it is too wide; cells are HTML already."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
@@ -238,11 +282,14 @@ def html_report(results, pictures):
         [html.escape(str(key)), html.escape(str(value))] for key, value in results["settings"].items()
     ]
     title = html.escape(f"{results['settings']['teacher']}: few-step samplers compared")
+    head, body, floor = summary(results)
+    brief = html_table(map(html.escape, head), [map(html.escape, cells) for cells in body])
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <link rel="icon" href="data:,"><title>{title}</title><style>{STYLE}</style></head>
 <body><h1>{title}</h1>
+{brief}<p>{html.escape(floor)}</p>
 <h2>How to read the figures</h2><ul>{notes}</ul>
 <h2>Figures</h2>{results_table(results)}
 <h2>Quality over steps and over time</h2>{plots(results)}
