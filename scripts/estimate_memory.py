@@ -50,14 +50,12 @@ if __name__ == "__main__":
 import copy
 
 import torch
-from diffusers.utils import logging as diffusers_logging
+from lib.benchmark.real_models import build_teacher, trainer_of
+from lib.trainers import DTYPES, exit_code
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
-
-from lib.benchmark.real_models import build_teacher, trainer_of
-from lib.trainers import DTYPES, exit_code
 
 META = torch.device("meta")
 
@@ -221,7 +219,6 @@ def peak_gib_of(fixed, peaks):
 
 def main(own):
     """Print what a run's memory goes to, and its peak."""
-    diffusers_logging.set_verbosity_error()
     args, fixed, peaks = count_memory(own, WORDS)
     precision = args.mixed_precision or "no"
     print(f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB")

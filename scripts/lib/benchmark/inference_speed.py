@@ -23,7 +23,7 @@ WARMUP_RUNS = 2  # cuDNN's attention plans on Hopper are ready after the second
 def load_model(args, device, dtype):
     """Return the pipeline without a LoRA; raises UnusableInput."""
     if args.pretrained_teacher_model:
-        pipe = load_teacher(args, device)
+        pipe = load_teacher(argparse.Namespace(**vars(args), offload=False, mask=None), device)
     else:
         pipe = build_teacher(args.random_weights, argparse.Namespace(seed=0), dtype, device)
         pipe.set_progress_bar_config(disable=True)

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion 1.5, SDXL and SSD-1B in their published configurations, with random weights."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,25 +10,33 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from lib.benchmark.sweep import REAL_MODELS
+from lib.trainers import sd15, sdxl
+
 ASSETS = Path(__file__).resolve().parents[3] / "assets"
 # Any CLIP tokenizer will do: the padded length of captions matters, the meaning of tokens does not.
 TOKENIZER = ASSETS / "demo-teacher-sd15" / "tokenizer"
 DEMO_FOLDERS = {"demo": ASSETS / "demo-teacher-sd15", "demo-sdxl": ASSETS / "demo-teacher-sdxl"}
 
 
+def trainer_of(model):
+    """Return the training script of a model's family, as a module."""
+    if model in REAL_MODELS:
+        return sd15 if model == "sd15" else sdxl
+    index = Path(DEMO_FOLDERS.get(model, model)) / "model_index.json"
+    return sdxl if "XL" in json.loads(index.read_text())["_class_name"] else sd15
+
+
 def build_unet(model):
     """Return the UNet of SD 1.5, SDXL, SSD-1B or a diffusers folder, with random weights."""
-    if model not in ("sd15", "sdxl", "ssd1b"):
+    if model not in REAL_MODELS:
         return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model, subfolder="unet"))
     if model == "sd15":  # the class's other defaults are SD 1.5's
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     depths, ssd = (1, 2, 10), {}
     if model == "ssd1b":
         depths = [1, [2, 2], [4, 4]]
-        ssd = {
-            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-            "mid_block_type": "UNetMidBlock2D",
-        }
+        ssd = {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1], "mid_block_type": "UNetMidBlock2D"}
     return UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -101,7 +110,7 @@ def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG
     """
     torch.manual_seed(args.seed)
     folder = DEMO_FOLDERS.get(model, model)
-    kind, scheduler, makers = (published_parts if model in ("sd15", "sdxl", "ssd1b") else folder_parts)(folder)
+    kind, scheduler, makers = (published_parts if model in REAL_MODELS else folder_parts)(folder)
     usual = torch.get_default_dtype()
     for name, make in makers.items():
         if name in parts:
@@ -113,7 +122,9 @@ def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG
         finally:
             torch.set_default_dtype(usual)
         if isinstance(parts[name], torch.nn.Module):
-            parts[name].requires_grad_(False).eval().to(dtype)
+            if name == "unet" and getattr(args, "use_4bit_base", False):
+                sd15.quantize_4bit(parts[name])
+            parts[name].requires_grad_(False).eval().to(device)
     if kind is diffusers.StableDiffusionPipeline:
         parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     return kind(scheduler=scheduler, **parts)

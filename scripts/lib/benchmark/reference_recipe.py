@@ -71,9 +71,7 @@ class PlainRecipe:
         with torch.autocast(device, dtype=job.dtype, enabled=job.dtype != torch.float32):
             pred = trainer.consistency(job.student, schedule, z_t, timesteps, conditioning, torch.float32)
             with torch.no_grad():
-                z_prev = self.teacher_step(
-                    schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w
-                )
+                z_prev = self.teacher_step(schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w)
                 target = trainer.consistency(
                     job.student, schedule, z_prev, prev_timesteps, conditioning, torch.float32
                 )

@@ -168,7 +168,7 @@ class Sweep:
             last = (errors.strip().splitlines() or [f"exit code {worker.returncode}"])[-1]
             return {"failed": "out of memory" if "out of memory" in errors else last[:200]}
         figures = json.loads(output.splitlines()[-1])
-        self.report["machine"] = {name: figures[name] for name in ("device", "torch", "driver")}
+        self.report["machine"] = {name: figures[name] for name in ("device", "torch", "cuda")}
         return {name: figures[name] for name in (*PRINTED, "seconds_per_part")}
 
     def write(self):
