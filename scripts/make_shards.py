@@ -19,7 +19,6 @@ The same command again makes the missing shards; several processes share them.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
-import argparse
 import hashlib
 import io
 import json
@@ -206,9 +205,7 @@ def check_output(folder, run):
     if next(folder.glob("[!.]*.tar"), None):
         changed = [f"{key} was {old.get(key)!r}, is {run[key]!r}" for key in run if old.get(key) != run[key]]
         why = "; ".join(changed) if old else "this tool did not make them"
-        raise UnusableInput(
-            f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder"
-        )
+        raise UnusableInput(f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder")
     sd15.write_atomically(manifest, json.dumps(run, indent=1))
 
 
@@ -227,9 +224,7 @@ def main(args):
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
     total = len(source.entries) if isinstance(source.entries, list) else None
     targets = []
-    with writing_to(args.output_dir), tqdm(
-        total=total, unit="picture", desc="making shards", disable=rank > 0
-    ) as bar:
+    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
         check_output(args.output_dir, run)
         parts = groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard)
         for part, numbered in parts:

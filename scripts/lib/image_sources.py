@@ -24,6 +24,7 @@ except ImportError:
 import fsspec
 import huggingface_hub
 import webdataset as wds
+
 from lib.cli import read_prompts
 from lib.pipelines import choose_device, draw, load_teacher, set_sampler
 from lib.trainers import UnusableInput, sd15
@@ -153,8 +154,10 @@ def open_rows(path, args):
     rows = itertools.chain([first], rows)
     if isinstance(first[0], str):
         if path is None or not path.is_file():
-            raise UnusableInput(f"{path or args.dataset_name}: its pictures are {first[0][:60]!r}, addresses or "
-                                "paths; download them with img2dataset")
+            raise UnusableInput(
+                f"{path or args.dataset_name}: its pictures are {first[0][:60]!r}, addresses or "
+                "paths; download them with img2dataset"
+            )
         return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
     entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
     if args.shuffle_seed is not None:
