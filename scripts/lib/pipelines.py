@@ -14,11 +14,12 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
-from lib.cli import PEFT_FILES
-from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
+
+from lib.cli import PEFT_FILES
+from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
 MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own limit

@@ -15,6 +15,7 @@ import textwrap
 from pathlib import Path
 
 import torch
+
 from lib.pipelines import LOAD_ERRORS
 from lib.trainers import UnusableInput
 

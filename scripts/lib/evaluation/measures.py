@@ -7,6 +7,9 @@ from functools import partial
 
 import torch
 from accelerate.utils import gather_object
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
 from lib.evaluation.feature_models import describe_model, load_clip_score, load_features, load_lpips
 from lib.evaluation.pictures import read_real, real_pictures
 from lib.evaluation.statistics import (
@@ -18,8 +21,6 @@ from lib.evaluation.statistics import (
     spread,
 )
 from lib.trainers import UnusableInput, sd15
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 
 DISTANCES = ("FD", "KID")
 SCORES = {

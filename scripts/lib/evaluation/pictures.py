@@ -15,11 +15,12 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
+from PIL import Image, PngImagePlugin
+from tqdm import tqdm
+
 from lib.cli import LORA_FILE, TITLES
 from lib.pipelines import MAX_PICTURE_PX, draw, peak_gib, reset_peak, set_sampler
 from lib.trainers import UnusableInput, sd15
-from PIL import Image, PngImagePlugin
-from tqdm import tqdm
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
 IMAGE_NAMES = tuple(f".{suffix}" for suffix in sd15.IMAGE_SUFFIXES)
