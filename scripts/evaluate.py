@@ -217,7 +217,7 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
             bias = {name: bias_curve(values[name], ref) for name, ref in references["teacher"].items()}
         peaks = [record["peak_gib"] for record in took if record["peak_gib"] is not None]
         found.append({
-            "name": row.name, "label": row.label, "sampler": row.sampler, "steps": row.steps,
+            "name": row.name, "folder": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
             "figures": m.score_row(values, distances, took),
             "evaluations": took[0]["evaluations"], "peak_gib": max(peaks, default=None),

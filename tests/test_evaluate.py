@@ -1,5 +1,6 @@
 """scripts/evaluate.py: the statistics, the pictures kept and resumed, the judges' interfaces, the report."""
 
+import argparse
 import base64
 import html.parser
 import io
@@ -21,6 +22,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from lib import pipelines
+from lib.trainers import UnusableInput, exit_code, sd15
+
+YARDSTICK = str(ROOT / "assets" / "demo-teacher-sd15" / "reference.safetensors")
 PROMPTS = ["a red hill", "the <sea> & more", "snow"]
 COUNT = 7
 FEATURES = """
@@ -78,6 +83,16 @@ def lora(teacher, judges):
     return judges / "lora"
 
 
+def load(model, **flags):
+    """Return the pipeline of a model on the CPU, in float32 where --mixed_precision is not given."""
+    return pipelines.load_teacher(argparse.Namespace(pretrained_teacher_model=str(model), **flags), "cpu")
+
+
+def run(evaluate, line):
+    """Return the exit code of the tool."""
+    return exit_code(evaluate.main, evaluate.parse_args(line))
+
+
 def flags(teacher, judges, output_dir, *more):
     return [
         "--pretrained_teacher_model", str(teacher), "--prompts_file", str(judges / "prompts.txt"),
@@ -93,7 +108,7 @@ def evaluated(evaluate, teacher, judges, lora, tmp_path_factory):
     """Return (folder, results) of a run with every sampler."""
     assert lora.is_dir()
     folder = tmp_path_factory.mktemp("evaluated")
-    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, folder))) == 0
+    assert run(evaluate, flags(teacher, judges, folder)) == 0
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -113,7 +128,7 @@ def fid_by_sqrtm(a, b):
 
 @pytest.mark.parametrize(("n", "m", "width"), [(300, 200, 16), (60, 80, 32), (2, 50, 3)])
 def test_frechet_distance_is_the_textbooks(n, m, width):
-    from evaluation.statistics import frechet_distance
+    from lib.evaluation.statistics import frechet_distance
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(n, width)) * rng.uniform(0.1, 3, width), rng.normal(0.3, 1.5, (m, width))
@@ -127,7 +142,7 @@ def test_frechet_distance_is_the_textbooks(n, m, width):
 
 
 def test_kid_is_the_unbiased_estimate():
-    from evaluation.statistics import KernelDistance
+    from lib.evaluation.statistics import KernelDistance
 
     a, b = torch.randn(9, 4).double(), torch.randn(7, 4).double() + 1
 
@@ -141,8 +156,8 @@ def test_kid_is_the_unbiased_estimate():
 
 def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
     """Two draws of the same prompts: the noise differs, not the prompts. Unpaired, KID comes out below 0."""
-    from evaluation.measures import distances_to, score_row
-    from evaluation.statistics import KernelDistance
+    from lib.evaluation.measures import distances_to, score_row
+    from lib.evaluation.statistics import KernelDistance
 
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(60):
@@ -152,7 +167,7 @@ def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
     unpaired, paired = np.array(found).T
     assert unpaired.mean() < -1 and abs(paired.mean()) < 3 * paired.std() / 60**0.5 < 0.5
     took = [{"block": 0, "seconds": 1.0}]
-    figures = score_row({"f": a}, distances_to({"teacher": {"f": b}, "real": {"f": b}}), took)
+    figures = score_row({"f": a}, distances_to({"teacher": {"f": b}, "real": {"f": b}}, 50), took)
     values = [figures[f"KID/f/{name}"]["value"] for name in ("teacher", "real")]
     assert values == pytest.approx([paired[-1], unpaired[-1]])
     with pytest.raises(ValueError, match="as many of both"):
@@ -162,7 +177,7 @@ def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
 @pytest.mark.parametrize(("count", "paired"), [(100, True), (100, False), (90, False)])
 def test_interval_of_kid_is_the_jackknifes(count, paired):
     """Sums by group give what leaving each group out, and measuring anew, gives."""
-    from evaluation.statistics import KernelDistance, jackknife
+    from lib.evaluation.statistics import KernelDistance, jackknife
 
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 5, generator=generator).double() for n in (100, count))
@@ -173,7 +188,7 @@ def test_interval_of_kid_is_the_jackknifes(count, paired):
 
 
 def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
-    from evaluation.statistics import T_95, frechet_distance, jackknife
+    from lib.evaluation.statistics import T_95, frechet_distance, jackknife
 
     generator = torch.Generator().manual_seed(0)
     found = [
@@ -188,7 +203,7 @@ def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
 
 
 def test_interval_of_a_mean():
-    from evaluation.statistics import bootstrap_mean
+    from lib.evaluation.statistics import bootstrap_mean
 
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 5
     figure = bootstrap_mean(values)
@@ -198,7 +213,7 @@ def test_interval_of_a_mean():
 
 
 def test_small_samples_add_to_the_distance_and_the_curve_shows_it():
-    from evaluation.statistics import bias_curve
+    from lib.evaluation.statistics import bias_curve
 
     curve = bias_curve(*torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(0)).double())
     assert [point["pictures"] for point in curve] == [50, 100, 200, 400]
@@ -216,7 +231,8 @@ def test_rows_and_figures(evaluated, judges):
         assert row["evaluations"] == steps * (1 + guided)
         assert row["guidance"] == (7.5 if guided else 1.0)
         figures = row["figures"]
-        mine, yardstick = features_of(folder, row["name"], judges), features_of(folder, "reference", judges)
+        assert row["name"] == (row["folder"] if row["folder"].startswith(f"{sampler}-") else f"{sampler}={row['folder']}")
+        mine, yardstick = features_of(folder, row["folder"], judges), features_of(folder, "reference", judges)
         expected = fid_by_sqrtm(mine.numpy(), yardstick.numpy())
         assert figures["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-6)
         assert figures["FD/mean/teacher"]["low"] is None  # 7 pictures
@@ -247,10 +263,10 @@ def test_scores_compare_the_right_pictures(evaluated):
 
 
 def test_pictures_are_those_of_sample(evaluated, teacher, lora):
-    from drawing import draw, load_lora, load_pipeline, set_sampler
+    from lib.pipelines import draw, load_lora, set_sampler
 
     folder, _ = evaluated
-    pipe = load_pipeline(teacher)
+    pipe = load(teacher)
     load_lora(pipe, lora)
     set_sampler(pipe, "lcm-lora")
     drawn, _ = draw(pipe, PROMPTS, 2, 1.0, [0, 1, 2])
@@ -270,7 +286,7 @@ def stable(results, samplers=("ddim", "lcm-lora")):
 
 
 def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, judges, tmp_path, monkeypatch):
-    from evaluation.gallery import Gallery
+    from lib.evaluation.pictures import Gallery
 
     keep, kept = Gallery.keep, []
 
@@ -287,28 +303,27 @@ def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, j
         evaluate.main(args)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(before) == 17
-    assert evaluate.main(args) == 0
+    assert exit_code(evaluate.main, args) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before, "kept pictures were written again"
     assert len(list(tmp_path.rglob("*.png"))) == COUNT * 6
     folder, results = evaluated
     assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
     with monkeypatch.context() as patch:  # once complete, nothing is loaded to draw with
         patch.setattr(evaluate, "load_teacher", None)
-        assert evaluate.main(args) == 0
+        assert exit_code(evaluate.main, args) == 0
     assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
 
 
 def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges, tmp_path):
-    from drawing import load_pipeline
-    from evaluation.gallery import Gallery, list_rows
+    from lib.evaluation.pictures import Gallery, list_rows
 
     folder, _ = evaluated
     args = evaluate.parse_args(flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "2"))
-    pipe, (row,) = load_pipeline(teacher), list_rows(args)[2:]
+    pipe, (row,) = load(teacher), list_rows(args)[1:]
     shares = [Gallery(args, rank, 2) for rank in (0, 1)]
     assert sorted(i for share in shares for block in share.blocks for i in block) == list(range(COUNT))
     for share in shares:
-        share.draw(pipe, share.missing([row]), is_quiet=True)
+        share.draw(pipe, share.missing([row]), "cpu", is_quiet=True)
         assert not share.missing([row])
     for index in range(COUNT):
         name = f"pictures/{row.name}/{index:05d}.png"
@@ -319,13 +334,13 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
     folder, _ = evaluated
     shutil.copytree(folder / "pictures", tmp_path / "pictures")
     changed = flags(teacher, judges, tmp_path, "--resolution", "16", "--seed", "1")
-    assert evaluate.main(evaluate.parse_args(changed)) == 2
+    assert run(evaluate, changed) == 2
     message = capsys.readouterr().err
     assert "resolution, seed" in message and "delete" in message and message.count("\n") == 1
 
 
 def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
-    from evaluation.gallery import fingerprint
+    from lib.evaluation.pictures import fingerprint
 
     shutil.copytree(lora, tmp_path / "lora")
     before = fingerprint(tmp_path / "lora")
@@ -337,18 +352,24 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
 
 
 def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_path):
-    from evaluation.gallery import list_rows
+    from lib.evaluation.pictures import REFERENCE_SEED, list_rows
 
-    reference, floor, *_ = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))
-    noise = [
-        torch.randn(4, generator=torch.Generator().manual_seed(r.first_seed)) for r in (reference, floor)
-    ]
+    floor = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))[0]
+    seeds = (floor.first_seed + REFERENCE_SEED, floor.first_seed)
+    noise = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     assert (noise[0] - noise[1]).abs().max() > 0.01
 
 
-def test_reference_pictures_from_folder_and_shard(tmp_path, monkeypatch):
-    from evaluation.gallery import read_real, real_files
-    from model_args import InputError
+def read_all(path, rank=0, processes=1):
+    """Return the pictures of a --reference, scaled to 8 x 8 px, and what was left out."""
+    from lib.evaluation.pictures import read_real
+
+    skipped = sd15.Skipped()
+    return torch.cat(list(read_real([path], (8, 8), skipped, rank, processes))), skipped
+
+
+def test_reference_pictures_from_folder_and_shard(tmp_path):
+    from lib.evaluation.pictures import real_files
 
     samples = []
     (tmp_path / "folder" / "deep").mkdir(parents=True)
@@ -358,22 +379,20 @@ def test_reference_pictures_from_folder_and_shard(tmp_path, monkeypatch):
         picture.save(tmp_path / "folder" / "deep" / f"{index}.png")
         samples.append({"png": (tmp_path / "folder" / "deep" / f"{index}.png").read_bytes(), "txt": "x"})
     shard = write_shard(tmp_path / "0.tar", samples)
-    folder, tar = (torch.cat(list(read_real([path], (8, 8), 0, 1))) for path in (tmp_path / "folder", shard))
+    folder, tar = (read_all(path)[0] for path in (tmp_path / "folder", shard))
     assert folder.shape == (3, 8, 8, 3) and (folder == tar).all()
     (tmp_path / "shards" / "empty").mkdir(parents=True)
     shutil.copy(shard, tmp_path / "shards")
-    assert (torch.cat(list(read_real([tmp_path / "shards"], (8, 8), 0, 1))) == tar).all()
-    with pytest.raises(InputError, match="--reference .*empty: give a folder"):
+    assert (read_all(tmp_path / "shards")[0] == tar).all()
+    with pytest.raises(UnusableInput, match="--reference .*empty: give a folder"):
         real_files([tmp_path / "shards" / "empty"])
     assert (folder[:, 3:5, 3:5, 0] > 100).all(), "the middle was cut away"
-    monkeypatch.setenv("RANK", "0")  # by which webdataset knows of other processes
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shares = [torch.cat(list(read_real([shard], (8, 8), rank, 2))) for rank in (0, 1)]
+    shares = [read_all(shard, rank, 2)[0] for rank in (0, 1)]
     assert [len(share) for share in shares] == [2, 1]
 
 
 def test_inception_and_lpips_through_the_library(monkeypatch):
-    from evaluation.features import load_features, load_lpips
+    from lib.evaluation.feature_models import load_features, load_lpips
 
     class Inception(torch.nn.Module):
         def __init__(self, name, features, feature_extractor_weights_path=None):
@@ -417,7 +436,7 @@ def test_a_missing_library_is_named_before_drawing(
     assert lora.is_dir()
     for name in ("feature_extractor_inceptionv3", "sample_similarity_lpips"):
         monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", None)
-    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, tmp_path, flag, value))) == 2
+    assert run(evaluate, flags(teacher, judges, tmp_path, flag, value)) == 2
     message = capsys.readouterr().err
     assert "scripts/requirements-eval.txt" in message and message.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -449,17 +468,17 @@ def tiny_models(teacher, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "width"), [("clip", 8), ("dinov2", 16)])
 def test_features_of_transformers_models(tiny_models, name, width):
-    from evaluation.features import describe, load_features
+    from lib.evaluation.feature_models import describe_model, load_features
 
     pictures = torch.randint(0, 255, (5, 20, 24, 3), dtype=torch.uint8)
     features = load_features(str(tiny_models / name), "cpu")(pictures)
     assert features.shape == (5, width) and features.dtype == torch.float64
     torch.testing.assert_close(load_features(f"{name}={tiny_models / name}", "cpu")(pictures), features)
-    assert features.std(0).min() > 0 and describe(str(tiny_models / name)) == name
+    assert features.std(0).min() > 0 and describe_model(str(tiny_models / name)) == name
 
 
 def test_clip_score(tiny_models):
-    from evaluation.features import load_clip_score
+    from lib.evaluation.feature_models import load_clip_score
     from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
     source = tiny_models / "clip"
@@ -478,7 +497,7 @@ def test_clip_score(tiny_models):
 
 
 def test_the_demos_judge_scores_its_captions():
-    from evaluation.features import load_features
+    from lib.evaluation.feature_models import load_features
 
     judge = load_features(str(ROOT / "assets" / "demo-teacher-sd15" / "judge.safetensors"), "cpu")
     pictures = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
@@ -522,7 +541,7 @@ def test_report_is_one_file(evaluated):
 
 def test_markdown_table_is_rectangular(evaluated):
     folder, results = evaluated
-    table = (folder / "table.md").read_text("utf-8").split("\n\n")[0].splitlines()
+    table = (folder / "table.md").read_text("utf-8").split("\n\n")[2].splitlines()
     assert len(table) == 2 + len(results["rows"]) and len({line.count("|") for line in table}) == 1
 
 
@@ -530,7 +549,7 @@ def test_markdown_table_is_rectangular(evaluated):
     ("value", "text"), [(None, "–"), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.001234, "0.00123")]
 )
 def test_figures_are_rounded_for_reading(value, text):
-    from evaluation.report import number
+    from lib.evaluation.report import number
 
     assert number(value) == text
 
@@ -596,10 +615,18 @@ def test_help_answers_without_torch():
         (["--reference", "no-folder"], "no-folder"),
         (["--prompts_file", "no-prompts.txt"], "no-prompts.txt"),
         (["--seed", "2147483648"], "--seed"),
+        (["--feature", "clip"], "did you mean --features?"),
+        (["--output_dir", "/proc/none"], "/proc/none"),
+        (["--output_dir", "/dev/null/folder"], "cannot be written to"),
+        (["--yardstick", "no-file"], "--draw_yardstick 8 makes it"),
+        (["--yardstick", str(ROOT / "README.md")], "is no yardstick file"),
+        (["--draw_yardstick", "8"], "--yardstick FILE"),
+        (["--yardstick", YARDSTICK], "other prompts"),
     ],
 )
 def test_wrong_values_exit_with_2(evaluate, teacher, judges, lora, tmp_path, capsys, more, named):
     assert lora.is_dir()
+    more = [word.format(tmp=tmp_path) for word in more]
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(flags(teacher, judges, tmp_path, *more))
     message = capsys.readouterr().err

@@ -1,20 +1,19 @@
 """scripts/sample.py on a random Stable Diffusion of a few thousand weights."""
 
-import importlib.util
+import argparse
 import json
 import string
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT, load_script
 from diffusers import (
     AutoencoderKL,
     PNDMScheduler,
     StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from diffusers.training_utils import _collate_lora_metadata
@@ -23,7 +22,11 @@ from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "sample.py"
+SCRIPT = ROOT / "scripts" / "sample.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from lib import pipelines
+from lib.trainers import UnusableInput, exit_code, sd15, sdxl
+
 SIDE = 32  # px
 PROMPTS = ["a red hill", "the sea at night"]
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb_proj"]
@@ -31,11 +34,12 @@ TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb
 
 @pytest.fixture(scope="module")
 def sample():
-    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
+    return load_script("scripts/sample.py")
+
+
+def load(model, **flags):
+    """Return the pipeline of a model on the CPU, in float32 where --mixed_precision is not given."""
+    return pipelines.load_teacher(argparse.Namespace(pretrained_teacher_model=str(model), **flags), "cpu")
 
 
 def build_pipeline(folder):
@@ -116,7 +120,7 @@ def draw(sample, models, output_dir, *flags, prompts=PROMPTS):
     """Run the tool in this process and return the pictures' bytes by name."""
     flags = usual_flags(models, output_dir, "--prompts", *prompts, "--device", "cpu", *flags)
     args = sample.parse_args(flags)
-    assert sample.main(args) == 0
+    assert exit_code(sample.main, args) == 0
     return {path.relative_to(output_dir).as_posix(): path.read_bytes() for path in output_dir.glob("*/*.png")}
 
 
@@ -198,8 +202,8 @@ def test_grid_holds_enlarged_pictures_in_order(drawn):
 
 def test_grid_wraps_long_prompts_and_keeps_large_pictures(sample):
     pictures = {(0, "ddim", 2): Image.new("RGB", (256, 192), "red")}
-    short = sample.make_grid(["short"], {"ddim": "DDIM"}, [2], pictures)
-    long = sample.make_grid(["many words " * 20], {"ddim": "DDIM"}, [2], pictures)
+    short = pipelines.make_grid(["short"], {"ddim": "DDIM"}, [2], pictures)
+    long = pipelines.make_grid(["many words " * 20], {"ddim": "DDIM"}, [2], pictures)
     assert short.width == long.width and long.height > short.height
     assert (np.asarray(short) == (255, 0, 0)).all(-1).sum() == 256 * 192
 
@@ -223,14 +227,14 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
     assert pictures["lcm-lora-4steps/0-0.png"] != pictures["lcm-without-lora-4steps/0-0.png"]
 
 
-def test_samplers_start_in_noise_and_end_clean(sample, models):
-    pipe = sample.load_pipeline(models / "teacher")
+def test_samplers_start_in_noise_and_end_clean(models):
+    pipe = load(models / "teacher")
     finals = {}
     for name in ("ddim", "dpmsolver++", "lcm-without-lora", "ddim"):
-        sample.set_sampler(pipe, name)
+        pipelines.set_sampler(pipe, name)
         pipe.scheduler.set_timesteps(4)
         assert len(pipe.scheduler.timesteps) == 4 and pipe.scheduler.timesteps[0] == 999
-        (latents,), _ = sample.draw(pipe, ["sea"], 2, 3.0, [0], output_type="latent")
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 2, 3.0, [0], output_type="latent")
         assert (latents - finals.setdefault(name, latents)).abs().max() == 0, "the order of samplers matters"
     assert (finals["ddim"] - finals["dpmsolver++"]).abs().max() < 1e-3 * finals["ddim"].abs().max()
     assert (finals["ddim"] - finals["lcm-without-lora"]).abs().max() > 0.1
@@ -239,24 +243,24 @@ def test_samplers_start_in_noise_and_end_clean(sample, models):
     torch.nn.init.zeros_(pipe.unet.conv_out.bias)
     eps = torch.randn(4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
     for name in ("ddim", "dpmsolver++"):
-        sample.set_sampler(pipe, name)
-        (latents,), _ = sample.draw(pipe, ["sea"], 1, 1.0, [0], output_type="latent")
+        pipelines.set_sampler(pipe, name)
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 1, 1.0, [0], output_type="latent")
         torch.testing.assert_close(
             latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4
         )
 
 
-def test_batch_equals_single_pictures(sample, models):
-    pipe = sample.load_pipeline(models / "teacher")
-    sample.load_lora(pipe, models / "lora")
-    sample.set_sampler(pipe, "lcm-lora")
+def test_batch_equals_single_pictures(models):
+    pipe = load(models / "teacher")
+    pipelines.load_lora(pipe, models / "lora")
+    pipelines.set_sampler(pipe, "lcm-lora")
     options = {"negative_prompt": "hill", "resolution": 16, "output_type": "latent"}
-    batch, seconds = sample.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options)
+    batch, seconds = pipelines.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options)
     assert isinstance(batch, list) and batch[0].shape == (4, 8, 8) and seconds > 0
     for prompt, seed, latents in zip(PROMPTS, (3, 4), batch, strict=True):
-        (alone,), _ = sample.draw(pipe, [prompt], 3, 1.5, [seed], **options)
+        (alone,), _ = pipelines.draw(pipe, [prompt], 3, 1.5, [seed], **options)
         torch.testing.assert_close(alone, latents, rtol=1e-3, atol=1e-3)
-    plain, _ = sample.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options | {"negative_prompt": None})
+    plain, _ = pipelines.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options | {"negative_prompt": None})
     assert (plain[0] - batch[0]).abs().max() > 1e-3
 
 
@@ -326,44 +330,32 @@ def test_unusable_files_exit_with_2(sample, models, tmp_path, capfd, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     usual = usual_flags(models, tmp_path, "--prompts", "a")
     args = sample.parse_args(usual + ["--device", "cpu"] + [flag.format(models=models) for flag in flags])
-    assert sample.main(args) == 2
+    assert exit_code(sample.main, args) == 2
     message = capfd.readouterr().err
     assert named in message and message.count("\n") == 1, message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("key", "family"),
-    [
-        ("model.diffusion_model.input_blocks.0.0.weight", StableDiffusionPipeline),
-        ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", StableDiffusionXLPipeline),
-    ],
-)
+XL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_single_file_decides_the_family(sample, models, tmp_path, monkeypatch, key, family, suffix):
-    path = tmp_path / f"model{suffix}"
-    weights = {key: torch.zeros(8, 4, 1, 1)}
-    if suffix == ".ckpt":
-        torch.save({"state_dict": weights}, path)
-    else:
-        save_file(weights, path)
-    loaded = []
-
-    def from_single_file(cls, path, **options):
-        loaded.append((cls, path, options["dtype"]))
-        return StableDiffusionPipeline.from_pretrained(models / "teacher", **options)
-
-    for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline):
-        monkeypatch.setattr(cls, "from_single_file", classmethod(from_single_file))
-    sample.load_pipeline(path, dtype=torch.bfloat16)
-    assert loaded == [(family, str(path), torch.bfloat16)]
+def test_single_file_decides_the_family(tmp_path, suffix):
+    for key, family in (("model.diffusion_model.input_blocks.0.0.weight", sd15), (XL_KEY, sdxl)):
+        path, weights = tmp_path / f"model{suffix}", {key: torch.zeros(8, 4, 1, 1)}
+        if suffix == ".ckpt":
+            torch.save({"state_dict": weights}, path)
+        else:
+            save_file(weights, path)
+        args = argparse.Namespace(pretrained_teacher_model=path, teacher_revision=None, cache_dir=None)
+        assert pipelines.family_of(args) is family
 
 
-def test_weights_take_the_dtype_asked_for(sample, models):
-    pipe = sample.load_pipeline(models / "teacher", dtype=torch.bfloat16)
-    sample.load_lora(pipe, models / "lora")
+def test_weights_take_the_dtype_asked_for(models):
+    pipe = load(models / "teacher", mixed_precision="bf16")
+    pipelines.load_lora(pipe, models / "lora")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
-    sample.set_sampler(pipe, "lcm-lora")
-    (picture,), _ = sample.draw(pipe, ["sea"], 1, 1.0, [0])
+    pipelines.set_sampler(pipe, "lcm-lora")
+    (picture,), _ = pipelines.draw(pipe, ["sea"], 1, 1.0, [0])
     assert picture.size == (SIDE, SIDE)
