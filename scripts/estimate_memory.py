@@ -24,7 +24,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
-from lib.benchmark.sweep import KNOWN_MODELS
+from lib.benchmark.sweep import REAL_MODELS
 
 GIB = 2**30
 ADAMW_BYTES, ADAMW_8BIT_BYTES = 8, 2 + 8 / 256  # two moments; in 8 bits with a float32 scale for 256 values
@@ -36,12 +36,9 @@ def parse_args(argv=None):
     cli = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    cli.add_argument("--model", required=True, help=f"{', '.join(KNOWN_MODELS)}, or a diffusers folder")
+    cli.add_argument("--model", choices=REAL_MODELS, required=True)
     cli.add_argument("--cached", action="store_true", help="train from cached latents and text")
-    own, words = cli.parse_known_args(argv)
-    if own.model not in KNOWN_MODELS and not (Path(own.model) / "model_index.json").is_file():
-        cli.exit(2, f"error: --model {own.model}: must be {', '.join(KNOWN_MODELS)}, or a diffusers folder\n")
-    return own, words
+    return cli.parse_known_args(argv)
 
 
 if __name__ == "__main__":
@@ -113,7 +110,7 @@ def flash_attention(query, key, value, *_, **__):
 def trainer_flags(own, words, trainer):
     """Return the training script's flags, without what is not counted."""
     args = trainer.parse_args([
-        *words, "--pretrained_teacher_model", f"random/{Path(own.model).name}", "--train_shards_path_or_url",
+        *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url",
         "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none",
     ])  # fmt: skip
     args.compile = args.enable_xformers_memory_efficient_attention = False

@@ -51,7 +51,7 @@ def measure_rates(side, resolution, args):
         flags = f"--train_shards_path_or_url {shard} --resolution {resolution} --max_train_steps 1 "
         flags += "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16"
         flags += " --dataloader_num_workers 0"
-        stream = sd15.ShardStream([shard], sd15.parse_args(flags.split()), 1, 0)
+        stream = sd15.ShardStream([shard], sd15.parse_args(flags.split()), 1, 0, 1)
         for _ in range(args.repeats + 1):
             for name, work in (
                 ("decode", lambda: decode_all(pictures)),

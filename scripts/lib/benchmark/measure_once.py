@@ -17,7 +17,6 @@ from tempfile import TemporaryDirectory
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-import cache_latents
 import numpy as np
 import torch
 import webdataset as wds
@@ -63,6 +62,8 @@ def write_pictures(folder, side):
 
 def write_cache(trainer, args, accelerator, source, target):
     """Write the shard of cached tensors of a shard of pictures, as scripts/cache_latents.py does."""
+    import cache_latents
+
     target.mkdir()
     own = argparse.Namespace(batch_size=8, num_views=1, decode_threads=1)
     pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
@@ -194,7 +195,7 @@ def make_recipe_job(own, trainer, args, folder):
     job = trainer.make_job(args, accelerator, samples, cache, trainer.RunState())
     workers = trainer.count_workers(args, accelerator, None)
     stream = trainer.make_stream(job, shards, workers, None, cache)
-    return job, trainer.make_loader(stream, workers, accelerator.device.type == "cuda")
+    return job, trainer.make_loader(stream, workers, accelerator.device)
 
 
 def measure(own, words, folder):

@@ -28,9 +28,7 @@ def trainer_of(model):
 
 
 def build_unet(model):
-    """Return the UNet of SD 1.5, SDXL, SSD-1B or a diffusers folder, with random weights."""
-    if model not in REAL_MODELS:
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(model, subfolder="unet"))
+    """Return the UNet of SD 1.5, SDXL or SSD-1B, with random weights."""
     if model == "sd15":  # the class's other defaults are SD 1.5's
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     depths, ssd = (1, 2, 10), {}
@@ -84,23 +82,6 @@ def published_parts(model):
     return diffusers.StableDiffusionXLPipeline, EulerDiscreteScheduler(**noise), makers
 
 
-def folder_parts(folder):
-    """Return the same as `published_parts` of a diffusers folder, whose configurations alone are read."""
-    index = diffusers.DiffusionPipeline.load_config(folder)
-    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(folder, subfolder="scheduler")
-    makers = {
-        "unet": lambda: build_unet(folder),
-        "vae": lambda: AutoencoderKL.from_config(AutoencoderKL.load_config(folder, subfolder="vae")),
-    }
-    for suffix, kind in (("", CLIPTextModel), ("_2", CLIPTextModelWithProjection)):
-        if f"text_encoder{suffix}" in index:
-            text = partial(CLIPTextConfig.from_pretrained, folder, subfolder=f"text_encoder{suffix}")
-            makers[f"text_encoder{suffix}"] = lambda kind=kind, text=text: kind(text())
-            tokens = partial(CLIPTokenizer.from_pretrained, folder, subfolder=f"tokenizer{suffix}")
-            makers[f"tokenizer{suffix}"] = tokens
-    return getattr(diffusers, index["_class_name"]), scheduler, makers
-
-
 def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG001 (load_teacher has `check`)
     """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`.
 
@@ -109,8 +90,7 @@ def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG
     precision can be compared between runs, losses of two precisions cannot.
     """
     torch.manual_seed(args.seed)
-    folder = DEMO_FOLDERS.get(model, model)
-    kind, scheduler, makers = (published_parts if model in REAL_MODELS else folder_parts)(folder)
+    kind, scheduler, makers = published_parts(model)
     usual = torch.get_default_dtype()
     for name, make in makers.items():
         if name in parts:

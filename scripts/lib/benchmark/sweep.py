@@ -22,6 +22,7 @@ COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "a
 PRINTED = (
     *COMPARED, "reserved_gib", "model_tflop_per_second", "matmul_tflop_per_second", "share_of_matmul_rate"
 )  # fmt: skip
+PARTS_OF_TIME = ("seconds_per_part", "cpu_seconds_per_part")
 OPTIONS = {
     "checkpointing": "--gradient_checkpointing", "8-bit": "--use_8bit_adam", "4-bit": "--use_4bit_base",
     "compile": "--compile", "cached": "--cached",
@@ -52,9 +53,9 @@ def start_worker(**streams):
 
 def measure_one(args, words):
     """Measure each recipe of one case --repeats times, in turns; print and write the figures."""
-    runs = {recipe: [] for recipe in args.recipe}
-    for number in range(args.repeats):
-        for recipe, measured in runs.items():
+    rounds = [{} for _ in range(args.repeats)]
+    for measured in rounds:
+        for recipe in args.recipe:
             worker = start_worker()
             line = ["--model", args.model, "--recipe", recipe, *["--cached"] * args.cached]
             line += ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps), *words]
@@ -62,57 +63,37 @@ def measure_one(args, words):
             if worker.returncode:
                 print(f"error: the recipe {recipe} failed, exit code {worker.returncode}", file=sys.stderr)
                 return 2 if worker.returncode == 2 else 1
-            measured.append(json.loads(output.splitlines()[-1]))
-            speed = measured[-1]["samples_per_second"]
-            print(f"round {number + 1} of {args.repeats}, {recipe}: {speed:.3f} samples/s", file=sys.stderr)
-    report = {"model": args.model, "cached": args.cached, "trainer_flags": words}
-    report["recipes"] = {recipe: summarize(measured) for recipe, measured in runs.items()}
-    if len(runs) == len(RECIPES):
-        report["ratios"] = ratios_of(runs["ours"], runs["reference"])
-    show_figures(report)
+            measured[recipe] = json.loads(output.splitlines()[-1])
+    report = {"model": args.model, "cached": args.cached, "trainer_flags": words, "rounds": rounds, "ratios": {}}
+    if set(args.recipe) == set(RECIPES):
+        for name in COMPARED:
+            report["ratios"][name] = [each["ours"][name] / each["reference"][name] for each in rounds]
+        pairs = [pair for each in rounds for pair in zip(*(each[name]["losses"] for name in RECIPES), strict=True)]
+        report["loss_difference"] = max(abs(ours - plain) / plain for plain, ours in pairs)
+    show_rounds(report)
     if args.json:
         write_whole(args.json, json.dumps(report, indent=1))
     return 0
 
 
-def summarize(runs):
-    """Return the medians of a recipe's measurements, and the ranges of what is compared."""
-    result = dict(runs[0])
-    for name in ("seconds_per_part", "cpu_seconds_per_part"):
-        result[name] = {part: median(run[name][part] for run in runs) for part in runs[0][name]}
-    for name in PRINTED:
-        result[name] = median(run[name] for run in runs)
-    for name in COMPARED:
-        result[f"{name}_range"] = [min(run[name] for run in runs), max(run[name] for run in runs)]
-    return result
+def show_rounds(report):
+    """Print medians and ranges of the rounds for each recipe, and of the ratios ours / reference."""
 
+    def spread(values):
+        return f"{median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
 
-def ratios_of(ours, reference):
-    """Return ours / reference by round, median and range, and how far the losses of an update differ."""
-    pairs, ratios = list(zip(ours, reference, strict=True)), {}
-    for name in COMPARED:
-        values = [one[name] / other[name] for one, other in pairs]
-        ratios |= {name: median(values), f"{name}_range": [min(values), max(values)]}
-    losses = [losses for one, other in pairs for losses in zip(one["losses"], other["losses"], strict=True)]
-    return ratios | {"loss_difference": max(abs(a - b) / b for a, b in losses)}
-
-
-def show_figures(report):
-    """Print the figures of every recipe and their ratios."""
-    for recipe, figures in report["recipes"].items():
-        print(f"\n{recipe} ({figures['device']}, {figures['dtype']})")
+    rounds = report["rounds"]
+    for recipe, figures in rounds[0].items():
+        print(f"\n{recipe} ({figures['device']}, {figures['dtype']}), median and range of {len(rounds)} rounds")
         for name in PRINTED:
-            low, high = figures.get(f"{name}_range", [figures[name]] * 2)
-            print(f"  {name:26}{figures[name]:10.4f}   {low:.4f} to {high:.4f}")
-        for name, seconds in figures["seconds_per_part"].items():
-            cpu_seconds = figures["cpu_seconds_per_part"][name]
-            print(f"    {name:24}{seconds:10.4f} s {cpu_seconds:10.4f} CPU s")
-    if "ratios" in report:
-        print("\nours / reference")
-        for name in COMPARED:
-            low, high = report["ratios"][f"{name}_range"]
-            print(f"  {name:26}{report['ratios'][name]:10.4f}   {low:.4f} to {high:.4f}")
-        print(f"  greatest relative difference of a loss {report['ratios']['loss_difference']:.1e}")
+            print(f"  {name:26}{spread([each[recipe][name] for each in rounds])}")
+        for name in figures["seconds_per_part"]:
+            parts = [[each[recipe][kind][name] for each in rounds] for kind in PARTS_OF_TIME]
+            print(f"    {name:24}{median(parts[0]):.4f} s, {median(parts[1]):.4f} CPU s")
+    for name, values in report["ratios"].items():
+        print(f"ours / reference, {name:26}{spread(values)}")
+    if "loss_difference" in report:
+        print(f"greatest relative difference of a loss: {report['loss_difference']:.1e}")
 
 
 def write_whole(path, text):
@@ -186,7 +167,8 @@ def measure_all(args):
         model, batch, precision, options = case
         row = {"model": model, "batch": batch, "precision": precision, "options": options, "tiny": args.tiny}
         row["estimated_gib"] = None
-        estimate = sweep.estimates.submit(sweep.estimate, row, case)
+        if not args.tiny:  # whose models the estimate does not know
+            sweep.estimates.submit(sweep.estimate, row, case)
         plain_case = (model, batch, precision, [name for name in options if name in PLAIN_OPTIONS])
         for recipe, one in (("ours", case), ("reference", plain_case)):
             if sweep.seconds_left() <= 0:
@@ -206,7 +188,6 @@ def measure_all(args):
             speed = known.get("failed") or f"{known['samples_per_second']:.2f} samples/s"
             print(f"{model} {batch} {precision} {' '.join(options)}, {recipe}: {speed}", file=sys.stderr)
         if sweep.seconds_left() <= 0:
-            estimate.cancel()
             break
     worker.kill()
     worker.communicate()
