@@ -1,4 +1,4 @@
-"""scripts/check_shared.py notices each way in which the two training scripts can drift apart."""
+"""scripts/dev/check_shared.py notices each way in which the two training scripts can drift apart."""
 
 import shutil
 import subprocess
@@ -71,7 +71,7 @@ IN_BOTH = {
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
     """Return a function that checks copies of the scripts in tmp_path: (exit code, what it says)."""
-    tool = load_script("scripts/check_shared.py")
+    tool = load_script("scripts/dev/check_shared.py")
     for name in SCRIPTS:
         shutil.copy(ROOT / name, tmp_path)
 
@@ -92,7 +92,7 @@ def change(folder, names, edit):
 
 
 def test_the_scripts_of_the_repository_agree():
-    command = [sys.executable, str(ROOT / "scripts" / "check_shared.py")]
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / "check_shared.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and "the same" in done.stdout
@@ -123,7 +123,7 @@ def test_a_region_that_lost_its_markers_in_both_scripts_is_named(check, tmp_path
 
 
 def test_a_reason_without_its_definition_is_named(check, monkeypatch):
-    tool = load_script("scripts/check_shared.py")
+    tool = load_script("scripts/dev/check_shared.py")
     monkeypatch.setitem(tool.DIFFERENT_FOR_A_REASON, "gone", "was here once")
     code, said = check()
     assert code == 1 and "'gone' of DIFFERENT_FOR_A_REASON" in said
