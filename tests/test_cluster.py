@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
@@ -80,7 +79,8 @@ def job(tmp_path):
     def run(script, *words, send=None, **changes):
         variables = {
             "STATE": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": 77,
-            "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]", "SHARDS": tmp_path / "shards",
+            "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
+            "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
             "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
@@ -174,7 +174,8 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     words = noted(tmp_path, "words")
     assert words[:2] == ["python", "scripts/cache_latents.py"] and words[-2:] == ["--resolution", "1024"]
     first = words.index("--train_shards_path_or_url") + 1
-    assert words[first : first + 3] == [str(tmp_path / "shards" / f"{n:05d}.tar") for n in (1, 3)] + ["--output_dir"]
+    mine = [str(tmp_path / "shards" / f"{number:05d}.tar") for number in (1, 3)]
+    assert words[first : first + 3] == [*mine, "--output_dir"]
     assert "ACTIVATED=1" in noted(tmp_path, "env")
     assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77"]
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
