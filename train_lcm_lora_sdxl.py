@@ -2,27 +2,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Distil an LCM-LoRA from an SDXL teacher (SDXL, SSD-1B, fine-tunes), so that it draws in 1 to 8 steps.
 
-One GPU, several GPUs, and what a run does when the same command is given again:
+One GPU, eight GPUs, and a recipe for a card (flags in a file):
 
-    accelerate launch train_lcm_lora_sdxl.py \\
+    python train_lcm_lora_sdxl.py @scripts/launch/recipes/sdxl-12gb.txt \\
         --pretrained_teacher_model stabilityai/stable-diffusion-xl-base-1.0 \\
         --train_shards_path_or_url "/data/laion/{00000..00099}.tar" \\
-        --max_train_steps 10000 --output_dir outputs/lcm-lora --mixed_precision fp16
-    accelerate launch --multi_gpu --num_processes 8 train_lcm_lora_sdxl.py ...
-    (it resumes from the newest complete checkpoint in --output_dir)
+        --max_train_steps 10000 --output_dir outputs/lcm-lora
+    torchrun --nproc_per_node 8 train_lcm_lora_sdxl.py ...
+    accelerate launch train_lcm_lora_sdxl.py ...
 
-Input: webdataset shards of pictures and captions (`KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`).
-Output: `pytorch_lora_weights.safetensors` for diffusers, a copy with kohya's keys for ComfyUI and A1111,
-checkpoints, pictures at 1, 2, 4 and 8 steps, `log.jsonl`, `args.json`, a model card.
-Exit codes: 0 done; 2 wrong usage or unusable input; 3 stopped by SIGTERM or SIGUSR1 with a checkpoint saved;
-1 anything else, such as a loss that is not finite. (`accelerate launch` turns each that is not 0 into 1.)
+The same command again resumes from the newest complete checkpoint in --output_dir.
 
+Input: webdataset shards (`KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`), or a folder of pictures with captions
+beside them. Output: `pytorch_lora_weights.safetensors` for diffusers, ComfyUI, A1111 and Forge, checkpoints,
+pictures at 1, 2, 4 and 8 steps, `log.jsonl`, `args.json`, a model card.
+Exit codes: 0 done; 2 wrong usage or unusable input; 3 stopped by a signal with a checkpoint saved; 1 anything
+else, such as a loss that is not finite. `accelerate launch` and torchrun turn each but 0 into 1.
+
+The file reads downhill: arguments, mathematics, data, models, step, files, log, run.
 Sources: LCM = Latent Consistency Models, arXiv:2310.04378; LCM-LoRA, arXiv:2311.05556.
 """
 
 import argparse
-import gzip
-import hashlib
+import copy
+import difflib
+import glob
 import io
 import json
 import logging
@@ -34,20 +38,25 @@ import re
 import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
+import tempfile
 import time
+import traceback
 import warnings
 import zlib
-from collections import Counter, deque
-from contextlib import suppress
+from collections import Counter
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, product
 from pathlib import Path
+from typing import NamedTuple
 
-SCRIPT_VERSION = "0.1.0"
+SCRIPT_VERSION = "0.2.0"
 
 # ----------------------------------------------------------------------------------------------------------
 # What is particular to this model family
@@ -63,6 +72,12 @@ CARD_TAGS = (
     "stable-diffusion-xl stable-diffusion-xl-diffusers"
 )
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own VAE overflows in float16
+# Flags that launch lines may carry and that change nothing.
+FLAGS_WITHOUT_EFFECT = {
+    "cast_teacher_unet": "teacher and student share one UNet's weights",
+    "local_rank": "the launcher's environment has the rank",
+    "revision": "the teacher's revision is --teacher_revision",
+}
 
 # >>> shared: constants
 # Shapes: B batch, H and W pixels, h and w latent pixels, R resolution in pixels, T = 1000 training timesteps,
@@ -73,44 +88,59 @@ LORA_TARGETS = (
 )
 SIGMA_DATA = 0.5  # of the boundary condition; LCMScheduler's value
 VALIDATION_STEPS = (1, 2, 4, 8)
+NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures become public
+    "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
+    "a mountain lake on a clear morning",
+)  # fmt: skip
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
-KOHYA_NAME = "lcm_lora_kohya.safetensors"
 MANIFEST_NAME = "checkpoint.json"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
-IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
-SHARD_SUFFIXES = (*IMAGE_SUFFIXES, "txt", "json", "safetensors")  # nothing else in a shard is read
-CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and says how they were made
-PACKAGES = (
-    "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
-)
+INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos")
+TRACKERS = (
+    "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
+)  # fmt: skip
+PACKAGES = "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 READ_ATTEMPTS = 3
-STALL_S = 30  # a server that sends nothing for so long is left
-PUSH_ATTEMPTS = 5  # 1, 2, 4 and 8 s apart; in each the Hub's client tries single requests again by itself
+DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run starts, 3 do
+STALL_S = 30  # a server that sends nothing for so long is given up
+WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
-    "hub_model_id hub_token vae_encode_batch_size "
-    "logging_dir logging_steps num_train_epochs max_train_samples max_train_steps output_dir push_to_hub "
-    "push_checkpoints_to_hub report_to resume_from_checkpoint tracker_project_name validation_prompts "
-    "validation_steps".split()
+    "hub_model_id hub_public_repo hub_token local_rank vae_encode_batch_size logging_dir logging_steps "
+    "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
+    "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
+# What users of other trainers type, and what it is here.
+FOREIGN_FLAGS = {
+    "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
+    "network_dim": "--lora_rank", "network_alpha": "--lora_alpha", "validation_prompt": "--validation_prompts",
+    "max_train_epochs": "--num_train_epochs", "save_every_n_steps": "--checkpointing_steps",
+    "num_inference_steps": "--num_ddim_timesteps", "instance_data_dir": "--train_data_dir",
+    "batch_size": "--train_batch_size", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
+}  # fmt: skip
+DATASET_FLAGS = ("dataset_name", "dataset_config_name", "image_column", "caption_column")
 
 
 class UnusableInput(Exception):
     """Something the user must change: one line that names the thing and the remedy; exit code 2."""
 
 
+class OutOfData(UnusableInput):
+    """This process alone has no data left; the other processes know nothing of it."""
+
+
 class NonFiniteLoss(Exception):
     """The loss is NaN or infinite; exit code 1."""
 
 
-class UploadFailed(Exception):
-    """The Hub did not take the files, which are on disk; never the end of a run."""
-
-
 class StoppedBySignal(Exception):
     """A signal asked the run to stop and its checkpoint is saved; exit code 3."""
+
+
+class StopWaiting(BaseException):
+    """A signal came while the only process waited for data; a BaseException, so that no decoder swallows it."""
 
 
 # <<< shared: constants
@@ -122,200 +152,207 @@ class StoppedBySignal(Exception):
 
 # >>> shared: arguments
 class OneLineParser(argparse.ArgumentParser):
-    """Say what is wrong in one line, without the usage of every flag."""
+    """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
 
     def error(self, message):
-        """End the process with exit code 2."""
         self.exit(2, f"error: {message}; --help lists all flags\n")
+
+    def convert_arg_line_to_args(self, line):
+        return shlex.split(line, comments=True)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keep the docstring's lines and print each default that says something."""
+    """Keeps the docstring's lines and prints the defaults that tell something."""
 
     def _get_help_string(self, action):
-        """Return the help with its default."""
         if action.default is None or action.default is False:
             return action.help
         return super()._get_help_string(action)
 
 
+def checked(kind, holds, allowed):
+    """Return an argparse type: a `kind` (int or float) for which `holds`, described by `allowed`."""
+
+    def parse(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not holds(value):  # NaN fails every comparison
+            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+        return value
+
+    return parse
+
+
+COUNT = checked(int, lambda value: value >= 1, "a whole number, at least 1")
+WHOLE = checked(int, lambda value: value >= 0, "a whole number, at least 0")
+SIDE_PX = checked(int, lambda value: value >= 8 and value % 8 == 0, "a multiple of 8, at least 8")
+SEED = checked(int, lambda value: 0 <= value < 2**63, "in [0, 2^63)")
+VALIDATION_INTERVAL = checked(int, lambda value: value >= -1, "a whole number, at least -1")
+FINITE = checked(float, math.isfinite, "a finite number")
+NOT_NEGATIVE = checked(float, lambda value: 0 <= value < math.inf, "a finite number, at least 0")
+POSITIVE = checked(float, lambda value: 0 < value < math.inf, "a finite number greater than 0")
+SHARE = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
+FRACTION = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
+
+
 # fmt: off
 def add_model_args(parser):
-    """Add the flags that choose the teacher."""
     add = parser.add_argument_group("teacher").add_argument
-    add("--pretrained_teacher_model", required=True,
-        help="Hub id, diffusers folder, or single .safetensors/.ckpt file")
+    add("--pretrained_teacher_model", help="Hub id, diffusers folder, or single .safetensors/.ckpt file; required")
     add("--teacher_revision", help="Hub branch, tag or commit of the teacher")
     add("--variant", help="variant of the teacher's files, such as fp16")
     add("--teacher_config",
         help="diffusers folder or Hub id that describes a single-file teacher; default: fetched from the Hub")
-    add("--pretrained_vae_model_name_or_path",
-        help="Hub id or folder of a VAE to use in place of the teacher's own")
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"),
+        help="what the teacher's UNet predicts; default: as its files state, epsilon for a single file without "
+        "a v_pred marker")
+    add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE to use in place of the teacher's own")
     add("--cache_dir", help="where files from the Hub are kept")
-    add("--cast_teacher_unet", action="store_true",
-        help="accepted and not needed: teacher and student share one UNet's weights")
+    for name, reason in FLAGS_WITHOUT_EFFECT.items():
+        if name != "use_fix_crop_and_size":
+            values = {"action": "store_true"} if name == "cast_teacher_unet" else {}
+            add(f"--{name}", help=f"accepted, without effect: {reason}", **values)
 
 
 def add_lora_args(parser):
-    """Add the flags that shape the LoRA."""
     add = parser.add_argument_group("LoRA").add_argument
-    add("--lora_rank", type=int, default=64, help="rank of every LoRA matrix")
-    add("--lora_alpha", type=float, help="scale is alpha / rank; default: the rank, scale 1")
-    add("--lora_dropout", type=float, default=0.0,
-        help="dropout on the LoRA's input, in [0, 1); not in the target's pass")
-    add("--lora_target_modules", default=LORA_TARGETS,
-        help="comma-separated suffixes of the modules that get a LoRA")
+    add("--lora_rank", type=COUNT, default=64, help="rank of every LoRA matrix")
+    add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
+    add("--lora_dropout", type=FRACTION, default=0.0,
+        help="dropout on the LoRA's input; the target is computed without it")
+    add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
 
 
 def add_distillation_args(parser):
-    """Add the flags of the consistency loss."""
     add = parser.add_argument_group("distillation").add_argument
-    w_help = (
-        "guidance w is drawn per sample; cond + w * (cond - uncond), so a pipeline's guidance_scale is w + 1"
-    )
-    add("--w_min", type=float, default=DEFAULT_W_MIN, help=f"least w: {w_help}")
-    add("--w_max", type=float, default=15.0, help="greatest w")
-    add("--num_ddim_timesteps", type=int, default=50, help="solver steps N over the T training timesteps")
-    add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between student and target")
-    add("--huber_c", type=float, default=0.001, help="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
+    add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
+        help="least guidance w of the teacher, drawn per sample: cond + w * (cond - uncond); a pipeline's "
+        "guidance_scale is w + 1")
+    add("--w_max", type=FINITE, default=15.0, help="greatest w")
+    add("--num_ddim_timesteps", type=COUNT, default=50, help="solver steps N over the T training timesteps")
+    add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between prediction and target")
+    add("--huber_c", type=POSITIVE, default=0.001, help="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
     add("--loss_space", choices=("sample", "epsilon"), default="sample",
-        help="where student and target are compared: clean latents, or the noise that they imply, which is "
-        "alpha_t / sigma_t times that and so gives little noise more weight")
-    add("--timestep_scaling_factor", type=float, default=10.0,
-        help="timestep scaling of the boundary condition")
-    add("--proportion_empty_prompts", type=float, default=0.0,
-        help="share of captions replaced by the empty one, in [0, 1]")
+        help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
+        "latents and so gives small timesteps more weight")
+    add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
+    add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
 
 def add_data_args(parser):
-    """Add the flags of the training data."""
     add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", nargs="+", required=True, metavar="SHARDS",
-        help="webdataset shards: paths, folders, http(s) addresses, 'pipe:' commands; {00000..00099} expands")
-    add("--resolution", type=int, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
-    add("--interpolation_type", choices=("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"),
-        default="bilinear", help="how pictures are resized")
+    add("--train_shards_path_or_url", "--train_data_dir", nargs="+", metavar="SHARDS",
+        help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, {00000..00099} "
+        "expands; or a folder of pictures with a caption file (a.txt) beside each (a.jpg); required")
+    add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
+    add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
     add("--random_flip", action="store_true", help="mirror every other picture")
     add("--use_fix_crop_and_size", action="store_true",
-        help="tell SDXL's UNet of pictures of the training size, not cropped; SD's UNet is told neither")
-    add("--dataloader_num_workers", type=int, default=0,
-        help="loader processes for each training process; 0: none")
-    add("--shuffle_buffer_samples", type=int, default=1000,
-        help="undecoded samples that a loader shuffles among")
-    add("--max_train_samples", type=int, help="samples in one epoch, where epochs set the length of the run")
-    add("--min_image_side_px", type=int, default=0, help="skip originals whose smaller side is less")
-    add("--max_image_pixels", type=int, default=100_000_000, help="skip pictures with more pixels, undecoded")
-    add("--max_watermark", type=float, help="skip samples with a greater watermark probability")
-    add("--max_unsafe", type=float, help="skip samples with a greater unsafe probability")
-    add("--min_aesthetic", type=float, help="skip samples with a smaller aesthetic score")
+        help="SDXL only: condition on the training resolution and a zero crop offset in place of each picture's own")
+    add("--dataloader_num_workers", type=WHOLE,
+        help="loader processes for each training process; default: up to 4 on a GPU, by the CPU cores, else 0")
+    add("--shuffle_buffer_samples", type=COUNT, default=1000, help="undecoded samples that a loader shuffles among")
+    add("--max_train_samples", type=COUNT, help="samples in one epoch, where epochs set the length of the run")
+    add("--min_image_side_px", type=WHOLE, default=0, help="skip originals whose smaller side is less")
+    add("--max_image_pixels", type=COUNT, default=100_000_000, help="skip pictures with more pixels, undecoded")
+    add("--max_watermark", type=SHARE, help="skip samples with a greater watermark probability")
+    add("--max_unsafe", type=SHARE, help="skip samples with a greater unsafe probability")
+    add("--min_aesthetic", type=FINITE, help="skip samples with a smaller aesthetic score")
     add("--require_metadata", action="store_true", help="skip samples that lack a field which a filter needs")
 
 
 def add_optimizer_args(parser):
-    """Add the flags of the optimizer and of the length of the run."""
     add = parser.add_argument_group("optimization").add_argument
-    add("--train_batch_size", type=int, default=16, help="samples of one process in one forward pass")
-    add("--gradient_accumulation_steps", type=int, default=1, help="forward passes summed into one update")
-    add("--max_train_steps", type=int,
-        help="updates; default: from --num_train_epochs and --max_train_samples")
-    add("--num_train_epochs", type=int, default=100,
-        help="passes over --max_train_samples, without --max_train_steps")
-    add("--learning_rate", type=float, default=1e-4, help="peak learning rate")
+    add("--train_batch_size", type=COUNT, default=16, help="samples of one process in one forward pass")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes summed into one update")
+    add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs and --max_train_samples")
+    add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, without --max_train_steps")
+    add("--learning_rate", type=POSITIVE, default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply the rate by batch size, accumulation and processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule, as in diffusers")
-    add("--lr_warmup_steps", type=int, default=0, help="updates of linear warm-up, in every schedule")
+    add("--lr_warmup_steps", type=WHOLE, default=0, help="updates of linear warm-up, in every schedule")
     add("--use_8bit_adam", action="store_true", help="AdamW with 8-bit state (bitsandbytes)")
-    add("--adam_beta1", type=float, default=0.9, help="decay of the first moment")
-    add("--adam_beta2", type=float, default=0.999, help="decay of the second moment")
-    add("--adam_weight_decay", type=float, default=0.0, help="decoupled weight decay")
-    add("--adam_epsilon", type=float, default=1e-8, help="epsilon of Adam")
-    add("--max_grad_norm", type=float, default=1.0, help="gradients are clipped to this norm")
+    add("--adam_beta1", type=FRACTION, default=0.9, help="decay of the first moment")
+    add("--adam_beta2", type=FRACTION, default=0.999, help="decay of the second moment")
+    add("--adam_weight_decay", type=NOT_NEGATIVE, default=0.0, help="decoupled weight decay")
+    add("--adam_epsilon", type=POSITIVE, default=1e-8, help="epsilon of Adam")
+    add("--max_grad_norm", type=POSITIVE, default=1.0, help="gradients are clipped to this norm")
 
 
 def add_output_args(parser):
-    """Add the flags of what a run writes and where."""
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-lora", help="folder for everything the run leaves")
     add("--resume_from_checkpoint", default="latest",
-        help="'latest': newest complete checkpoint, if any; a checkpoint's path; 'none': start afresh")
-    add("--checkpointing_steps", type=int, default=500, help="updates between checkpoints")
-    add("--checkpoints_total_limit", type=int, help="checkpoints kept; older ones are removed")
-    add("--validation_steps", type=int, default=200,
-        help="updates between validation pictures; 0: only at the end")
+        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': start afresh")
+    add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
+    add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
+    add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
+        help="updates between validation pictures; 0: only at the end; -1: never")
     add("--validation_prompts", nargs="+", metavar="PROMPT",
-        help="prompts to draw; default: four captions of the data")
-    add("--logging_steps", type=int, default=10,
-        help="updates between two reads of the loss; also how soon signals act")
+        help="prompts to draw; default: four captions of the data, or neutral ones with --push_to_hub")
+    add("--logging_steps", type=COUNT, default=10,
+        help="updates between two reads of the loss; several processes act on signals then")
     add("--logging_dir", default="logs", help="folder of the TensorBoard files, inside --output_dir")
-    add("--report_to", choices=("tensorboard", "wandb", "none"), default="tensorboard", help="tracker")
+    add("--report_to", choices=TRACKERS, default="tensorboard", help="tracker; all: every one that is installed")
     add("--tracker_project_name", default="lcm-lora", help="project in the tracker")
-    add("--push_to_hub", action="store_true",
-        help="upload LoRA, pictures and model card when the run is done")
-    add("--push_checkpoints_to_hub", action="store_true",
-        help="with --push_to_hub: upload the LoRA of each checkpoint too")
+    add("--push_to_hub", action="store_true", help="upload LoRA, pictures and model card when the run is done")
+    add("--push_checkpoints_to_hub", action="store_true", help="with --push_to_hub: upload each checkpoint's LoRA too")
     add("--hub_model_id", help="Hub repository; default: the name of --output_dir")
-    add("--hub_token",
-        help="Hub token; default: the one `hf auth login` or HF_TOKEN left; never written anywhere")
-    add("--dry_run", action="store_true",
-        help="check flags and data, print the run, and stop before any model loads")
+    add("--hub_public_repo", action="store_true", help="make the Hub repository public; default: private")
+    add("--hub_token", help="Hub token; default: that of `hf auth login` or HF_TOKEN; never written anywhere")
+    add("--dry_run", action="store_true", help="check flags and data, print the run, and stop before any model loads")
 
 
 def add_system_args(parser):
-    """Add the flags of precision, memory and speed."""
     add = parser.add_argument_group("system").add_argument
-    add("--seed", type=int, default=0, help="of sample order, noise, timesteps, w and LoRA weights")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"),
-        help="compute dtype; default: accelerate's configuration")
+    add("--seed", type=SEED, default=0, help="seeds sample order, noise, timesteps, w and LoRA weights")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="compute dtype; default: accelerate's configuration")
     add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--use_4bit_base", action="store_true",
         help="frozen weights of the attention blocks in 4 bits (NF4, bitsandbytes): less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
-        help="xformers in place of SDPA; needs CUDA")
-    add("--vae_encode_batch_size", type=int, default=4, help="pictures that the VAE encodes at a time")
-    add("--compile", action="store_true",
-        help="torch.compile of the transformer blocks; the first updates are slow")
+        help="attention of xformers in place of PyTorch's SDPA; needs CUDA")
+    add("--vae_encode_batch_size", type=COUNT, default=4, help="pictures that the VAE encodes at a time")
+    add("--compile", action="store_true", help="torch.compile of the transformer blocks; the first updates are slow")
 # fmt: on
 
 
 def build_parser():
     """Return the parser of all flags."""
-    parser = OneLineParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
-    add_model_args(parser)
-    add_lora_args(parser)
-    add_distillation_args(parser)
-    add_data_args(parser)
-    add_optimizer_args(parser)
-    add_output_args(parser)
-    add_system_args(parser)
+    parser = OneLineParser(
+        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
+    )
+    for add_group in (
+        add_model_args, add_lora_args, add_distillation_args, add_data_args, add_optimizer_args,
+        add_output_args, add_system_args,
+    ):  # fmt: skip
+        add_group(parser)
     return parser
 
 
-# What is allowed, its check, and the flags it holds for; a flag that is None is not checked.
-FLAG_RULES = (
-    ("at least 1", lambda value: value >= 1, "lora_rank num_ddim_timesteps resolution train_batch_size "
-     "gradient_accumulation_steps max_train_steps num_train_epochs max_train_samples checkpointing_steps "
-     "checkpoints_total_limit logging_steps vae_encode_batch_size shuffle_buffer_samples max_image_pixels"),
-    ("a multiple of 8", lambda value: value % 8 == 0, "resolution"),
-    ("at least 0", lambda value: 0 <= value < math.inf, "dataloader_num_workers lr_warmup_steps "
-     "validation_steps min_image_side_px w_min adam_weight_decay"),
-    ("in [0, 2^63)", lambda value: 0 <= value < 2**63, "seed"),
-    ("a finite number greater than 0", lambda value: 0 < value < math.inf, "lora_alpha learning_rate "
-     "adam_epsilon max_grad_norm huber_c timestep_scaling_factor"),
-    ("in [0, 1)", lambda value: 0 <= value < 1, "lora_dropout adam_beta1 adam_beta2"),
-    ("in [0, 1]", lambda value: 0 <= value <= 1, "proportion_empty_prompts max_watermark max_unsafe"),
-    ("a finite number", math.isfinite, "w_max min_aesthetic"),
-)  # fmt: skip
+def unknown_flag(word, parser):
+    """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
+    name = word.lstrip("-").partition("=")[0]
+    if name in DATASET_FLAGS:
+        remedy = (
+            "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
+            "shards, then --train_shards_path_or_url shards"
+        )
+        return f"{word}: not a flag here; {remedy}"
+    flags = [flag for action in parser._actions for flag in action.option_strings]
+    near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1)), None)
+    return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
 
 
 def check_args(args, error):
-    """Call `error` with the flag, its value and what is allowed, where the flags cannot make a run."""
-    for allowed, holds, names in FLAG_RULES:
-        for flag in names.split():
-            value = getattr(args, flag)
-            if value is not None and not holds(value):
-                error(f"--{flag} {value}: must be {allowed}")
+    """Call `error` where flags contradict each other or one is missing; single values are checked by their type."""
+    for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
+        if not getattr(args, flag):
+            error(f"--{flag} is missing")
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
@@ -323,9 +360,7 @@ def check_args(args, error):
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         error(f"--learning_rate {args.learning_rate}: must be over 1e-7, where the polynomial schedule ends")
     if args.max_train_steps is None and args.max_train_samples is None:
-        error(
-            "--max_train_steps is missing: streamed shards have no known length; or give --max_train_samples"
-        )
+        error("--max_train_steps is missing: streamed shards have no known length; or give --max_train_samples")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         error("--push_checkpoints_to_hub: needs --push_to_hub")
     if not args.lora_target_modules.strip(", "):
@@ -333,31 +368,33 @@ def check_args(args, error):
 
 
 def check_paths(args, error):
-    """Call `error` with the flag and the path where a local path does not lead anywhere."""
+    """Call `error` with the flag and the path where a local path leads nowhere."""
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        if (is_local or value.count("/") > 1) and not Path(value).exists():
+        if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
-    for url in args.train_shards_path_or_url:
-        if "{" not in url and not is_remote(url) and not Path(url).exists():
-            error(f"--train_shards_path_or_url {url}: no such file or folder; check the path")
     resume = args.resume_from_checkpoint
-    if resume not in ("latest", "none") and not Path(resume).is_dir():
-        error(f"--resume_from_checkpoint {resume}: no such checkpoint; give 'latest', 'none' or its folder")
+    if resume not in ("latest", "none") and not any(path.is_dir() for path in checkpoint_paths(args)):
+        error(
+            f"--resume_from_checkpoint {resume}: no such checkpoint, neither here nor in {args.output_dir}; give "
+            "'latest', 'none' or a checkpoint's folder"
+        )
 
 
-def is_remote(url):
-    """Return whether a shard is read through a command or a network address."""
-    return url.startswith("pipe:") or "://" in url
+def checkpoint_paths(args):
+    """Return where the checkpoint that --resume_from_checkpoint names may lie."""
+    return Path(args.resume_from_checkpoint), Path(args.output_dir) / args.resume_from_checkpoint
 
 
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if rest:
+        parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
     check_paths(args, parser.error)
     if args.lora_alpha is None:
@@ -368,56 +405,80 @@ def parse_args(argv=None):
 
 
 def masked(text):
-    """Return a text without the secrets that shard addresses may carry."""
-    return re.sub(r"((?i:bearer)\s+)[^\s'\"]+|(://)[^/@\s]+(?=@)|hf_\w{8,}", r"\1\2***", text)
+    """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
+    if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
+        program, *words = text.split()
+        places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
+        return " ".join([program, *(["***"] if len(words) > len(places) else []), *places])
+    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1***@", text)
+    text = re.sub(r"(\w+://[^\s'\"?#]*)[?#][^\s'\"]+", r"\1?***", text)
+    names = r"authorization|token|api[_-]?key|secret\w*|passw\w*|sig(?:nature)?|access[_-]?key\w*|cookie"
+    text = re.sub(rf"(?i)((?:{names})\s*[=:]\s*)(?:(?:bearer|basic|token)\s+)?\S+", r"\1***", text)
+    text = re.sub(r"(?i)\b(bearer\s+|basic\s+)\S{8,}", r"\1***", text)
+    return re.sub(r"\b(hf_|sk-|ghp_|AKIA)\w{8,}", r"\1***", text)
 
 
 def public_flags(args):
     """Return the flags without secrets: what may be written and logged."""
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    flags["train_shards_path_or_url"] = [masked(url) for url in args.train_shards_path_or_url]
+    for name, value in flags.items():
+        if isinstance(value, str):
+            flags[name] = masked(value)
+        elif isinstance(value, list):
+            flags[name] = [masked(item) for item in value]
     return flags
 
 
 # <<< shared: arguments
 
 if __name__ == "__main__":
-    ARGS = (
-        parse_args()
-    )  # before the imports below, which take seconds, so that --help and wrong flags answer at once
+    # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
+    ARGS = parse_args()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
+    print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # else imports warn of parts that are not used here
-for _package in ("xformers", "bitsandbytes"):
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of parts that are not used here
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked loader processes
+for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
 
-import bitsandbytes
 import diffusers
+import filelock
 import numpy as np
-import simplejpeg
+import psutil
 import torch
 import webdataset as wds
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, ProjectConfiguration, broadcast_object_list, gather_object
+from accelerate.utils import (
+    DistributedType,
+    GradientAccumulationPlugin,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+)
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import _collate_lora_metadata, cast_training_params
+from diffusers.training_utils import cast_training_params
 from diffusers.utils import logging as diffusers_logging
+from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps
-from safetensors import SafetensorError
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as tensors_to_bytes
 from torch.nn import functional
-from torch.nn.grad import conv2d_input, conv2d_weight
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
-from webdataset.tariterators import group_by_keys
+
+DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 # <<< shared: imports
 
@@ -444,36 +505,33 @@ class Schedule:
         return self.alphas[timesteps].view(shape), self.sigmas[timesteps].view(shape)
 
 
-def make_schedule(scheduler_config, num_ddim_timesteps, timestep_scaling, device, loss_space="sample"):
-    """Return the Schedule of a diffusers scheduler config.
+def make_schedule(scheduler_config, args, device):
+    """Return the Schedule of a diffusers scheduler config, with the solver that the flags describe.
 
     Raises:
         UnusableInput: the prediction type is unknown, the solver has more steps than the schedule, or the
             schedule ends in pure noise, from which eps gives no clean latent, nor a clean latent eps.
     """
     scheduler = DDPMScheduler.from_config(scheduler_config)
-    prediction_type = scheduler.config.prediction_type
+    prediction_type, num_steps = scheduler.config.prediction_type, args.num_ddim_timesteps
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
-        raise UnusableInput(
-            f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample"
-        )
+        raise UnusableInput(f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
-    if "epsilon" in (prediction_type, loss_space) and alphas_cumprod[-1] < 1e-6:
+    if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
         raise UnusableInput(
             "teacher: its schedule ends at zero terminal SNR, where only v_prediction can be distilled, with "
             "--loss_space sample"
         )
-    num_timesteps = len(alphas_cumprod)
-    if num_ddim_timesteps > num_timesteps:
-        raise UnusableInput(f"--num_ddim_timesteps {num_ddim_timesteps}: the teacher has {num_timesteps}")
-    k = num_timesteps // num_ddim_timesteps
+    if num_steps > len(alphas_cumprod):
+        raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+    k = len(alphas_cumprod) // num_steps
     return Schedule(
         alphas=alphas_cumprod.sqrt().to(device),
         sigmas=(1 - alphas_cumprod).sqrt().to(device),
-        ddim_timesteps=(torch.arange(1, num_ddim_timesteps + 1) * k - 1).to(device),
+        ddim_timesteps=(torch.arange(1, num_steps + 1) * k - 1).to(device),
         k=k,
         prediction_type=prediction_type,
-        timestep_scaling=timestep_scaling,
+        timestep_scaling=args.timestep_scaling_factor,
     )
 
 
@@ -500,7 +558,7 @@ def ddim_step(schedule, z0, eps, prev_timesteps):
 
 
 def boundary_scalings(timesteps, timestep_scaling):
-    """Return (c_skip, c_out), each [B,1,1,1]: 1 and 0 at timestep 0 (LCM, sec. 3; LCMScheduler's)."""
+    """Return (c_skip, c_out), each [B,1,1,1]: 1 and 0 at timestep 0 (LCM, sec. 3; as LCMScheduler's)."""
     scaled = timesteps.to(torch.float32).view(-1, 1, 1, 1) * timestep_scaling
     c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
     c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
@@ -526,109 +584,19 @@ def loss_between(schedule, pred, target, timesteps, args):
 # <<< shared: mathematics
 
 # ----------------------------------------------------------------------------------------------------------
-# One training step
-# ----------------------------------------------------------------------------------------------------------
-
-
-# >>> shared: step
-@dataclass
-class Draws:
-    """The random numbers of one forward pass: a function of (seed, update, micro step, process)."""
-
-    posterior_eps: torch.Tensor  # [B,4,h,w], for the VAE's posterior
-    eps: torch.Tensor  # [B,4,h,w], the forward process's noise
-    index: torch.Tensor  # [B] int64 in 0..N-1, position in the solver's grid
-    w: torch.Tensor  # [B,1,1,1] guidance
-    empty: list  # [B] bool, captions to drop
-
-
-def send(tensor, device):
-    """Return a CPU tensor on the device, without waiting for the work that is queued there."""
-    if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
-
-
-def draw(args, shape, global_step, micro_step, process_index, device):
-    """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
-    key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
-    seed = int(key.generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device sees the same numbers
-    batch = shape[0]
-    posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
-    index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
-    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
-    empty = (torch.rand(batch, generator=generator) < args.proportion_empty_prompts).tolist()
-    return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
-
-
-def predict(unet, z_t, timesteps, conditioning, dtype):
-    """Return the UNet's output as float32; the one place where the compute dtype takes effect."""
-    return unet(z_t.to(dtype), timesteps, **conditioning, return_dict=False)[0].float()
-
-
-def join(first, second):
-    """Return two conditionings, dicts of tensors or of such dicts, as one batch."""
-    return {
-        name: join(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
-        for name, value in first.items()
-    }
-
-
-def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
-    """Return f(z_t, t) = c_skip z_t + c_out z0 (LCM, eq. 8)."""
-    c_skip, c_out = boundary_scalings(timesteps, schedule.timestep_scaling)
-    z0, _ = clean_estimate(schedule, predict(unet, z_t, timesteps, conditioning, dtype), z_t, timesteps)
-    return c_skip * z_t + c_out * z0
-
-
-def teacher_step(teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
-    """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
-    double = timesteps.repeat(2)
-    output = predict(teacher, z_t.repeat(2, 1, 1, 1), double, join(conditioning, uncond), dtype)
-    z0, eps = clean_estimate(schedule, output, z_t.repeat(2, 1, 1, 1), double)
-    (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
-    z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
-    eps_cfg = eps_cond + w * (eps_cond - eps_uncond)
-    return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
-
-
-def distillation_loss(student, unet, teacher, schedule, latents, conditioning, uncond, draws, args, dtype):
-    """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student).
-
-    `unet` is the UNet with its LoRA; `student` is the same module, wrapped for gradient synchronization;
-    `teacher` is the UNet without the LoRA.
-    """
-    # 1. A jump of the solver's grid, from t_{n+k} down to t_n.
-    timesteps = schedule.ddim_timesteps[draws.index]
-    prev_timesteps = (timesteps - schedule.k).clamp(min=0)
-    # 2. The noisy latent at the upper end.
-    z_t = add_noise(schedule, latents, draws.eps, timesteps)
-    if args.lora_dropout:  # switching walks the whole UNet, which for SDXL's 9,810 modules takes long
-        unet.eval()  # the target is computed without dropout
-    with torch.no_grad():
-        # 3. The teacher's guided step to the lower end.
-        z_prev = teacher_step(
-            teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
-        )  # fmt: skip
-        # 4. Where the student itself, without gradient, sends the lower end.
-        target = consistency(unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
-    # 5. Where the student sends the upper end: the two should agree.
-    if args.lora_dropout:
-        unet.train()
-    pred = consistency(student, schedule, z_t, timesteps, conditioning, dtype)
-    return loss_between(schedule, pred, target, timesteps, args)
-
-
-# <<< shared: step
-
-# ----------------------------------------------------------------------------------------------------------
-# Data
+# Data: shards -> samples -> batches
 # ----------------------------------------------------------------------------------------------------------
 
 
 # >>> shared: data
+# Pillow's names. An allowlist: some of Pillow's other readers start programs (EPS runs Ghostscript).
+Image.init()
+PICTURE_FORMATS = [name for name in "JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF TGA".split() if name in Image.OPEN]
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp jpe jfif bmp gif tif tiff ppm pgm pnm tga jp2 j2k jpx avif".split())
+CAPTION_SUFFIXES = ("text", "txt", "caption")  # in the order in which the public LCM scripts look for them
+SHARD_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json", "safetensors")  # nothing else in a shard is read
+TAR_NAMES = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and describes how they were made
 # Spellings of LAION's and img2dataset's metadata, in lower case.
 METADATA_KEYS = {
     "width": ("original_width", "width"),
@@ -637,45 +605,102 @@ METADATA_KEYS = {
     "unsafe": ("punsafe", "unsafe", "unsafe_score"),
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2"),
 }
-
-
-TAR_BLOCK = 512  # bytes
-TAR_FILES = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-TAR_BODILESS = b"123456"  # types of links, devices and folders: whatever size their header says
-MAX_TAR_EXTENDED = 2**20  # bytes of a header that says more of a member
-TAR_EXTENDED = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+CAPTION_KEYS = ("caption", "prompt", "text")
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
-Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
+SAMPLES_PER_FOLDER_SHARD = 256
+Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, compared before a picture is decoded
+PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # workflows in PNGs exceed Pillow's 1 MB a text
 
 
 class SkippedSample(Exception):
     """A sample that is not used; the message is the cause, the same for all samples of that cause."""
 
 
+class Skipped(Counter):
+    """Counts of what was not used, by cause; `dead_shards` in a row gave nothing at all."""
+
+    dead_shards = 0
+
+
+class PictureFolder(NamedTuple):
+    """A virtual shard: some samples of a folder of pictures, each with a caption beside it."""
+
+    name: str
+    folder: Path
+    files: tuple  # names of the files, relative to the folder, those of one sample side by side
+
+    def __str__(self):
+        return self.name
+
+
+def is_remote(shard):
+    """Return whether a shard is read through a command or a network address."""
+    return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
+
+
 def list_shards(values):
-    """Return every shard that the values of --train_shards_path_or_url name, checking the local ones.
+    """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones.
 
     Raises:
-        UnusableInput: a local shard is missing, empty, truncated or not a tar.
+        UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
     """
     shards = []
-    for value in values:
-        if is_remote(value) or not Path(value).is_dir():
+    for value in chain.from_iterable(re.split(r"::(?!\d)", value) for value in values):
+        value = re.sub(r"^file:(//)?(?=/)", "", value)
+        scheme = re.match(r"(\w+)://", value)
+        if scheme and scheme[1] not in ("http", "https"):
+            command = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}", "hf": "hf download {}"}.get(
+                scheme[1], "COMMAND {}"
+            )
+            raise UnusableInput(
+                f"--train_shards_path_or_url {masked(value)}: {scheme[1]}:// is read through a command; give "
+                f"'pipe:{command.format(masked(value))}'"
+            )
+        if not is_remote(value) and Path(value).is_dir():
+            shards += list_folder(Path(value))
+        elif not is_remote(value) and re.search(r"[*?\[]", value) and not Path(value).exists():
+            found = sorted(glob.glob(value, recursive=True))
+            if not found:
+                raise UnusableInput(f"--train_shards_path_or_url {value}: no file matches; check the pattern")
+            shards += found
+        else:
             try:
                 shards += wds.SimpleShardList(value).urls
             except ValueError as error:
                 raise UnusableInput(
-                    f"--train_shards_path_or_url {masked(value)}: {error}; mend it"
+                    f"--train_shards_path_or_url {masked(value)}: {error}; mend the pattern"
                 ) from error
-            continue
-        found = sorted(str(path) for path in Path(value).glob("[!.]*.tar"))
-        if not found:
-            raise UnusableInput(f"--train_shards_path_or_url {value}: holds no .tar file; name one that does")
-        shards += found
     for shard in shards:
-        if not is_remote(shard):
+        if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
+
+
+def list_folder(folder):
+    """Return the tars in a folder, or its pictures as virtual shards.
+
+    Raises:
+        UnusableInput: the folder holds neither.
+    """
+    tars = sorted(str(path) for path in folder.iterdir() if TAR_NAMES.search(path.name) and path.name[0] != ".")
+    if tars:
+        return tars
+    samples = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        key, suffix = split_name(name)
+        if suffix and path.is_file():
+            samples.setdefault(key, []).append(name)
+    keys = [key for key, names in samples.items() if any(split_name(name)[1] in IMAGE_SUFFIXES for name in names)]
+    if not keys:
+        raise UnusableInput(
+            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name a folder that does"
+        )
+    parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
+    return [
+        PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*(samples[key] for key in part))))
+        for part in parts
+    ]
 
 
 def check_shard(path):
@@ -691,7 +716,7 @@ def check_shard(path):
         raise UnusableInput(f"shard {path}: {error.strerror}; check --train_shards_path_or_url") from error
     if not head.strip(b"\0"):
         raise UnusableInput(f"shard {path}: is empty{remedy}")
-    if path.suffix != ".tar":
+    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
         return  # compressed: only reading it can tell
     try:
         tarfile.TarInfo.frombuf(head, "utf-8", "replace")
@@ -701,182 +726,238 @@ def check_shard(path):
         raise UnusableInput(f"shard {path}: is truncated, its end mark is missing{remedy}")
 
 
-def read_shard(shard, skipped, cache=None):
-    """Yield a shard's samples, undecoded; a broken stream is read again, then counted and left.
+def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
+    """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes}.
 
-    Where `cache` is the head of the first shard of a cache, those made in another way are counted and left.
+    A broken shard is read again, up to `attempts` times, then counted in `skipped` and left. Where `cache` is
+    the head of the first shard of a cache, shards cached in another way are counted and left.
+
+    Raises:
+        UnusableInput: too many shards in a row cannot be read at all.
     """
-    done = 0
-    for attempt in range(READ_ATTEMPTS):
+    done, name = 0, masked(str(shard))
+    for attempt in range(attempts):
         time.sleep(attempt)
+        lost = Counter()
         try:
-            for sample in islice(group_by_keys(shard_members(shard)), done, None):
+            for sample in islice(group_members(shard_members(shard), lost), done, None):
                 done += 1
-                if sample["__key__"] != CACHE_KEY:
-                    yield sample
-                elif cache and cache["json"] != sample.get("json"):
-                    skipped[f"shard {shard} was cached in another way than the first one"] += 1
+                if cache is None or sample["__key__"] != CACHE_KEY:
+                    yield sample | {"__url__": name}
+                elif cache["json"] != sample.get("json"):
+                    skipped[f"shard {name} was cached in another way than the first one"] += 1
                     return
+            skipped.update(lost)
+            skipped.dead_shards = 0
             return
         except STREAM_ERRORS as error:
-            cause = f"{type(error).__name__}: {error.args[0] if error.args else error}"
-    skipped[f"shard {shard} broke off ({cause})"] += 1
+            cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
+    skipped[f"shard {name} broke off ({cause})"] += 1
+    skipped.dead_shards = 0 if done else skipped.dead_shards + 1
+    if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
+        raise UnusableInput(
+            f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
+            "or command, the network and the permissions"
+        )
 
 
-def open_shard(shard):
-    """Return the stream of a shard; curl, which webdataset takes too, here leaves a server that stalls."""
-    if shard.startswith(("http://", "https://")):
-        limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
-        shard = f"pipe:curl --fail --silent --location {limits} {shlex.quote(shard)}"
-    return wds.gopen(shard)
+class Member(tarfile.TarInfo):
+    """A member of a tar that must end in its end mark: tarfile takes any odd header for the end."""
+
+    @classmethod
+    def fromtarfile(cls, tar):
+        """Return the next member; raises ReadError where there is neither a member nor the end mark."""
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.EOFHeaderError:
+            raise  # the end mark
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"ends before its end mark: {error}") from error
 
 
 def shard_members(shard):
-    """Yield the members of a shard that are read, as group_by_keys of webdataset wants them.
+    """Yield (name, bytes) of the files in a shard that are data: pictures, captions, json, cached tensors.
 
     Raises:
-        one of STREAM_ERRORS: the tar cannot be read to its end, or the command that gives it failed.
+        one of STREAM_ERRORS: the tar cannot be read to its end, or the command that prints it failed.
     """
-    stream = open_shard(shard)
-    tar = io.BufferedReader(Readable(stream), 2**16)
-    head = tar.peek(6)
-    if head.startswith(b"\x1f\x8b"):
-        tar = gzip.open(tar)
-    elif head.startswith((b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd")):
-        raise tarfile.ReadError("packed with bzip2, xz or zstd; give it as 'pipe:xz -dc FILE' or the like")
-    for name, data in tar_members(tar):
-        yield {"fname": name, "data": data, "__url__": shard}
-    while tar.read(2**20):
-        pass  # a command whose output nobody reads would fail
-    stream.close()  # raises where the command did
+    if isinstance(shard, PictureFolder):
+        for name in shard.files:
+            yield name, (shard.folder / name).read_bytes()
+        return
+    with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
+        for member in tar:
+            if member.issparse():
+                raise tarfile.ReadError("sparse files are not read; pack without --sparse")
+            if member.isreg() and split_name(member.name)[1]:
+                data = tar.extractfile(member).read()
+                if len(data) != member.size:
+                    raise tarfile.ReadError("ends before its end mark")
+                yield member.name, data
 
 
-class Readable(io.RawIOBase):
-    """A stream of webdataset's, which has `read` alone, as one that can be buffered."""
+@contextmanager
+def open_shard(shard):
+    """Yield the byte stream of a shard: a file, or the output of a command (curl for http).
 
-    def __init__(self, stream):
-        """Read from `stream`."""
-        self.stream = stream
-
-    def readable(self):
-        """Return that it is."""
-        return True
-
-    def readinto(self, buffer):
-        """Fill the buffer; return how many bytes there were."""
-        data = self.stream.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def tar_members(tar):
-    """Yield (name, data) of the members of a tar that are read: pax, ustar, and GNU's long names.
-
-    tarfile would take as long for a sample's headers as a third of decoding a picture of 512 px.
+    Raises:
+        OSError: the command failed; the message has its exit code and last words.
     """
-    extended = {}  # what headers before a member's own say of it
-    while any(header := b"".join(pieces(tar, TAR_BLOCK))):
-        name, size, kind = read_header(header)
-        if kind in TAR_BODILESS:
-            size = 0
-        elif kind not in TAR_EXTENDED:
-            name, size = extended.get("path", name), int(extended.get("size", size))
-        is_wanted = kind in TAR_FILES and is_data(name)
-        if (
-            kind == tarfile.GNUTYPE_SPARSE
-            or is_wanted
-            and any(key.startswith("GNU.sparse") for key in extended)
-        ):
-            raise tarfile.ReadError("sparse files are not read; pack without --sparse")
-        if size < 0 or kind in TAR_EXTENDED and size > MAX_TAR_EXTENDED:
-            raise tarfile.ReadError(f"damaged header, size {size}")
-        data = b"".join(pieces(tar, size if is_wanted or kind in TAR_EXTENDED else 0))
-        deque(pieces(tar, size + -size % TAR_BLOCK - len(data)), maxlen=0)  # the rest goes nowhere
-        if kind == tarfile.XHDTYPE:
-            extended |= pax_records(data)
-        elif kind == tarfile.GNUTYPE_LONGNAME:
-            extended["path"] = data.partition(b"\0")[0].decode("utf-8", "surrogateescape")
-        elif kind not in TAR_EXTENDED:
-            extended = {}
-            if is_wanted:
-                yield name, data
-    if extended:
-        raise tarfile.ReadError("ends behind an extended header")
+    if not is_remote(shard):
+        with open(shard, "rb") as stream:
+            yield stream
+        return
+    command = shard.removeprefix("pipe:")
+    if not shard.startswith("pipe:"):  # curl gives up a server that stalls
+        limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
+        command = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    options = {"process_group": 0} if os.name == "posix" else {}  # a group, so that all of the command can be killed
+    with tempfile.TemporaryFile() as words:
+        process = subprocess.Popen(
+            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, **options
+        )
+        try:
+            try:
+                yield process.stdout
+            except STREAM_ERRORS:
+                if process.poll() is None and process.stdout.read(1):  # the tar is bad, not the command
+                    raise
+            while process.stdout.read(2**20):
+                pass  # a command whose output nobody reads would fail
+            if code := process.wait():
+                words.seek(0)
+                said = last_words(words.read().decode("utf-8", "replace"), shard)
+                raise OSError(f"the command ended with exit code {code}{': ' if said else ''}{said}")
+        finally:
+            kill_group(process)
 
 
-def pieces(tar, size):
-    """Yield the next `size` bytes of a tar, in pieces; raises ReadError where it ends before."""
-    while size > 0:
-        piece = tar.read(min(size, 2**20))
-        if not piece:
-            raise tarfile.ReadError("ends before its end mark")
-        yield piece
-        size -= len(piece)
+def last_words(text, shard):
+    """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
+    text = masked(" ".join(text.split())[-200:])
+    words = re.compile(r"[^\s'\"=:&?]+")
+    for word in set(words.findall(shard)) - set(words.findall(masked(shard))):
+        if len(word) > 3:
+            text = text.replace(word, "***")
+    return text
 
 
-def read_header(block):
-    """Return (name, size, type) of a tar's member; raises HeaderError for a damaged header."""
-    kind, is_posix = block[156:157], block[257:265] == b"ustar\x0000"
-    if is_posix and kind in (tarfile.REGTYPE, tarfile.XHDTYPE) and not block[345]:  # the name is whole
-        name, size, checksum = (block[a:b].partition(b"\0")[0] for a, b in ((0, 100), (124, 136), (148, 156)))
-        # Adler's lower half is the sum of the bytes, mod 65,521; the checksum's own count as spaces.
-        total = (zlib.adler32(block, 0) & 0xFFFF) - sum(block[148:156]) + 8 * 32
-        with suppress(ValueError):  # raised for a number written in another way
-            if (int(checksum, 8) - total) % 65_521 == 0:
-                return name.decode("utf-8", "surrogateescape"), int(size, 8), kind
-    member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")  # knows every kind, and is slow
-    return member.name, member.size, member.type
+def kill_group(process):
+    """End a command and what it started, and close its output."""
+    process.stdout.close()
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+        process.wait()
 
 
-def pax_records(data):
-    """Return a dict of the records of an extended header: lines "length key=value"; raises ReadError."""
-    data, start, records = data.rstrip(b"\0"), 0, {}
-    while start < len(data):
-        length, _, _ = data[start : start + 20].partition(b" ")
-        end = start + int(length) if length.isdigit() else 0
-        if not start + len(length) < end <= len(data):
-            raise tarfile.ReadError("damaged extended header")
-        key, _, value = data[start + len(length) + 1 : end - 1].partition(b"=")
-        records[key.decode("utf-8", "replace")] = value.decode("utf-8", "surrogateescape")
-        start = end
-    return records
+def split_name(name):
+    """Return (key, suffix) of a file in a shard; a suffix of "" for a file that is not read."""
+    folder, _, base = name.removeprefix("./").rpartition("/")
+    stem, _, suffix = base.rpartition(".")
+    suffix = suffix.lower()
+    if suffix not in SHARD_SUFFIXES or base.startswith("."):
+        return name, ""
+    if suffix not in IMAGE_SUFFIXES and stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+        stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
+    return f"{folder}/{stem}" if folder else stem, suffix
 
 
-def is_data(name):
-    """Return whether a member of a shard is read: pictures, text and json, nothing like a program."""
-    return name.rpartition(".")[2].lower() in SHARD_SUFFIXES
+def group_members(members, lost):
+    """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
+
+    The files of a sample are usually neighbours. Where they are not, parts of samples wait for the rest, up to
+    WAITING_BYTES in all. A sample is whole once it has each kind of file that the shard has had so far.
+    """
+    waiting, given, kinds, held, last = {}, {}, set(), 0, None
+    for name, data in members:
+        key, suffix = split_name(name)
+        if last not in (None, key) and last in waiting and is_whole(waiting[last], kinds):
+            held -= size_of(waiting[last])
+            given[last] = frozenset(waiting[last])
+            yield waiting.pop(last)
+        last = key
+        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
+            lost["file name twice in its shard"] += not lost[key, suffix]
+            continue
+        if key in given:
+            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
+            continue
+        waiting.setdefault(key, {"__key__": key})[suffix] = data
+        kinds.add(kind_of(suffix))
+        held += len(data)
+        while held > WAITING_BYTES and len(waiting) > 1:
+            oldest = waiting.pop(next(iter(waiting)))
+            held -= size_of(oldest)
+            given[oldest["__key__"]] = frozenset(oldest)
+            yield oldest
+    for sample in waiting.values():
+        if sample["__key__"].rpartition(".")[0] not in given:  # K.mask.png beside K.png is no sample of its own
+            yield sample
+
+
+def kind_of(suffix):
+    """Return "picture", "caption", "json" or "safetensors"."""
+    return "picture" if suffix in IMAGE_SUFFIXES else "caption" if suffix in CAPTION_SUFFIXES else suffix
+
+
+def is_whole(sample, kinds):
+    """Return whether a sample has a caption, something to train on, and all kinds of files seen in its shard."""
+    found = {kind_of(suffix) for suffix in sample if suffix != "__key__"}
+    return found >= kinds and bool(found & {"caption", "json"}) and bool(found & {"picture", "safetensors"})
+
+
+def size_of(sample):
+    return sum(len(value) for suffix, value in sample.items() if suffix != "__key__")
 
 
 def metadata_of(sample):
-    """Return the fields of METADATA_KEYS that a sample's json holds as numbers, and its caption."""
+    """Return the fields of METADATA_KEYS in a sample's json: a float each, or None for what is no number.
+
+    A caption in the json is there as "caption".
+    """
     if "json" not in sample:
         return {}
     try:
-        record = json.loads(sample["json"])
+        record = json.loads(sample["json"].decode("utf-8-sig"))
         record = {str(name).lower(): value for name, value in record.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
-    found = {"caption": record["caption"]} if isinstance(record.get("caption"), str) else {}
+    found = {}
     for name, spellings in METADATA_KEYS.items():
-        for value in (record.get(spelling) for spelling in spellings):
-            if isinstance(value, (int, float)) and abs(value) < 1e18:  # neither NaN nor infinite
-                found.setdefault(name, float(value))
-    if {"width", "height"} <= found.keys():
+        for value in (record[spelling] for spelling in spellings if record.get(spelling) not in (None, "")):
+            found.setdefault(name, as_number(value))
+    for value in (record.get(name) for name in CAPTION_KEYS):
+        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
+        if texts:
+            found.setdefault("caption", texts[0])
+    if None not in (found.get("width"), found.get("height")):
         found["side"] = min(found["width"], found["height"])
     return found
+
+
+def as_number(value):
+    """Return a finite number, also one that json holds as text, as a float; None for anything else."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        return None
+    return number if math.isfinite(number) else None
 
 
 def check_metadata(metadata, args):
     """Raise SkippedSample where the filters reject a sample."""
     rules = (
-        ("smaller side", metadata.get("side"), args.min_image_side_px or None, operator.ge),
-        ("watermark", metadata.get("watermark"), args.max_watermark, operator.le),
-        ("unsafe", metadata.get("unsafe"), args.max_unsafe, operator.le),
-        ("aesthetic score", metadata.get("aesthetic"), args.min_aesthetic, operator.ge),
+        ("smaller side", "side", args.min_image_side_px or None, operator.ge),
+        ("watermark", "watermark", args.max_watermark, operator.le),
+        ("unsafe", "unsafe", args.max_unsafe, operator.le),
+        ("aesthetic score", "aesthetic", args.min_aesthetic, operator.ge),
     )
-    for name, value, limit, passes in rules:
+    for name, field_name, limit, passes in rules:
         if limit is None:
             continue
+        value = metadata.get(field_name)
+        if value is None and field_name in metadata:
+            raise SkippedSample(f"{name} in the metadata is no number")
         if value is None and args.require_metadata:
             raise SkippedSample(f"no {name} in the metadata")
         if value is not None and not passes(value, limit):
@@ -884,41 +965,41 @@ def check_metadata(metadata, args):
 
 
 def check_side(original, metadata, args):
-    """Raise SkippedSample for an original of too few pixels a side, where the metadata says nothing of it."""
+    """Raise SkippedSample for an original of too few pixels a side, where the metadata does not tell its size."""
     if "side" not in metadata and min(original) < args.min_image_side_px:
         raise SkippedSample("filtered by smaller side")
 
 
 def caption_of(sample, metadata):
-    """Return a sample's caption: its text member, else the caption in its json."""
-    if "txt" not in sample and "caption" not in metadata:
-        raise SkippedSample("no caption")
+    """Return a sample's caption: that of its caption file, else the one in its json."""
+    data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
     try:
-        caption = sample["txt"].decode() if "txt" in sample else metadata["caption"]
+        caption = metadata.get("caption") if data is None else data.decode("utf-8-sig")
+        if caption is None:
+            raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
         return caption.strip()
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
 
-def open_picture(data, args):
-    """Return (upright RGB picture at no less than the training resolution, original (width, height)).
+def open_picture(data, max_pixels, draft_px=None):
+    """Return (upright RGB picture, original (width, height)) of encoded bytes.
 
-    A plain JPEG whose smaller side needs no resizing comes as an array uint8 [H,W,3], any other as an Image.
+    `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
+
+    Raises:
+        SkippedSample: the picture has more than `max_pixels`, or cannot be decoded.
     """
     try:
-        picture = Image.open(io.BytesIO(data))
-        if picture.width * picture.height > args.max_image_pixels:
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original, orientation = picture.size, picture.getexif().get(ExifTags.Base.Orientation, 1)
+        original, orientation = picture.size, picture.getexif().get(ExifTags.Base.Orientation)
         if orientation in (5, 6, 7, 8):  # stored on its side
             original = original[::-1]
-        is_plain = picture.format == "JPEG" and picture.mode == "RGB" and orientation == 1
-        if is_plain and min(original) == args.resolution:
-            with suppress(ValueError):  # raised for a damaged one: Pillow has the word
-                return simplejpeg.decode_jpeg(data), original  # Pillow's pixels in two thirds of its time
-        # JPEG: decode at 1/2, 1/4 or 1/8 of the size where that is enough.
-        picture.draft("RGB", (args.resolution, args.resolution))
+        if draft_px:
+            picture.draft("RGB", (draft_px, draft_px))
         ImageOps.exif_transpose(picture, in_place=True)
         return to_rgb(picture), original
     except SkippedSample:
@@ -930,7 +1011,11 @@ def open_picture(data, args):
 def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32) / (1 if picture.mode == "F" else 257)
+        values = np.asarray(picture, np.float32)
+        if picture.mode == "F":  # float pictures are in [0, 1] or, if they go beyond, in [0, 255]
+            values = values * (255 if values.max(initial=0) <= 1 else 1)
+        elif picture.mode != "I" or values.max(initial=0) > 255:
+            values = values / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
@@ -942,27 +1027,26 @@ def to_rgb(picture):
 def crop(picture, args, rng):
     """Return (pixels, array uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
     side = args.resolution
-    width, height = picture.size if isinstance(picture, Image.Image) else picture.shape[1::-1]
+    width, height = picture.size
     scale = side / min(width, height)
     size = tuple(max(side, round(length * scale)) for length in (width, height))
     spare = (size[1] - side, size[0] - side)
     top, left = (n // 2 for n in spare) if args.center_crop else (rng.randint(0, n) for n in spare)
     if size == (width, height):
-        pixels = np.asarray(picture)
-        if size != (side, side):  # a copy: a view would keep the whole picture
-            pixels = pixels[top : top + side, left : left + side].copy()
+        picture = picture.crop((left, top, left + side, top + side))
     else:  # only the part that is kept is resized: a strip would grow without bound
         x, y = width / size[0], height / size[1]
         box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
-        method = Image.Resampling[args.interpolation_type.upper()]
-        pixels = np.asarray(picture.resize((side, side), method, box))
+        method = Image.Resampling[args.interpolation_type.removesuffix("_exact").upper()]
+        picture = picture.resize((side, side), method, box)
+    pixels = np.asarray(picture)
     if args.random_flip and rng.random() < 0.5:
         pixels, left = pixels[:, ::-1], spare[1] - left
     return pixels, (top, left)
 
 
 def prepare_sample(sample, args, epoch, cached=False):
-    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, key).
+    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key).
 
     Raises:
         SkippedSample: a filter rejects it, or it cannot be read.
@@ -975,52 +1059,49 @@ def prepare_sample(sample, args, epoch, cached=False):
     caption = caption_of(sample, metadata)
     if cached:
         tensors = cached_tensors(sample)
-        check_side(tensors["time_ids"][:2].tolist(), metadata, args)
+        if "time_ids" in tensors:
+            check_side(tensors["time_ids"][:2].tolist(), metadata, args)
         return tensors | {"caption": caption}
-    picture, original = open_picture(image, args)
+    picture, original = open_picture(image, args.max_image_pixels, args.resolution)
     check_side(original, metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
     pixels, corner = crop(picture, args, rng)
-    size, target = original[::-1], pixels.shape[:2]
-    if args.use_fix_crop_and_size:
-        size, corner = target, (0, 0)
-    # What SDXL's UNet is told: original height and width, crop top and left, target height and width.
-    time_ids = torch.tensor([*size, *corner, *target], dtype=torch.float32)
-    return {"pixels": pixels, "time_ids": time_ids, "caption": caption}
+    inputs = size_and_crop(original[::-1], corner, pixels.shape[:2], args)
+    return {"pixels": pixels, "caption": caption, "is_enlarged": min(original) < args.resolution} | inputs
 
 
 def cached_tensors(sample):
-    """Return a cached sample's tensors: moments [2C,h,w], time ids [6] and the caption's embeddings."""
+    """Return a cached sample's tensors: moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
     if "safetensors" not in sample:
         raise SkippedSample("no cached tensors")
     try:
         tensors = load_tensors(sample["safetensors"])
     except SafetensorError as error:
         raise SkippedSample("cached tensors cannot be read") from error
-    if not {"moments", "time_ids", "prompt_embeds"} <= tensors.keys():
-        raise SkippedSample("cached tensors lack moments, time ids or embeddings")
+    if not {"moments", "prompt_embeds"} <= tensors.keys():
+        raise SkippedSample("cached tensors lack moments or embeddings")
     return tensors
 
 
 class ShardStream(torch.utils.data.IterableDataset):
     """Endless batches of training samples, each sample once an epoch over all processes and workers.
 
-    The stream is divided among `consumers` = processes x workers. The shards of an epoch, in an order drawn
-    from (seed, epoch), lie end to end; consumer c reads the c-th of `consumers` equal parts. Where a part
-    ends inside a shard, its neighbours share it by turns, sample by sample; so one shard serves any number.
+    The stream is divided among `consumers` = processes x workers. An epoch's shards, in an order drawn from
+    (seed, epoch), lie end to end, and consumer c reads the c-th of as many equal parts. Four shards and three
+    consumers:
+
+        shards     |  3   3   3 |  0   0   0 |  2   2   2 |  1   1   1 |     each cut into `turns` = 3
+        consumers  |  a   a   a    a |  b   b    b   b |  c    c   c   c |   each gets `units` = 4 of them
+
+    A shard that two consumers share is read by both, sample by sample in turns; so one shard serves any number.
     """
 
-    def __init__(self, shards, args, num_processes, process_index, num_batches=0, positions=None, cache=None):
-        """Go on after `num_batches` of this process, each consumer from its (epoch, samples read in it).
-
-        `cache` is the head of shards that hold cached tensors, None for pictures.
-        """
-        self.shards, self.args, self.cache = shards, args, cache
-        self.workers = max(1, args.dataloader_num_workers)
-        self.consumers = num_processes * self.workers
-        self.first_consumer = process_index * self.workers
-        self.num_batches = num_batches  # the next one comes from worker num_batches % workers
-        self.positions = positions or {}
+    def __init__(self, shards, args, consumers, first_consumer, workers, tokenizers=(), cache=None):
+        self.shards, self.args, self.tokenizers = shards, args, tokenizers
+        self.cache = cache  # the head of shards that hold cached tensors, None for pictures
+        self.consumers, self.first_consumer, self.workers = consumers, first_consumer, workers
+        self.num_batches = 0  # read by this process so far; the next one comes from worker num_batches % workers
+        self.positions = {}  # of its consumers: (epoch, samples read in it)
 
     def raw_samples(self, epoch, consumer, skipped):
         """Yield the undecoded samples that a consumer reads in an epoch, in order."""
@@ -1031,102 +1112,111 @@ class ShardStream(torch.utils.data.IterableDataset):
         first, last = consumer * units, (consumer + 1) * units
         for place in range(first // turns, -(-last // turns)):
             mine = range(max(first - place * turns, 0), min(last - place * turns, turns))
-            for number, sample in enumerate(read_shard(self.shards[order[place]], skipped, self.cache)):
+            shard = self.shards[order[place]]
+            for number, sample in enumerate(read_shard(shard, skipped, cache=self.cache)):
                 if number % turns in mine:
                     yield sample
 
     def __iter__(self):
-        """Yield batches: pixels uint8 [B,R,R,3] or cached tensors, captions, the position after it, skips."""
+        """Yield batches: pixels uint8 [B,R,R,3] and token ids, or cached tensors; captions; the position; skips."""
         info = torch.utils.data.get_worker_info()
         worker = ((info.id if info else 0) + self.num_batches) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.positions.get(str(consumer), (0, 0))
-        skipped, batch, usable = Counter(), [], 0
+        skipped, batch, usable = Skipped(), [], 0
         while True:
-            shuffled = wds.shuffle(
-                self.args.shuffle_buffer_samples,
-                initial=self.args.shuffle_buffer_samples,
-                rng=random.Random(f"{self.args.seed} {epoch} {consumer}"),
-            )(self.raw_samples(epoch, consumer, skipped))
-            for number, raw in enumerate(islice(shuffled, start, None), start + 1):
+            buffer = self.args.shuffle_buffer_samples
+            rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
+            shuffled = wds.shuffle(buffer, initial=buffer, rng=rng)(self.raw_samples(epoch, consumer, skipped))
+            samples = enumerate(islice(shuffled, start, None), start + 1)
+            while True:
                 try:
+                    number, raw = next(samples)
                     batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
                 except SkippedSample as cause:
                     skipped[str(cause)] += 1
                     continue
+                except StopIteration:
+                    break
+                except UnusableInput as error:  # as data, because an exception loses its type between processes
+                    yield {"error": str(error)}
+                    return
                 usable += 1
                 if len(batch) == self.args.train_batch_size:
-                    yield collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
+                    yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                     skipped.clear()
                     batch = []
             if not usable and not start:
-                yield {"error": self.nothing_usable(epoch, skipped)}
+                yield {"error": nothing_usable(epoch, skipped)}
                 return
             epoch, start, usable = epoch + 1, 0, 0
 
-    def nothing_usable(self, epoch, skipped):
-        """Return the one line that says why an epoch gave a consumer no sample."""
-        causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-        return f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"
+    def collate(self, samples):
+        """Return samples as one batch: arrays and tensors stacked, captions as a list, and their token ids."""
+        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
+        for name, values in batch.items():
+            if isinstance(values[0], np.ndarray):
+                batch[name] = torch.from_numpy(np.stack(values))
+            elif isinstance(values[0], torch.Tensor):
+                batch[name] = torch.stack(values)
+        return batch if self.cache else batch | {"ids": tokenize(self.tokenizers, batch["caption"])}
 
 
-def collate(samples):
-    """Return samples as one batch: tensors and arrays stacked as tensors, captions as a list."""
-    batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-    for name, values in batch.items():
-        if isinstance(values[0], np.ndarray):
-            batch[name] = torch.from_numpy(np.stack(values))
-        elif isinstance(values[0], torch.Tensor):
-            batch[name] = torch.stack(values)
-    return batch
+def nothing_usable(epoch, skipped):
+    """Return the one line that tells why an epoch gave a consumer no sample."""
+    causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
+    return f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"
+
+
+def tokenize(tokenizers, captions):
+    """Return token ids, a tensor [B,L] for each tokenizer, of captions padded or cut to its length."""
+    return [
+        tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
 
 
 def describe(skipped):
     """Return counts by cause as one line, the most frequent first."""
-    return masked(", ".join(f"{cause}: {count}" for cause, count in Counter(skipped).most_common()))
+    counts = Counter({cause: count for cause, count in skipped.items() if count}).most_common()
+    return masked(", ".join(f"{cause}: {count}" for cause, count in counts))
 
 
 def audit(shards, args):
-    """Return (four usable samples, report line, head of the cache or None) after reading the first samples.
+    """Return (usable samples, report line, head of the cache or None) after reading the first samples.
 
     Raises:
-        UnusableInput: none of them can be used, with counts by cause; or they are cached for another run.
+        UnusableInput: no sample can be used, with counts by cause; or they are cached for another run.
     """
-    skipped, usable, examined = Counter(), [], 0
-    cache = find_cache(shards)
-    if cache:
-        check_cache(cache, args)
-    samples = chain.from_iterable(read_shard(shard, skipped, cache) for shard in shards)
-    for examined, sample in enumerate(islice(samples, AUDIT_SAMPLES), 1):  # noqa: B007
+    skipped, usable, examined, cache = Skipped(), [], 0, None
+    samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
+    for sample in islice(samples, AUDIT_SAMPLES):
+        if sample["__key__"] == CACHE_KEY:  # only the first head comes: `samples` sees the new value of `cache`
+            cache = sample
+            check_cache(cache, args)
+            continue
+        examined += 1
         try:
             usable.append(prepare_sample(sample, args, epoch=0, cached=cache is not None))
         except SkippedSample as cause:
             skipped[str(cause)] += 1
         if len(usable) == AUDIT_USABLE_SAMPLES:
             break
-    causes = describe(skipped)
     if not usable:
         raise UnusableInput(
             f"none of the first {examined} samples of --train_shards_path_or_url can be used "
-            f"({causes or 'no samples'}); shards hold KEY.jpg|png|webp with KEY.txt or caption in KEY.json; "
-            "loosen the filters or mend the shards"
+            f"({describe(skipped) or 'no samples'}); shards and folders hold KEY.jpg|png|webp with KEY.txt or a "
+            "caption in KEY.json; loosen the filters or mend the data"
         )
+    skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
     kind = "shards of cached tensors" if cache else "shards"
     report = f"{len(shards)} {kind}; of the first {examined} samples {len(usable)} can be used"
     for sample in usable:
         sample.pop("pixels", None)  # other processes need only captions and their embeddings
-    return usable[:4], f"{report} ({causes})" if causes else report, cache
-
-
-def find_cache(shards):
-    """Return the head of the first shard that can be read, where it holds cached tensors, else None."""
-    for shard in shards:
-        try:
-            first = next(group_by_keys(shard_members(shard)), None)
-        except STREAM_ERRORS:
-            continue  # the audit reads it again, and counts it
-        return first if first and first["__key__"] == CACHE_KEY else None
-    return None
+    causes = describe(skipped)
+    return usable, f"{report} ({causes})" if causes else report, cache
 
 
 def check_cache(cache, args):
@@ -1146,7 +1236,7 @@ def check_cache(cache, args):
 
 
 def cache_identity(args):
-    """Return what the tensors of a cache depend on, by flag; local models count by their contents."""
+    """Return what the tensors of a cache depend on, by flag; local models count by their weights' headers."""
     flags = (
         "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
         "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
@@ -1154,96 +1244,136 @@ def cache_identity(args):
     identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags}
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
-            identity[name] = f"sha256 {contents_digest(Path(value))}"
+            identity[name] = fingerprint(Path(value))
     return identity
 
 
-def contents_digest(model):
-    """Return the sha256 of a model file, or of a folder's files; of a pipeline only VAE and text encoders."""
-    if model.is_file():
-        return digest(model)
+def fingerprint(model):
+    """Return a checksum of a model file's, or of a folder's VAE's and text encoders', sizes, heads and tails."""
     parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
-    files = sorted(path for part in parts for path in part.rglob("*") if path.is_file())
-    whole = "".join(f"{path.relative_to(model)} {digest(path)}\n" for path in files)
-    return hashlib.sha256(whole.encode()).hexdigest()
+    files = sorted(
+        path for part in parts for path in ([part] if part.is_file() else part.rglob("*")) if path.is_file()
+    )
+    checksum = 0
+    for path in files:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            head = file.read(2**20)
+            file.seek(max(0, size - 2**20))
+            name = "" if path == model else str(path.relative_to(model))
+            checksum = zlib.crc32(f"{name} {size}".encode() + head + file.read(), checksum)
+    return f"crc32 {checksum:08x} of {len(files)} files"
 
 
-def make_loader(stream, cuda):
+def count_samples(shards):
+    """Return how many samples local shards hold, by their stats files and folders; None if one does not tell."""
+    total = 0
+    for shard in shards:
+        if isinstance(shard, PictureFolder):
+            total += len({split_name(name)[0] for name in shard.files})
+            continue
+        stats = Path(TAR_NAMES.sub("", str(shard)) + "_stats.json")
+        if is_remote(shard) or not stats.is_file():
+            return None
+        try:
+            record = json.loads(stats.read_text(encoding="utf-8"))
+            total += int(record.get("samples", record.get("successes")))
+        except (ValueError, TypeError, AttributeError):
+            return None
+    return total
+
+
+def make_loader(stream, num_workers, cuda):
     """Return the DataLoader of a ShardStream, which makes its own batches."""
-    workers = stream.args.dataloader_num_workers
+    options = {"multiprocessing_context": "fork"} if num_workers and sys.platform == "linux" else {}
     return torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=workers, pin_memory=cuda, worker_init_fn=ignore_signals
+        stream, batch_size=None, num_workers=num_workers, pin_memory=cuda, worker_init_fn=start_worker, **options
     )
 
 
-def ignore_signals(_worker):
-    """Let a loader process outlive the signals that ask the run to save and stop; it ends with the run."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+def start_worker(_worker):
+    """Let a loader process outlive the signals that ask the run to save and stop, and end with the run."""
+    for name in STOP_SIGNALS:
+        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    end_with_parent(signal.SIGKILL)
+
+
+def end_with_parent(number):
+    """Have the kernel (Linux) send this process a signal once its parent is gone."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
 
 
 # <<< shared: data
 
 # ----------------------------------------------------------------------------------------------------------
-# Teacher and conditioning: the true difference between the model families
+# Models: teacher, student, conditioning
 # ----------------------------------------------------------------------------------------------------------
 
 
 def load_pipeline(args, dtype, **options):
-    """Return the teacher's pipeline in the compute dtype, with a VAE that can be computed in."""
+    """Return the teacher's pipeline in the compute dtype, with a VAE that does not overflow in it."""
     options |= {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
     options |= {"dtype": dtype, "cache_dir": args.cache_dir}
-    if Path(args.pretrained_teacher_model).is_file():
-        pipe = diffusers.StableDiffusionXLPipeline.from_single_file(
-            args.pretrained_teacher_model, config=args.teacher_config, **options
-        )
+    teacher = args.pretrained_teacher_model
+    if is_single_file(teacher):
+        pipe = diffusers.StableDiffusionXLPipeline.from_single_file(teacher, config=args.teacher_config, **options)
     else:
-        from_hub = not Path(args.pretrained_teacher_model).exists()
-        if "vae" not in options and from_hub and dtype != torch.float32:
+        if "vae" not in options and not Path(teacher).exists() and dtype != torch.float32:
             options["vae"] = AutoencoderKL.from_pretrained(FP16_VAE, dtype=dtype, cache_dir=args.cache_dir)
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            args.pretrained_teacher_model, revision=args.teacher_revision, variant=args.variant, **options
+            teacher, revision=args.teacher_revision, variant=args.variant, **options
         )
     if pipe.vae and dtype == torch.float16 and pipe.vae.config.force_upcast:
-        pipe.vae.to(torch.float32)
+        pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in float16
     return pipe
 
 
 def check_family(pipe):
     """Raise UnusableInput where the teacher is not of this script's family."""
     if pipe.unet.config.addition_embed_type != "text_time":
-        raise UnusableInput(
-            f"the teacher is not {FAMILY}: its UNet takes no size and crop; use {OTHER_SCRIPT}"
-        )
+        raise UnusableInput(f"the teacher is not {FAMILY}: its UNet takes no size and crop; use {OTHER_SCRIPT}")
     if pipe.text_encoder_2 and not pipe.text_encoder:
         raise UnusableInput("the teacher is SDXL's refiner, which draws nothing by itself; name a base model")
 
 
-def encode_prompts(pipe, captions, device):
-    """Return the embeddings [B,L,D] and pooled ones [B,P] of captions, by the pipeline's names.
+def size_and_crop(original, corner, target, args):
+    """Return SDXL's conditioning: original height and width, crop top and left, target height and width."""
+    if args.use_fix_crop_and_size:
+        original, corner = target, (0, 0)
+    return {"time_ids": torch.tensor([*original, *corner, *target], dtype=torch.float32)}
 
-    "" gives the unconditional ones: zeros where the model says `force_zeros_for_empty_prompt`, as SDXL's.
-    """
-    prompt_embeds, _, pooled_embeds, _ = pipe.encode_prompt(
-        captions, device=device, do_classifier_free_guidance=False
-    )
-    if pipe.config.force_zeros_for_empty_prompt:
-        kept = torch.tensor([caption != "" for caption in captions], device=device)
-        prompt_embeds = torch.where(kept[:, None, None], prompt_embeds, 0)
-        pooled_embeds = torch.where(kept[:, None], pooled_embeds, 0)
-    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled_embeds}
+
+def encode_ids(pipe, ids):
+    """Return the text embeddings [B,L,D] and pooled ones [B,P] of token ids, by the pipeline's names."""
+    encoders = pipe.text_encoder, pipe.text_encoder_2
+    outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(encoders, ids, strict=True)]
+    prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
+
+
+def zero_empty(pipe, embeds, captions):
+    """Return the embeddings with zeros for "" where the model has `force_zeros_for_empty_prompt`, as SDXL has."""
+    if not pipe.config.force_zeros_for_empty_prompt:
+        return embeds
+    kept = torch.tensor([caption != "" for caption in captions])
+    return {
+        name: torch.where(kept.view(-1, *[1] * (value.ndim - 1)).to(value.device), value, 0)
+        for name, value in embeds.items()
+    }
 
 
 def unet_inputs(embeds, batch):
-    """Return what the UNet is given beside z_t and timesteps: embeddings, pooled ones, size and crop."""
+    """Return what the UNet takes beside z_t and timesteps: embeddings, pooled ones, size and crop."""
     added = {"text_embeds": embeds["pooled_prompt_embeds"], "time_ids": batch["time_ids"]}
     return {"encoder_hidden_states": embeds["prompt_embeds"], "added_cond_kwargs": added}
 
 
 # Names in SDXL's original UNet, which sd-scripts trains on, of what diffusers calls otherwise.
 LDM_LAYERS = {
-    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
 }  # fmt: skip
 LDM_MODULES = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -1253,7 +1383,7 @@ LDM_MODULES = {
 
 
 def kohya_name(module, layers_per_block):
-    """Return kohya's name of a UNet's module: for SDXL the original UNet's: A1111 knows no others for all."""
+    """Return kohya's name of a UNet's module: for SDXL the original UNet's, because A1111 knows no others."""
     name = LDM_MODULES.get(module, module)
     parts = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)s\.(\d+)\.(.+)", module)
     if parts:
@@ -1277,13 +1407,18 @@ def kohya_model(_text_width):
 
 
 # >>> shared: models
-def load_teacher(args, dtype, device, **parts):
+def is_single_file(teacher):
+    return Path(teacher).is_file() or teacher.startswith(("http://", "https://"))
+
+
+def load_teacher(args, dtype, device, check=True, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
-    `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded.
+    `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded. Without
+    `check`, models that can draw and not be distilled are taken too.
 
     Raises:
-        UnusableInput: it is missing, of another family, or its UNet does not take plain latents.
+        UnusableInput: it is missing, damaged, of another family, or cannot be distilled.
     """
     given = frozenset(parts)
     try:
@@ -1292,87 +1427,100 @@ def load_teacher(args, dtype, device, **parts):
                 args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
             )
         pipe = load_pipeline(args, dtype, **parts)
+        set_prediction(pipe, args)
+        if check:
+            check_parts(pipe)
+        if getattr(args, "use_4bit_base", False) and "unet" not in given:
+            quantize_4bit(pipe.unet)  # before the move, so that the GPU never holds all full-precision weights
         for name, module in pipe.components.items():
-            if name in given:  # such as the student at validation, whose LoRA must stay trainable
-                continue
-            if isinstance(module, torch.nn.Module):  # one whose weights are not all in a file cannot move
+            if isinstance(module, torch.nn.Module) and name not in given:  # a given student must stay trainable
                 module.requires_grad_(False).eval().to(device)
-    except (
-        OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError,
-        diffusers.loaders.single_file_utils.SingleFileComponentError,
-    ) as error:  # fmt: skip
-        path, reason, remedy = Path(args.pretrained_teacher_model), " ".join(str(error).split()), ""
-        where = "" if path.exists() else " (no such path here, so it was taken for a Hub id)"
-        if path.is_file():
-            remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
-            if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
-                remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
-        raise UnusableInput(
-            f"--pretrained_teacher_model {path} cannot be loaded{where}: {reason[:400]}{remedy}"
-        ) from error
-    check_parts(pipe)
+    except UnusableInput:
+        raise
+    except Exception as error:  # libraries raise almost anything for a missing, cut or foreign model
+        raise UnusableInput(loading_error(args, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def loading_error(args, error):
+    """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
+    path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
+    name = f"--pretrained_teacher_model {masked(str(path))}"
+    keys = weight_names(path)
+    if any("lora" in key for key in keys):
+        return f"{name}: this is a LoRA; name the model that it was made for"
+    if path.suffix != ".safetensors" and re.search("Weights only load failed|Unpickl|weights_only", reason):
+        return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
+    halves = sorted(path.glob("unet/*.fp16.*")) if path.is_dir() else []
+    if halves and not args.variant:
+        return f"{name}: has only weight files of a variant ({halves[0].name}); give --variant fp16"
+    remedy = ""
+    if path.is_file():
+        remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
+        if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
+            remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
+    where = "" if path.exists() else " (no such path here, so it was taken for a Hub id)"
+    return f"{name} cannot be loaded{where}: {masked(reason)[:400]}{remedy}"
+
+
+def weight_names(path):
+    """Return the names of the tensors in a single .safetensors file, none of anything else."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return set()
+    try:
+        with safe_open(path, framework="pt") as file:
+            return set(file.keys())
+    except (SafetensorError, OSError):
+        return set()
+
+
+def set_prediction(pipe, args):
+    """Give the pipeline's scheduler the prediction type of --prediction_type or of a file's marker tensors."""
+    names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
+    if "v_pred" in names:
+        changes["prediction_type"] = "v_prediction"
+    if "ztsnr" in names:
+        changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    if args.prediction_type:
+        changes["prediction_type"] = args.prediction_type
+    if changes:
+        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+
+
 def check_parts(pipe):
     """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
-    config = pipe.unet.config if pipe.unet else None
-    if config:
+    if pipe.unet:
+        config = pipe.unet.config
         check_family(pipe)
-    if config and config.time_cond_proj_dim is not None:
-        raise UnusableInput(
-            "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
-        )
-    if config and config.in_channels != config.out_channels:
-        raise UnusableInput(
-            f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
-            "inpainting models cannot be teachers"
-        )
+        if config.time_cond_proj_dim is not None:
+            raise UnusableInput(
+                "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
+            )
+        if config.in_channels != config.out_channels:
+            raise UnusableInput(
+                f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
+                "inpainting models cannot be teachers"
+            )
     for name in TEXT_PARTS:
         if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
             raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or cut")
     if "beta_start" not in pipe.scheduler.config:
-        raise UnusableInput(
-            f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model"
-        )
+        raise UnusableInput(f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model")
 
 
-def twin(unet):
-    """Return a frozen UNet on the very weights of `unet`: the teacher, whatever is added to `unet` later.
+def quantize_4bit(unet):
+    """Turn the linear layers of the attention blocks into bitsandbytes' Linear4bit, packed when they move.
 
-    It takes no memory, and a pass is spared what PEFT does in every layer for a LoRA that is switched off.
-    """
-    with torch.device("meta"):
-        teacher = type(unet).from_config(unet.config)
-    teacher.load_state_dict(unet.state_dict(), assign=True)
-    return teacher.requires_grad_(False).eval()
-
-
-class QuantizedLinear(torch.nn.Linear):
-    """A frozen linear layer whose weight is kept in 4 bits: NF4, blocks of 64 (QLoRA, arXiv:2305.14314)."""
-
-    def __init__(self, linear):
-        """Take the place of `linear`, in whose dtype the weight is unpacked for every use."""
-        torch.nn.Module.__init__(self)  # a weight of its own would be made for nothing
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        packed, self.packing = bitsandbytes.functional.quantize_4bit(linear.weight, quant_type="nf4")
-        self.weight = torch.nn.Parameter(packed, requires_grad=False)
-        self.bias = linear.bias
-
-    def forward(self, x):
-        """Return the layer's output [...,out] of x [...,in]."""
-        return bitsandbytes.matmul_4bit(x, self.weight, self.packing, bias=self.bias)
-
-
-def quantize(unet, teacher):
-    """Keep the weights of the attention blocks, which both UNets share, in 4 bits.
+    NF4 in blocks of 64 weights (QLoRA, arXiv:2305.14314).
 
     Raises:
-        UnusableInput: none of them can be packed.
+        UnusableInput: no layer can be packed.
     """
+    import bitsandbytes
+
     # Where a block of 64 weights spans two rows, bitsandbytes 0.50 unpacks it wrongly on CPUs with AVX-512.
-    names = [  # and no modules, which would keep every weight until the end
+    names = [
         name
         for name, module in unet.named_modules()
         if isinstance(module, torch.nn.Linear) and ".attentions." in name and module.in_features % 64 == 0
@@ -1382,9 +1530,60 @@ def quantize(unet, teacher):
             "--use_4bit_base: the teacher has no attention layer of a multiple of 64 inputs; leave it out"
         )
     for name in names:
-        quantized = QuantizedLinear(unet.get_submodule(name))
-        unet.set_submodule(name, quantized)
-        teacher.set_submodule(name, quantized)
+        linear = unet.get_submodule(name)
+        packed = bitsandbytes.nn.Linear4bit(
+            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype,
+            compress_statistics=False, quant_type="nf4", device="meta",
+        )  # fmt: skip
+        packed.weight = bitsandbytes.nn.Params4bit(
+            linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
+        )
+        packed.bias = linear.bias
+        unet.set_submodule(name, packed)
+
+
+def make_twin(unet):
+    """Return a frozen UNet on the very weights of `unet`: the teacher, whatever is added to `unet` later.
+
+    The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
+    """
+    shared = {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())}
+    for module in unet.modules():  # the scales of packed weights are no buffers
+        if getattr(module, "quant_state", None) is not None:
+            shared[id(module.quant_state)] = module.quant_state
+    return copy.deepcopy(unet, shared).requires_grad_(False).eval()
+
+
+class LoraLinear(lora.Linear):
+    """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A and B, computed in the dtype of x.
+
+    PEFT's own forward pass computes the LoRA's branch in float32 where there is no autocast.
+    """
+
+    def forward(self, x):
+        if self.disable_adapters:
+            return super().forward(x)
+        down, up = factors(self, x.dtype)
+        hidden = functional.linear(self.lora_dropout["default"](x), down)
+        return self.base_layer(x) + functional.linear(hidden, up)
+
+
+class LoraConv2d(lora.Conv2d):
+    """LoraLinear's counterpart for a convolution: A has its kernel, B a kernel of one pixel."""
+
+    def forward(self, x):
+        if self.disable_adapters:
+            return super().forward(x)
+        down, up = factors(self, x.dtype)
+        options = self.base_layer.stride, self.base_layer.padding
+        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
+        return self.base_layer(x) + functional.conv2d(hidden, up)
+
+
+def factors(layer, dtype):
+    """Return (A, scaling B) of a LoRA layer in a dtype; their float32 parameters get the gradients."""
+    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
+    return down.weight.to(dtype), (up.weight if scaling == 1 else up.weight * scaling).to(dtype)
 
 
 def add_lora(unet, args):
@@ -1400,147 +1599,18 @@ def add_lora(unet, args):
         if not any(name.endswith(f".{target}") for name in names):
             raise UnusableInput(f"--lora_target_modules: the teacher has no layer {target!r}; leave it out")
     torch.manual_seed(args.seed)
-    unet.add_adapter(
-        LoraConfig(
-            r=args.lora_rank,
-            lora_alpha=args.lora_alpha,
-            lora_dropout=args.lora_dropout,
-            target_modules=targets,
-        )
+    config = LoraConfig(
+        r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets
     )
+    # PEFT's documented way for layers of one's own: peft/docs/source/developer_guides/custom_models.md
+    config._register_custom_module({torch.nn.Linear: LoraLinear, torch.nn.Conv2d: LoraConv2d})
+    unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
-def factors(layer, dtype):
-    """Return (A, scaling B) of a LoRA layer in a dtype; their float32 parameters get the gradients."""
-    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    return down.weight.to(dtype), (up.weight if scaling == 1 else up.weight * scaling).to(dtype)
-
-
-def merging_pays(layer, rows, down, up):
-    """Return whether adding B A to the weight is less work than taking `rows` inputs through A and B.
-
-    With gradients it is added twice: the backward pass needs the sum too.
-    """
-    has_dropout = not isinstance(layer.lora_dropout["default"], torch.nn.Identity)
-    inputs, outputs, sums = down[0].numel(), len(up), 2 if torch.is_grad_enabled() else 1
-    return not has_dropout and rows * (inputs + outputs) > sums * inputs * outputs
-
-
-def merged(weight, down, up, packing=None):
-    """Return W + B A in the shape of W [out,in] or [out,in,k,k]; A [r,in] or [r,in,k,k], B [out,r,...]."""
-    if packing:
-        weight = bitsandbytes.functional.dequantize_4bit(weight, packing)
-    return torch.addmm(weight.flatten(1), up.flatten(1), down.flatten(1)).view(len(up), *down.shape[1:])
-
-
-def whole_gradient_pays(rows, down, up):
-    """Return whether W's whole gradient is the shorter way to those of A and B from `rows` outputs."""
-    inputs, outputs = down[0].numel(), len(up)
-    return (rows + 2 * len(down)) * inputs * outputs < 2 * rows * (down.numel() + up.numel())
-
-
-def factor_gradients(grad, down, up):
-    """Return the gradients of A and B, in their shapes, from that of W + B A."""
-    grad = grad.flatten(1)
-    return (up.flatten(1).T @ grad).view_as(down), (grad @ down.flatten(1).T).view_as(up)
-
-
-class MergedLinear(torch.autograd.Function):
-    """x (W + B A)^T + b of x [rows,in], where W and b are frozen; it keeps x, and not the sum."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, down, up, packing):
-        """Return the output [rows,out]; `packing` is a QuantizedLinear's, else None."""
-        ctx.save_for_backward(x, weight, down, up)
-        ctx.packing = packing
-        return functional.linear(x, merged(weight, down, up, packing), bias)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Return the gradients in the order of forward's arguments."""
-        x, weight, down, up = ctx.saved_tensors
-        grad_x = grad @ merged(weight, down, up, ctx.packing) if ctx.needs_input_grad[0] else None
-        if whole_gradient_pays(len(grad), down, up):
-            return grad_x, None, None, *factor_gradients(grad.T @ x, down, up), None
-        return grad_x, None, None, (grad @ up).T @ x, grad.T @ functional.linear(x, down), None
-
-
-class MergedConv2d(torch.autograd.Function):
-    """The same of a convolution of x [B,in,h,w]."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, down, up, stride, padding):
-        """Return the output [B,out,h',w']."""
-        ctx.save_for_backward(x, weight, down, up)
-        ctx.options = stride, padding
-        return functional.conv2d(x, merged(weight, down, up), bias, stride, padding)
-
-    @staticmethod
-    def backward(ctx, grad):
-        """Return the gradients in the order of forward's arguments."""
-        (x, weight, down, up), options, grad_x = ctx.saved_tensors, ctx.options, None
-        if ctx.needs_input_grad[0]:
-            grad_x = conv2d_input(x.shape, merged(weight, down, up), grad, *options)
-        if whole_gradient_pays(grad[:, 0].numel(), down, up):
-            grads = factor_gradients(conv2d_weight(x, weight.shape, grad, *options), down, up)
-        else:
-            hidden = functional.conv2d(x, down, None, *options)
-            grad_hidden = functional.conv2d(grad, up.transpose(0, 1))
-            grads = (
-                conv2d_weight(x, down.shape, grad_hidden, *options),
-                conv2d_weight(hidden, up.shape, grad),
-            )
-        return grad_x, None, None, *grads, None, None
-
-
-class LoraLinear(lora.Linear):
-    """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A, B, in the dtype of x.
-
-    PEFT's own forward pass computes in float32 unless there is autocast, and reads or writes the layer's
-    output six times where this one does it twice; or once, with W + scaling B A where that is less work, in
-    the dtype of x like a LoRA that a pipeline has fused.
-    """
-
-    def forward(self, x):
-        """Return the layer's output [...,out] of x [...,in]."""
-        if self.disable_adapters:
-            return super().forward(x)
-        base, rows = self.base_layer, x.flatten(0, -2)
-        down, up = factors(self, x.dtype)
-        if merging_pays(self, len(rows), down, up):
-            packing = getattr(base, "packing", None)
-            output = MergedLinear.apply(rows, base.weight, base.bias, down, up, packing)
-        else:
-            hidden = functional.linear(self.lora_dropout["default"](rows), down)
-            output = base(rows).addmm_(hidden, up.T)
-        return output.unflatten(0, x.shape[:-1])
-
-
-class LoraConv2d(lora.Conv2d):
-    """The same of a convolution: A has its kernel, B a kernel of one pixel."""
-
-    def forward(self, x):
-        """Return the layer's output [B,out,h',w'] of x [B,in,h,w]."""
-        if self.disable_adapters:
-            return super().forward(x)
-        base, options = self.base_layer, (self.base_layer.stride, self.base_layer.padding)
-        down, up = factors(self, x.dtype)
-        pixels = x[:, 0].numel() // (base.stride[0] * base.stride[1])  # of the output
-        if merging_pays(self, pixels, down, up):
-            return MergedConv2d.apply(x, base.weight, base.bias, down, up, *options)
-        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
-        return base(x).add_(functional.conv2d(hidden, up))
-
-
-def make_fast(unet, args):
-    """Turn on what saves memory or time, always or where the flags ask for it."""
-    for module in unet.modules():
-        if isinstance(module, lora.Linear):
-            module.__class__ = LoraLinear
-        elif isinstance(module, lora.Conv2d):
-            module.__class__ = LoraConv2d
+def prepare_unet(unet, args):
+    """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1552,11 +1622,145 @@ def make_fast(unet, args):
         unet.compile_repeated_blocks()
 
 
+def encode_prompts(pipe, captions, device):
+    """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
+    tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
+    ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
+    return zero_empty(pipe, encode_ids(pipe, ids), captions)
+
+
 def encode_moments(vae, pixels, args):
     """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
-    pixels = pixels.permute(0, 3, 1, 2)  # only another view: convolutions are at home in this memory order
-    parts = (part.float() / 127.5 - 1 for part in pixels.split(args.vae_encode_batch_size))
+    pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
+        pixels = pixels.contiguous()
+    # An SDXL VAE of its own, in float32, takes 2.5 GiB a picture of 1024 px.
+    at_once = 1 if vae.dtype == torch.float32 and pixels.is_cuda else args.vae_encode_batch_size
+    parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
     return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
+
+
+def make_optimizer(parameters, args, num_processes, max_train_steps):
+    """Return (AdamW or its 8-bit form, learning-rate schedule stepped once an update)."""
+    lr = args.learning_rate
+    if args.scale_lr:
+        lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options["weight_decay"] = args.adam_weight_decay
+    optimizer = (
+        adam_8bit(parameters, options) if args.use_8bit_adam else torch.optim.AdamW(parameters, fused=True, **options)
+    )
+    name = args.lr_scheduler
+    if name == "constant" and args.lr_warmup_steps:
+        name = "constant_with_warmup"
+    return optimizer, get_scheduler(
+        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+
+def adam_8bit(parameters, options):
+    """Return bitsandbytes' AdamW8bit, whose own `step` waits for the GPU after every matrix; this one does not."""
+    import bitsandbytes
+
+    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure=None):
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for group_number, group in enumerate(self.param_groups):
+                for number, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_number, number)
+                    self.update_step(group, parameter, group_number, number)
+
+    return AdamW8bit(parameters, **options)
+
+
+# <<< shared: models
+
+# ----------------------------------------------------------------------------------------------------------
+# One training step: draw, encode, condition, loss, update
+# ----------------------------------------------------------------------------------------------------------
+
+
+# >>> shared: step
+@dataclass
+class RunState:
+    """Where a run stands."""
+
+    global_step: int = 0  # updates done
+    positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
+    skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
+    stop_signal: str | None = None  # the first signal that asked the run to stop
+    is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
+    is_waiting: bool = False  # for data, as the only process
+    is_saved: bool = False  # all updates are in a checkpoint
+    lock: object = None  # on the output folder, for as long as the process lives
+
+
+@dataclass
+class Job:
+    """Everything that a run works with."""
+
+    args: argparse.Namespace
+    accelerator: Accelerator
+    dtype: torch.dtype  # of the arithmetic of UNet, VAE and text encoders
+    pipe: object  # the pipeline that draws; its UNet is student_unet
+    teacher_unet: torch.nn.Module  # without LoRA, on the weights of student_unet
+    student_unet: torch.nn.Module  # with the LoRA
+    student: torch.nn.Module  # student_unet, wrapped in DDP for several processes
+    schedule: Schedule
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    max_train_steps: int
+    scaling_factor: float  # of the latents
+    uncond_embeds: dict  # of the empty caption, one row
+    prompts: list  # to draw at validation
+    prompt_embeds: dict  # of the prompts
+    state: RunState
+
+
+@dataclass
+class Draws:
+    """The random numbers of one forward pass: a function of (seed, update, micro step, process)."""
+
+    posterior_eps: torch.Tensor  # [B,4,h,w], for the VAE's posterior
+    eps: torch.Tensor  # [B,4,h,w], the forward process's noise
+    index: torch.Tensor  # [B] int64 in 0..N-1, position in the solver's grid
+    w: torch.Tensor  # [B,1,1,1] guidance
+    empty: torch.Tensor  # [B] bool, captions to drop; on the CPU
+
+
+def send(tensor, device):
+    """Return a CPU tensor on the device; on CUDA without waiting for the work that is queued there."""
+    if torch.device(device).type != "cuda":  # elsewhere an asynchronous copy may read memory that is freed (MPS)
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def draw(args, shape, global_step, micro_step, process_index, device):
+    """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
+    key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
+    seed = int(key.generate_state(1, np.uint64)[0] >> 1)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
+    batch = shape[0]
+    posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
+    index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
+    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
+    empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
+    return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
+
+
+def encode(job, batch):
+    """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
+    if "moments" in batch:
+        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
+    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1565,43 +1769,137 @@ def sample_latents(moments, posterior_eps, scaling_factor):
     return (posterior.mean + posterior.std * posterior_eps) * scaling_factor
 
 
-def condition(uncond_embeds, batch, empty):
+def condition(uncond_embeds, embeds, batch, empty):
     """Return the UNet's (conditioning, uncond) of a batch, each with B rows.
 
     `uncond_embeds` are those of the empty caption, one row; captions that are empty or marked by `empty` [B]
-    get the same.
+    get them too.
     """
-    empty = [drop or not caption for drop, caption in zip(empty, batch["caption"], strict=True)]
-    uncond, embeds = {}, {}
+    empty = empty | torch.tensor([not caption for caption in batch["caption"]])
+    uncond, cond = {}, {}
     for name, value in uncond_embeds.items():
-        uncond[name] = value.expand(batch[name].shape)
-        is_empty = send(torch.tensor(empty), value.device).view(-1, *[1] * (value.ndim - 1))
-        embeds[name] = torch.where(is_empty, value, batch[name].to(value.dtype))
-    return unet_inputs(embeds, batch), unet_inputs(uncond, batch)
+        uncond[name] = value.expand(embeds[name].shape)
+        is_empty = send(empty, value.device).view(-1, *[1] * (value.ndim - 1))
+        cond[name] = torch.where(is_empty, value, embeds[name].to(value.dtype))
+    return unet_inputs(cond, batch), unet_inputs(uncond, batch)
 
 
-def make_optimizer(parameters, args, num_processes):
-    """Return (AdamW or its 8-bit form, learning-rate schedule stepped once an update)."""
-    if args.use_8bit_adam:
-        adamw = bitsandbytes.optim.AdamW8bit
-    else:
-        adamw = partial(torch.optim.AdamW, fused=True)
-    lr = args.learning_rate
-    if args.scale_lr:
-        lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    optimizer = adamw(
-        parameters, lr=lr, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )  # fmt: skip
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return optimizer, get_scheduler(
-        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=args.max_train_steps
-    )
+def predict(unet, z_t, timesteps, conditioning, dtype):
+    """Return the UNet's output as float32; the one place where the compute dtype takes effect."""
+    return unet(z_t.to(dtype), timesteps, **conditioning, return_dict=False)[0].float()
 
 
-# <<< shared: models
+def join(first, second):
+    """Return two conditionings, dicts of tensors or of such dicts, as one batch."""
+    return {
+        name: join(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
+        for name, value in first.items()
+    }
+
+
+def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
+    """Return f(z_t, t) = c_skip z_t + c_out z0 (LCM, eq. 8)."""
+    c_skip, c_out = boundary_scalings(timesteps, schedule.timestep_scaling)
+    z0, _ = clean_estimate(schedule, predict(unet, z_t, timesteps, conditioning, dtype), z_t, timesteps)
+    return c_skip * z_t + c_out * z0
+
+
+def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
+    """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
+    twice, z_twice = timesteps.repeat(2), z_t.repeat(2, 1, 1, 1)
+    output = predict(unet, z_twice, twice, join(conditioning, uncond), dtype)
+    z0, eps = clean_estimate(schedule, output, z_twice, twice)
+    (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
+    z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
+    eps_cfg = eps_cond + w * (eps_cond - eps_uncond)
+    return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
+
+
+def training_loss(job, latents, conditioning, uncond, draws):
+    """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student)."""
+    schedule, dtype = job.schedule, job.dtype
+    # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n.
+    timesteps = schedule.ddim_timesteps[draws.index]
+    prev_timesteps = (timesteps - schedule.k).clamp(min=0)
+    # 2. Noise the latents to t_{n+k}.
+    z_t = add_noise(schedule, latents, draws.eps, timesteps)
+    has_dropout = job.args.lora_dropout > 0  # switching modes walks the whole UNet, 9,810 modules of SDXL
+    if has_dropout:
+        job.student_unet.eval()  # the target is computed without dropout
+    with torch.no_grad():
+        # 3. The teacher's guided DDIM step to t_n.
+        z_prev = teacher_step(
+            job.teacher_unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
+        )
+        # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
+        target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
+    # 5. Prediction: the student's clean estimate at (z_t, t_{n+k}); both should agree.
+    if has_dropout:
+        job.student_unet.train()
+    pred = consistency(job.student, schedule, z_t, timesteps, conditioning, dtype)
+    return loss_between(schedule, pred, target, timesteps, job.args)
+
+
+def batch_loss(job, batch, micro_step):
+    """Return the loss of one batch from the loader, of pictures or of cached tensors."""
+    args, accelerator = job.args, job.accelerator
+    to_device = partial(move, device=accelerator.device)
+    batch = {name: to_device(value) for name, value in batch.items()}
+    with torch.no_grad():
+        moments, embeds = encode(job, batch)
+        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
+        draws = draw(args, shape, job.state.global_step, micro_step, accelerator.process_index, accelerator.device)
+        latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
+        conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
+    return training_loss(job, latents, conditioning, uncond, draws)
+
+
+def move(value, device):
+    """Return a tensor, or a list that may hold tensors, on the device; the loader has pinned it for CUDA."""
+    if isinstance(value, list):
+        return [move(item, device) for item in value]
+    return value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
+
+
+def update(job, batches):
+    """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
+    losses, positions = [], {}
+    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
+    for micro_step in range(job.args.gradient_accumulation_steps):
+        batch = next_batch(batches, job.state, positions)
+        with job.accelerator.accumulate(job.student):
+            loss = batch_loss(job, batch, micro_step)
+            job.accelerator.backward(loss)
+            losses.append(loss.detach())
+            if job.accelerator.sync_gradients:
+                grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
+            job.optimizer.step()
+            job.optimizer.zero_grad()
+    job.lr_schedule.step()
+    job.state.global_step += 1
+    job.state.positions |= positions  # only now: a checkpoint between micro steps would lose their samples
+    return torch.stack(losses).mean(), grad_norm
+
+
+def next_batch(batches, state, positions):
+    """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
+
+    Raises:
+        OutOfData: nothing usable is left.
+        StopWaiting: a signal came while the only process waited.
+    """
+    state.is_waiting = True
+    batch = next(batches)
+    state.is_waiting = False
+    if "error" in batch:
+        raise OutOfData(batch["error"])
+    consumer, epoch, number = batch["position"]
+    positions[str(consumer)] = (epoch, number)
+    state.skipped.update(batch["skipped"])
+    return batch
+
+
+# <<< shared: step
 
 # ----------------------------------------------------------------------------------------------------------
 # Files: LoRA weights and checkpoints
@@ -1609,35 +1907,21 @@ def make_optimizer(parameters, args, num_processes):
 
 
 # >>> shared: files
-@dataclass
-class RunState:
-    """Where a run stands."""
+def write_atomically(path, data):
+    """Write text or bytes so that the file is there whole or not at all; its mode follows the umask.
 
-    global_step: int = 0  # updates done
-    positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
-    skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
-    stop_signal: str | None = None
-
-
-def save_lora(unet, pipeline_class, folder, args):
-    """Write the LoRA for diffusers (float32) and with kohya's keys (float16), whole or not at all."""
-    folder = Path(folder)
-    scratch = folder / ".writing"
-    state = get_peft_model_state_dict(unet)
-    metadata = _collate_lora_metadata({"unet": unet})
-    # Dropout is for training: diffusers would load these layers with it, and leave it on.
-    config = metadata["unet_lora_adapter_metadata"]
-    config |= {"lora_dropout": 0.0, "target_modules": sorted(config["target_modules"])}
-    pipeline_class.save_lora_weights(scratch, unet_lora_layers=state, **metadata)
-    weights = kohya_weights(state, args.lora_alpha, unet.config.layers_per_block)
-    save_file(weights, scratch / KOHYA_NAME, metadata=kohya_metadata(args, unet.config.cross_attention_dim))
-    for name in (WEIGHTS_NAME, KOHYA_NAME):
-        os.replace(scratch / name, folder / name)
-    scratch.rmdir()
+    safetensors' own `save_file` leaves files that only their owner can read.
+    """
+    scratch = path.with_name(f".writing-{path.name}")
+    with scratch.open("wb") as file:
+        file.write(data.encode() if isinstance(data, str) else data)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(scratch, path)
 
 
 def kohya_weights(state, alpha, layers_per_block):
-    """Return a PEFT state dict of the UNet with the keys that ComfyUI and A1111 read, alpha included."""
+    """Return a PEFT state dict of the UNet with kohya's keys, in float16, with an alpha for each module."""
     weights = {}
     for name, value in state.items():
         module, _, matrix = name.removesuffix(".weight").rpartition(".")
@@ -1651,6 +1935,7 @@ def kohya_weights(state, alpha, layers_per_block):
 def kohya_metadata(args, text_width):
     """Return the header fields that user interfaces show; no path, no token."""
     return kohya_model(text_width) | {
+        "format": "pt",
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(args.lora_rank),
         "ss_network_alpha": str(args.lora_alpha),
@@ -1662,99 +1947,96 @@ def kohya_metadata(args, text_width):
     }
 
 
+def save_lora(unet, path, args):
+    """Write the LoRA as the released LCM-LoRAs are: diffusers, ComfyUI, A1111 and Forge read every layer."""
+    weights = kohya_weights(get_peft_model_state_dict(unet), args.lora_alpha, unet.config.layers_per_block)
+    write_atomically(path, tensors_to_bytes(weights, kohya_metadata(args, unet.config.cross_attention_dim)))
+
+
 def save_for_peft(unet, folder):
-    """Write the LoRA as `PeftModel.from_pretrained(unet, folder)` reads it."""
+    """Write the LoRA in float32 as `PeftModel.from_pretrained(unet, folder)` reads it; resuming reads it too."""
     unet.peft_config["default"].save_pretrained(folder)
-    state = get_peft_model_state_dict(unet)
-    save_file(
-        {f"base_model.model.{name}": value.detach().cpu().contiguous() for name, value in state.items()},
-        Path(folder) / "adapter_model.safetensors",
-    )
+    state = {
+        f"base_model.model.{name}": value.detach().cpu().contiguous()
+        for name, value in get_peft_model_state_dict(unet).items()
+    }
+    write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
-def register_hooks(accelerator, unet, pipeline_class, args):
-    """Let accelerate's checkpoints hold the LoRA alone in place of the whole UNet."""
-
-    def save_hook(_models, weights, output_dir):
-        weights.clear()
-        if accelerator.is_main_process:
-            save_lora(unet, pipeline_class, output_dir, args)
-            save_for_peft(unet, Path(output_dir) / "unet")
-
-    def load_hook(models, input_dir):
-        models.clear()
-        state = load_file(Path(input_dir) / "unet" / "adapter_model.safetensors")
-        state = {name.removeprefix("base_model.model."): value for name, value in state.items()}
-        set_peft_model_state_dict(unet, state)
-        cast_training_params(unet, dtype=torch.float32)
-
-    accelerator.register_save_state_pre_hook(save_hook)
-    accelerator.register_load_state_pre_hook(load_hook)
-
-
-def settings_of(args, accelerator):
+def settings_of(args, accelerator, max_train_steps, num_shards):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
     settings = {name: value for name, value in public_flags(args).items() if name not in FREE_FLAGS}
+    settings.pop("dataloader_num_workers")  # the manifest's "workers" is the number in effect
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
-        settings["max_train_steps"] = args.max_train_steps  # the schedule's shape depends on it
+        settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
     settings |= {
+        "number of shards": num_shards,  # one more or less would move every position
         "number of processes": accelerator.num_processes,
         "mixed_precision": accelerator.mixed_precision,
     }
     return json.loads(json.dumps(settings))
 
 
-def digest(path):
-    """Return the sha256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def save_checkpoint(job, settings, workers):
+    """Write `checkpoint-<step>`: under another name first, then renamed, then old ones are removed.
+
+    Raises:
+        UnusableInput: on all processes, where it cannot be written; the last complete checkpoint stays.
+    """
+    parts = gather_object([list(job.state.positions.items())])
+    manifest = {
+        "global_step": job.state.global_step,
+        "script_version": SCRIPT_VERSION,
+        "settings": settings,
+        "workers": workers,
+        "positions": dict(item for part in parts for item in part),
+    }
+    agree(job.accelerator, write_checkpoint, job, manifest)
 
 
-def seal(manifest):
-    """Return a manifest with the sha256 of its own contents."""
-    text = json.dumps({name: value for name, value in manifest.items() if name != "seal"}, sort_keys=True)
-    return manifest | {"seal": hashlib.sha256(text.encode()).hexdigest()}
-
-
-def save_checkpoint(accelerator, state, args):
-    """Write `checkpoint-<step>`: under another name first, then renamed, then old ones are removed."""
-    output_dir = Path(args.output_dir)
-    final = output_dir / f"checkpoint-{state.global_step}"
+def write_checkpoint(job, manifest):
+    args, output_dir = job.args, Path(job.args.output_dir)
+    final = output_dir / f"checkpoint-{manifest['global_step']}"
     scratch = output_dir / f".writing-{final.name}"
-    if accelerator.is_main_process and scratch.exists():
-        shutil.rmtree(scratch)
-    accelerator.wait_for_everyone()
-    accelerator.save_state(str(scratch))
-    accelerator.wait_for_everyone()
-    positions = dict(item for part in gather_object([list(state.positions.items())]) for item in part)
-    if accelerator.is_main_process:
+    try:
+        shutil.rmtree(scratch, ignore_errors=True)
+        (scratch / "unet").mkdir(parents=True)
+        save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
+        save_for_peft(job.student_unet, scratch / "unet")
+        scaler = job.accelerator.scaler
+        parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": scaler}
+        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        with (scratch / "training_state.pt").open("wb") as file:
+            torch.save(states, file)
+            os.fsync(file.fileno())
         files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
-        for path in files:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        manifest = {
-            "global_step": state.global_step,
-            "script_version": SCRIPT_VERSION,
-            "settings": settings_of(args, accelerator),
-            "positions": positions,
-            "files": {str(path.relative_to(scratch)): digest(path) for path in files},
-        }
-        write_atomically(scratch / MANIFEST_NAME, json.dumps(seal(manifest), indent=1))
+        manifest["sizes"] = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
+        write_atomically(scratch / MANIFEST_NAME, json.dumps(manifest, indent=1))
         if final.exists():  # damaged, or of a longer run that was resumed from an earlier checkpoint
             os.replace(final, scratch.with_name(f"{scratch.name}-old"))
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
-    accelerator.wait_for_everyone()
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        raise UnusableInput(
+            f"{final} cannot be written ({' '.join(str(error).split())[:200]}); earlier checkpoints are whole; make "
+            "room or name another --output_dir, then give the same command again"
+        ) from error
 
 
-def write_atomically(path, text):
-    """Write a text file so that it is there whole or not at all."""
-    scratch = path.with_name(f".writing-{path.name}")
-    with scratch.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, path)
+def load_checkpoint(job, folder):
+    """Load LoRA, optimizer, schedule and loss scaler of a checkpoint, through the CPU."""
+    weights = load_file(folder / "unet" / "adapter_model.safetensors")
+    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+    set_peft_model_state_dict(job.student_unet, weights)
+    cast_training_params(job.student_unet, dtype=torch.float32)
+    states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    for name, part in (
+        ("optimizer", job.optimizer),
+        ("lr_schedule", job.lr_schedule),
+        ("scaler", job.accelerator.scaler),
+    ):
+        if part is not None:
+            part.load_state_dict(states[name])
 
 
 def list_checkpoints(output_dir):
@@ -1771,24 +2053,32 @@ def prune_checkpoints(output_dir, limit):
         manifest = folder / MANIFEST_NAME
         return manifest.stat().st_mtime_ns if manifest.exists() else 0
 
-    for path in Path(output_dir).glob(".writing-checkpoint-*"):
+    for path in output_dir.glob(".writing-checkpoint-*"):
         shutil.rmtree(path)
     for path in sorted(list_checkpoints(output_dir), key=written)[:-limit] if limit else []:
         shutil.rmtree(path)
 
 
 def read_manifest(folder):
-    """Return a checkpoint's manifest, or None and why it cannot be resumed from, as a pair."""
+    """Return (manifest, ""), or (None, reason) where the checkpoint cannot be resumed from.
+
+    Raises:
+        UnusableInput: another version of the script wrote it.
+    """
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
-        if manifest != seal(manifest):
-            return None, f"{MANIFEST_NAME} is damaged"
-        for name, expected in manifest["files"].items():
-            if digest(folder / name) != expected:
+        if "seal" in manifest:
+            raise UnusableInput(
+                f"{folder} was written by version {manifest.get('script_version')} of this script, in a form that "
+                f"version {SCRIPT_VERSION} cannot resume; finish that run with its own copy of the script (in its "
+                "output folder), or choose another --output_dir"
+            )
+        for name, size in manifest["sizes"].items():
+            if (folder / name).stat().st_size != size:
                 return None, f"{name} is damaged"
+        return manifest, ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return None, f"{getattr(error, 'filename', None) or MANIFEST_NAME} is missing or cannot be read"
-    return manifest, ""
 
 
 def find_checkpoint(args, say):
@@ -1803,40 +2093,43 @@ def find_checkpoint(args, say):
             f"--resume_from_checkpoint none: {args.output_dir} holds checkpoints of an earlier run; "
             "remove them or choose another --output_dir"
         )
-    candidates = {"none": [], "latest": existing[::-1]}.get(wanted, [Path(wanted)])
-    for folder in candidates:
+    named = [path for path in checkpoint_paths(args) if path.is_dir()]
+    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named[:1]):
         manifest, reason = read_manifest(folder)
         if manifest:
             return folder, manifest
         if wanted != "latest":
-            raise UnusableInput(
-                f"--resume_from_checkpoint {folder}: {reason}; name a complete checkpoint or 'latest'"
-            )
+            raise UnusableInput(f"--resume_from_checkpoint {folder}: {reason}; name a complete checkpoint or 'latest'")
         say(f"passing over {folder}: {reason}")
     return None, None
 
 
-def check_same_settings(manifest, args, accelerator):
-    """Raise UnusableInput where flags that change the result differ from the checkpoint's."""
-    new, parser = settings_of(args, accelerator), build_parser()
-    # Before a flag was there, runs did what its default does.
-    old = {name: parser.get_default(name) for name in new} | manifest["settings"]
+def check_resume(folder, manifest, settings, max_train_steps):
+    """Raise UnusableInput where a checkpoint's settings differ from the flags, or it is beyond --max_train_steps."""
+    parser = build_parser()
+    # A checkpoint written before a flag existed behaved as that flag's default does.
+    old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
     changed = [
-        f"{name} was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name) != new.get(name)
+        f"{name} was {old.get(name)!r}, is {settings.get(name)!r}"
+        for name in sorted(old.keys() | settings.keys())
+        if old.get(name) != settings.get(name)
     ]
     if changed:
         raise UnusableInput(
-            f"the checkpoint in {args.output_dir} was made with other settings ({'; '.join(changed)}); "
-            "give the same ones or another --output_dir"
+            f"{folder} was made with other settings ({'; '.join(changed)}); give the same ones, or start anew in "
+            "another --output_dir"
+        )
+    if manifest["global_step"] > max_train_steps:
+        raise UnusableInput(
+            f"--max_train_steps {max_train_steps}: {folder} is beyond it; give at least {manifest['global_step']}, or "
+            "name an earlier checkpoint"
         )
 
 
 # <<< shared: files
 
 # ----------------------------------------------------------------------------------------------------------
-# Log, validation pictures, model card
+# Log, validation pictures, model card, upload
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -1844,24 +2137,24 @@ def check_same_settings(manifest, args, accelerator):
 class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
-    def __init__(self, accelerator, args, first_step):
-        """Open the log of a run that stands at update `first_step`."""
-        self.accelerator, self.args = accelerator, args
-        self.path = Path(args.output_dir) / "log.jsonl"
+    MAX_SKIPPED_UPDATES = 20  # in a row; the loss scaler of fp16 has then halved the scale a million times
+
+    def __init__(self, job):
+        self.job, self.accelerator = job, job.accelerator
+        self.path = Path(job.args.output_dir) / "log.jsonl"
         self.rows = []  # (step, loss, gradient norm, learning rate) of updates since the last flush
+        self.skipped_updates = 0
         self.started = time.monotonic()
         self.bar = tqdm(
-            total=args.max_train_steps, initial=first_step, unit="update", desc="distilling", mininterval=1.0,
-            disable=not accelerator.is_main_process,
+            total=job.max_train_steps, initial=job.state.global_step, unit="update", desc="distilling", mininterval=1.0,
+            disable=not self.accelerator.is_main_process,
         )  # fmt: skip
-        if accelerator.is_main_process:
-            self.cut(first_step)
-
-    def cut(self, last_step):
-        """Drop lines after the step that the run resumes from, and one that a kill cut short."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-        kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last_step]
-        write_atomically(self.path, "".join(kept))
+        if self.accelerator.is_main_process:
+            # Lines after the update that the run resumes from go, and one that a kill cut short.
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
+            last = job.state.global_step
+            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
+            write_atomically(self.path, "".join(kept))
 
     def add(self, step, loss, grad_norm, lr):
         """Note one update; tensors are kept as they are."""
@@ -1872,51 +2165,56 @@ class Log:
         """Average the noted losses over processes, check them, and write them everywhere.
 
         Raises:
-            NonFiniteLoss: a loss or a gradient is NaN or infinite.
+            NonFiniteLoss: a loss or a gradient is NaN or infinite, or the loss scale has collapsed.
         """
         if not self.rows:
             return
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
-        values = self.accelerator.reduce(values, "mean").tolist()
-        elapsed = time.monotonic() - self.started
-        speed = len(self.rows) * samples_per_update(self.args, self.accelerator) / elapsed
-        lines = [
-            {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": norm if math.isfinite(norm) else None,
-                "samples_per_second": speed,
-            }
-            for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
-        ]
-        # The loss scaler of fp16 leaves out updates that overflow; elsewhere they ruin the weights.
-        may_skip = self.accelerator.scaler is not None
-        bad = next(
-            (x for x in lines if not math.isfinite(x["loss"]) or (x["grad_norm"] is None and not may_skip)),
-            None,
-        )
-        if bad:
-            lines = lines[: lines.index(bad)]
+        lines, error = self.checked(self.read())
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
-                values = {
-                    f"train/{name}": line[name] for name in line if name != "step" and line[name] is not None
+                numbers = {
+                    f"train/{name}": value for name, value in line.items() if name != "step" and value is not None
                 }
-                self.accelerator.log(values, step=line["step"])
-        if bad:
-            raise NonFiniteLoss(
-                f"loss {bad['loss']} at update {bad['step']}, gradient norm {bad['grad_norm'] or 'inf'}; "
-                "the last checkpoint is untouched. Lower "
-                "--learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
-            )
+                self.accelerator.log(numbers, step=line["step"])
+        if error:
+            raise NonFiniteLoss(error)
         if torch.cuda.is_available():
             peak_gib = torch.cuda.max_memory_allocated() / 2**30
             self.accelerator.log({"train/peak_memory_gib": peak_gib}, step=lines[-1]["step"])
-        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
+        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{lines[-1]['samples_per_second']:.2f}")
         self.rows = []
+
+    def read(self):
+        """Return the noted updates as lines of log.jsonl; waits for the device and for the other processes."""
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
+        values = self.accelerator.reduce(values, "mean").tolist()
+        elapsed = time.monotonic() - self.started
+        speed = len(self.rows) * samples_per_update(self.job.args, self.accelerator) / elapsed
+        return [
+            {
+                "step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
+                "samples_per_second": speed,
+            }
+            for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
+        ]  # fmt: skip
+
+    def checked(self, lines):
+        """Return (lines before the first bad one, error or None)."""
+        has_scaler = self.accelerator.scaler is not None  # skips updates that overflow; elsewhere they ruin weights
+        for number, line in enumerate(lines):
+            self.skipped_updates = self.skipped_updates + 1 if line["grad_norm"] is None else 0
+            is_bad = not math.isfinite(line["loss"]) or self.skipped_updates and not has_scaler
+            if is_bad or self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
+                cause = f"loss {line['loss']}, gradient norm {line['grad_norm'] or 'inf'}"
+                if not is_bad:
+                    cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
+                return lines[:number], (
+                    f"{cause} at update {line['step']}; the last checkpoint is untouched. Lower --learning_rate or "
+                    "use --mixed_precision bf16 or no; a VAE may overflow in fp16"
+                )
+        return lines, None
 
     def restart_clock(self):
         """Measure speed from now on: what was done since the last flush was not training."""
@@ -1928,19 +2226,21 @@ def validate(job):
 
     Returns the pictures as {steps: [picture of each prompt]}; they are also in `validation/` as one grid.
     """
-    args, device = job.args, job.accelerator.device
-    if not job.pipe.vae:  # a run on cached latents needs it only here
-        parts = {name: getattr(job.pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
-        job.pipe = load_teacher(args, job.dtype, device, **parts)
-    pipe, scheduler = job.pipe, job.pipe.scheduler
+    args, pipe = job.args, job.pipe
+    if not pipe.vae:  # a run on cached latents needs it only here
+        parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
+        pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
+    scheduler = pipe.scheduler
     pipe.scheduler = LCMScheduler.from_config(
         scheduler.config,
         original_inference_steps=args.num_ddim_timesteps,
         timestep_scaling=args.timestep_scaling_factor,
     )
+    was_training = pipe.unet.training
     pipe.unet.eval()
     drawn = {steps: [] for steps in VALIDATION_STEPS}
-    for steps, number in product(VALIDATION_STEPS, range(len(job.prompts))):
+    pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
+    for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
         embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
         generator = torch.Generator().manual_seed(args.seed + number)
         latents = pipe(
@@ -1949,6 +2249,7 @@ def validate(job):
         ).images  # fmt: skip
         drawn[steps] += decode(pipe, latents)
     pipe.scheduler = scheduler
+    pipe.unet.train(was_training)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
     grid_of(drawn).save(folder / f"step-{job.state.global_step:07d}.png")
@@ -1965,13 +2266,8 @@ def decode(pipe, latents):
 
 
 def log_pictures(tracker, drawn, prompts, global_step):
-    """Give validation pictures to one tracker, with caption and step."""
-    if tracker.name == "tensorboard":
-        for steps, pictures in drawn.items():
-            tracker.log_images(
-                {f"validation/{steps} steps": np.stack(pictures)}, step=global_step, dataformats="NHWC"
-            )
-    elif tracker.name == "wandb":
+    """Give validation pictures to one tracker, with step count and, where the tracker takes one, caption."""
+    if tracker.name == "wandb":
         import wandb
 
         captioned = [
@@ -1980,6 +2276,10 @@ def log_pictures(tracker, drawn, prompts, global_step):
             for prompt, picture in zip(prompts, pictures, strict=True)
         ]
         tracker.log({"validation": captioned}, step=global_step)
+    elif hasattr(tracker, "log_images"):
+        options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+        for steps, pictures in drawn.items():
+            tracker.log_images({f"validation/{steps} steps": np.stack(pictures)}, step=global_step, **options)
 
 
 def grid_of(drawn):
@@ -1995,20 +2295,19 @@ def grid_of(drawn):
     return sheet
 
 
-def write_card(args, drawn, prompts, num_processes):
+def write_card(job, drawn):
     """Write the pictures at 4 steps as `image_<i>.png` and the model card `README.md`."""
-    folder = Path(args.output_dir)
-    for number, picture in enumerate(drawn[4]):
+    args, folder = job.args, Path(job.args.output_dir)
+    for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = args.pretrained_teacher_model
     from_hub = not Path(teacher).exists()
-    name, prompt = repository_name(args), json.dumps(prompts[0], ensure_ascii=False)
+    prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     training = "\n".join(
         f"| {flag} | {getattr(args, flag)} |"
         for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
-    base = teacher if from_hub else "THE-TEACHER"
     description = f"""# LCM-LoRA
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2018,52 +2317,35 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 ```python
 import torch
 from diffusers import DiffusionPipeline, LCMScheduler
-pipe = DiffusionPipeline.from_pretrained("{base}", torch_dtype=torch.float16)
+pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}", torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe.load_lora_weights("{name}", adapter_name="lcm")
+pipe.load_lora_weights("{repository_name(args)}", adapter_name="lcm")
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
-Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. `{KOHYA_NAME}` is the same LoRA for
-ComfyUI and A1111. Pictures above: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
+file: sampler LCM, CFG 1 to 2. Pictures above: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
 {training}
-| processes | {num_processes} |
+| processes | {job.accelerator.num_processes} |
 """
+    card = Path(teacher) / "README.md"
     data = ModelCardData(
         base_model=teacher if from_hub else None,
-        library_name="diffusers",
-        license=teacher_license(args, from_hub),
+        license=ModelCard.load(card).data.get("license") if card.is_file() else None,
         pipeline_tag="text-to-image",
-        tags=CARD_TAGS.split(),
-        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(prompts)],
+        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
+        if drawn
+        else None,
     )
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}").save(folder / "README.md")
-
-
-def teacher_license(args, from_hub):
-    """Return the license in the teacher's own card; the Hub is asked only when the run pushes to it."""
-    teacher = args.pretrained_teacher_model
-    card = Path(teacher) / "README.md"
-    if not card.is_file() and not (from_hub and args.push_to_hub):
-        return None
-    try:
-        return ModelCard.load(card if card.is_file() else teacher, token=args.hub_token).data.get("license")
-    except (
-        Exception
-    ) as error:  # a card can be missing or malformed in any way; the run is done and must end well
-        reason = " ".join(str(error).split())[:200]
-        tqdm.write(
-            f"no license for the model card: {teacher} has no readable card ({reason})", file=sys.stderr
-        )
-        return None
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
+    write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
 
 
 def repository_name(args):
-    """Return the Hub repository of a run."""
     return args.hub_model_id or Path(args.output_dir).resolve().name
 
 
@@ -2071,10 +2353,10 @@ def make_repository(args):
     """Make the Hub repository, if it is not there, before any GPU hour is spent.
 
     Raises:
-        UnusableInput: the Hub refuses. One that cannot be reached now is said, and asked again at the end.
+        UnusableInput: the Hub refuses. One that cannot be reached is reported, and tried again at the end.
     """
     try:
-        create_repo(repository_name(args), exist_ok=True, token=args.hub_token)
+        create_repo(repository_name(args), private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
     except (HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
@@ -2089,39 +2371,23 @@ def one_line(error):
     return masked(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
-def push(args, folder=None, attempts=PUSH_ATTEMPTS):
-    """Upload a folder's LoRA files, pictures and card, nothing else, and return the repository's address.
-
-    Raises:
-        UploadFailed: the last attempt failed too.
-    """
-    for attempt in range(attempts):
-        time.sleep(2 ** (attempt - 1) if attempt else 0)
+def push(args, folder):
+    """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run, whose files are on disk."""
+    name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
+    for attempt in range(2):
         try:
-            return upload_folder(
-                repo_id=create_repo(repository_name(args), exist_ok=True, token=args.hub_token).repo_id,
-                folder_path=folder or args.output_dir,
-                token=args.hub_token,
-                commit_message="LCM-LoRA",
-                allow_patterns=[WEIGHTS_NAME, KOHYA_NAME, "README.md", "image_*.png"],
+            create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
+            address = upload_folder(
+                repo_id=name, folder_path=folder, token=args.hub_token, commit_message="LCM-LoRA", allow_patterns=files
             )
-        except Exception as error:  # of HTTP, LFS, Xet or the disk: none may cost a run
-            cause = error
-            tqdm.write(f"upload {attempt + 1} of {attempts} failed: {one_line(error)}", file=sys.stderr)
-    raise UploadFailed(one_line(cause)) from cause
-
-
-def push_or_say(args, folder=None, attempts=PUSH_ATTEMPTS):
-    """Upload a folder's files, or say how to do it later."""
-    try:
-        tqdm.write(f"uploaded to {push(args, folder, attempts)}", file=sys.stderr)
-    except UploadFailed:
-        tqdm.write(
-            f"not uploaded; the files are in {folder or args.output_dir}. To publish them later: "
-            f"python scripts/push_to_hub.py --folder {folder or args.output_dir} "
-            f"--hub_model_id {repository_name(args)}",
-            file=sys.stderr,
-        )
+            return tqdm.write(f"uploaded to {address}", file=sys.stderr)
+        except Exception as error:  # of HTTP, LFS, Xet or the disk
+            tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
+            time.sleep(2)
+    include = " ".join(shlex.quote(pattern) for pattern in files)
+    tqdm.write(
+        f"not uploaded; publish the files later with: hf upload {name} {folder} --include {include}", file=sys.stderr
+    )
 
 
 # <<< shared: log
@@ -2132,53 +2398,143 @@ def push_or_say(args, folder=None, attempts=PUSH_ATTEMPTS):
 
 
 # >>> shared: run
+STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+OUT_OF_MEMORY_REMEDIES = {  # in the order of what they save for what they cost
+    "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
+    "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
+    "--use_8bit_adam": lambda args: args.use_8bit_adam,
+    "a smaller --train_batch_size with more --gradient_accumulation_steps": lambda args: args.train_batch_size == 1,
+    "--vae_encode_batch_size 1": lambda args: args.vae_encode_batch_size == 1,
+    "shards cached by scripts/cache_latents.py": lambda _args: False,
+    "--use_4bit_base": lambda args: args.use_4bit_base,
+}
+
+
 def start(args):
-    """Return the Accelerator, after checking that this suite supports how it was launched."""
-    # Of 1x1 convolutions' gradients, whose strides of size-1 dimensions mean nothing.
+    """Return the Accelerator, after checks of how and where the run was launched.
+
+    Raises:
+        UnusableInput: the launch or the machine is not supported.
+    """
+    # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    diffusers_logging.set_verbosity_error()  # encode_prompt would say of every long caption that it is cut
+    diffusers_logging.set_verbosity_error()  # encode_prompt warns of every long caption
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    trackers = None if args.report_to == "none" else args.report_to
     project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
+    # The plugin, because accelerate's environment variable would win over the plain argument.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload while others wait
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_steps=args.gradient_accumulation_steps,
-            log_with=trackers,
+            gradient_accumulation_plugin=accumulation,
+            log_with=None if args.report_to == "none" else args.report_to,
             project_config=project,
+            kwargs_handlers=[patience],
         )
-    except (ValueError, ImportError) as error:
-        raise UnusableInput(f"accelerate cannot start: {error}") from error
-    if accelerator.distributed_type not in (
-        DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU
-    ):  # fmt: skip
-        raise UnusableInput(
-            f"{accelerator.distributed_type} is not supported; launch with one or several GPUs or CPUs (DDP)"
-        )
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    check_launch(accelerator)
+    check_device(accelerator, args)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    return accelerator
+
+
+def check_launch(accelerator):
+    """Raise UnusableInput for a way of launching that would train something else than the flags describe."""
+    kind = accelerator.distributed_type
+    if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
+        raise UnusableInput(f"{kind} is not supported; launch with one or several GPUs or CPUs (DDP)")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         raise UnusableInput(
             f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; on CPUs set "
             "ACCELERATE_USE_CPU=true and start them with torchrun"
         )
-    if accelerator.mixed_precision not in ("no", "fp16", "bf16"):
+    if accelerator.mixed_precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {accelerator.mixed_precision}: must be no, fp16 or bf16")
-    if args.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
+    if str(accelerator.state.dynamo_plugin.backend).upper().rpartition(".")[2] != "NO":
         raise UnusableInput(
-            "--enable_xformers_memory_efficient_attention needs a CUDA GPU; leave it out to use SDPA"
+            "accelerate's dynamo settings would rename the LoRA's weights; unset them and use --compile"
         )
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
-    if args.max_train_steps is None:
-        num_samples = args.num_train_epochs * args.max_train_samples
-        args.max_train_steps = math.ceil(num_samples / samples_per_update(args, accelerator))
-    return accelerator
+
+
+def check_device(accelerator, args):
+    """Raise UnusableInput where the device cannot compute what the flags ask for."""
+    is_cuda = accelerator.device.type == "cuda"
+    if is_cuda and accelerator.mixed_precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
+        raise UnusableInput(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} only emulates bfloat16 (compute capability below "
+            "8.0); use fp16"
+        )
+    if args.enable_xformers_memory_efficient_attention:
+        check_xformers(is_cuda)
+
+
+def check_xformers(is_cuda):
+    """Raise UnusableInput, before any model loads, where xformers cannot compute attention."""
+    remedy = "leave the flag out: PyTorch's SDPA computes the same"
+    if not is_cuda:
+        raise UnusableInput(f"--enable_xformers_memory_efficient_attention needs a CUDA GPU; {remedy}")
+    try:
+        import xformers.ops
+
+        query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+        xformers.ops.memory_efficient_attention(query, query, query)
+    except Exception as error:  # a missing package, a missing library of another CUDA, no kernel for this GPU
+        raise UnusableInput(
+            "--enable_xformers_memory_efficient_attention: the kernels of this xformers do not run with torch "
+            f"{torch.__version__} here ({one_line(error)[:120]}); {remedy}, or install a pair made for each other, such "
+            "as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
+        ) from error
+
+
+def device_line(accelerator):
+    """Return what a run computes on, with a warning where a GPU is there and not used."""
+    device, processes = accelerator.device, accelerator.num_processes
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
+    line = (
+        f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {accelerator.mixed_precision}"
+    )
+    if device.type == "cuda" and accelerator.mixed_precision == "no":
+        line += "; --mixed_precision fp16 or bf16 would halve the memory"
+    has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
+    if (
+        device.type == "cpu"
+        and has_driver
+        and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
+    ):
+        line += (
+            f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
+            "driver 580 or later: update it, or install torch for an older CUDA"
+        )
+    return line
 
 
 def samples_per_update(args, accelerator):
     """Return how many samples all processes together put into one update."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+
+
+def count_updates(args, accelerator):
+    """Return the length of the run in updates."""
+    if args.max_train_steps:
+        return args.max_train_steps
+    return math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
+
+
+def count_workers(args, accelerator, manifest):
+    """Return the loader processes of each training process: the flag's, a checkpoint's, or what fits the machine."""
+    if args.dataloader_num_workers is not None:
+        return args.dataloader_num_workers
+    if manifest:
+        return manifest["workers"]  # the order of samples depends on it
+    if accelerator.device.type != "cuda":
+        return 0
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    return max(0, min(4, len(os.sched_getaffinity(0)) // local - 1)) if hasattr(os, "sched_getaffinity") else 4
 
 
 def agree(accelerator, function, *arguments):
@@ -2195,153 +2551,135 @@ def agree(accelerator, function, *arguments):
     return result[0]
 
 
-def write_record(args, accelerator):
-    """Write flags (less the token), package versions and a copy of this script; start the trackers."""
-    flags = public_flags(args)
+def open_output(args, state):
+    """Lock the output folder for as long as the process lives, and write the record of the run.
+
+    Raises:
+        UnusableInput: the folder cannot be written, or another run is using it.
+    """
     folder = Path(args.output_dir)
-    packages = {}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        state.lock = filelock.FileLock(folder / ".lock", mode=0o666)
+        state.lock.acquire(timeout=0)
+        write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
+        write_atomically(
+            folder / "versions.json", json.dumps({"script": SCRIPT_VERSION} | package_versions(), indent=1)
+        )
+        script = folder / Path(__file__).name
+        if not script.exists() or not script.samefile(__file__):
+            write_atomically(script, Path(__file__).read_bytes())
+    except filelock.Timeout as error:
+        raise UnusableInput(
+            f"--output_dir {folder}: another run is writing there; wait for it or choose another"
+        ) from error
+    except OSError as error:
+        raise UnusableInput(
+            f"--output_dir {folder} cannot be written: {error.strerror or error}; choose another"
+        ) from error
+
+
+def package_versions():
+    versions = {}
     for name in PACKAGES:
         try:
-            packages[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
-            packages[name] = None
-    if accelerator.is_main_process:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "args.json", json.dumps(flags, indent=1))
-        write_atomically(
-            folder / "versions.json", json.dumps({"script": SCRIPT_VERSION, **packages}, indent=1)
-        )
-        copy = folder / Path(__file__).name
-        if not copy.exists() or not copy.samefile(__file__):
-            shutil.copyfile(__file__, copy)
+            versions[name] = None
+    return versions
+
+
+def start_trackers(args, accelerator):
+    """Start the trackers with the flags and the packages' versions as their configuration.
+
+    Raises:
+        UnusableInput: a tracker does not start, such as wandb without a key.
+    """
     plain = {
         name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in flags.items()
+        for name, value in public_flags(args).items()
     }
-    versions = {f"version/{name}": str(value) for name, value in packages.items()}
-    options = {"wandb": {"dir": args.output_dir}}
-    accelerator.init_trackers(args.tracker_project_name, config=plain | versions, init_kwargs=options)
+    versions = {f"version/{name}": str(value) for name, value in package_versions().items()}
+    try:
+        accelerator.init_trackers(
+            args.tracker_project_name, config=plain | versions, init_kwargs={"wandb": {"dir": args.output_dir}}
+        )
+    except Exception as error:  # each tracker has errors of its own
+        raise UnusableInput(
+            f"--report_to {args.report_to} cannot start: {one_line(error)}; log in (wandb login), set "
+            "WANDB_MODE=offline, or choose another tracker"
+        ) from error
 
 
 def listen(state):
-    """Note SIGTERM and SIGUSR1 in the state; the training loop acts on them."""
+    """Handle the signals that ask a run to stop; return the handlers that were there before.
+
+    While the run trains, the first signal is noted and the loop saves a checkpoint; a second Ctrl-C ends the
+    run at once. Before and after, nothing would be lost, and a signal ends the run at once.
+    """
 
     def note(number, _frame):
-        state.stop_signal = signal.Signals(number).name
+        name = signal.Signals(number).name
+        if not state.is_training or name == "SIGINT" and state.stop_signal == "SIGINT":
+            saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
+            print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
+            kill_children()
+            os._exit(3 if state.is_saved else 128 + number)
+        state.stop_signal = state.stop_signal or name
+        if state.is_waiting:
+            raise StopWaiting
 
-    for number in (signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, note)
+    return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
 
 
-def stop_if_asked(accelerator, state, args):
+def kill_children():
+    """End loader processes and the commands that they read from; wandb's service ends by itself."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
+    for child in psutil.Process().children(recursive=True):
+        try:
+            if "wandb" not in child.name():
+                child.kill()
+        except psutil.Error:
+            pass  # it has ended
+
+
+def stop_if_asked(job, save):
     """Save a checkpoint and raise StoppedBySignal, on all processes, once one of them had a signal."""
-    asked = accelerator.reduce(
-        torch.tensor(float(state.stop_signal is not None), device=accelerator.device), "sum"
-    )
-    if asked.item():
-        save_checkpoint(accelerator, state, args)
+    asked = torch.tensor(float(job.state.stop_signal is not None), device=job.accelerator.device)
+    if job.accelerator.reduce(asked, "sum").item():
+        save()
         raise StoppedBySignal(
-            f"stopped by {state.stop_signal or 'a signal to another process'}; "
-            f"checkpoint-{state.global_step} is saved, the same command goes on from it"
+            f"stopped by {job.state.stop_signal or 'a signal to another process'}; "
+            f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
         )
 
 
-def next_batch(batches, state):
-    """Return the next batch, noting how far the data has been read and what was skipped.
-
-    Raises:
-        UnusableInput: nothing usable is left.
-    """
-    batch = next(batches)
-    if "error" in batch:
-        error = UnusableInput(batch["error"])
-        error.only_here = True  # other processes may have data left and say nothing
-        raise error
-    consumer, epoch, number = batch["position"]
-    state.positions[str(consumer)] = (epoch, number)
-    state.skipped.update(batch["skipped"])
-    return batch
-
-
-@dataclass
-class Job:
-    """Everything that a run works with."""
-
-    args: argparse.Namespace
-    accelerator: Accelerator
-    dtype: torch.dtype  # of the UNet's, VAE's and text encoder's arithmetic
-    pipe: object  # the teacher's pipeline; its UNet carries the LoRA
-    teacher: torch.nn.Module  # a UNet without the LoRA, on the same weights
-    schedule: Schedule
-    student: torch.nn.Module  # the same UNet, wrapped for several processes
-    optimizer: torch.optim.Optimizer
-    lr_schedule: torch.optim.lr_scheduler.LRScheduler
-    scaling_factor: float  # of the latents
-    uncond_embeds: dict  # of the empty caption, one row
-    prompts: list  # to draw at validation
-    prompt_embeds: dict  # of the prompts
-    state: RunState
-
-
-def batch_loss(job, batch, micro_step):
-    """Return the distillation loss of one batch from the loader, of pictures or of cached tensors."""
-    args, pipe, device = job.args, job.pipe, job.accelerator.device
-    batch = {
-        name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-        for name, value in batch.items()
-    }
-    with torch.no_grad():
-        if "pixels" in batch:
-            batch["moments"] = encode_moments(pipe.vae, batch["pixels"], args)
-            batch |= encode_prompts(pipe, batch["caption"], device)
-        moments = batch["moments"]
-        shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
-        latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
-        conditioning, uncond = condition(job.uncond_embeds, batch, draws.empty)
-    models = job.student, pipe.unet, job.teacher
-    return distillation_loss(*models, job.schedule, latents, conditioning, uncond, draws, args, job.dtype)
-
-
-def update(job, batches, parameters):
-    """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
-    losses = []
-    for micro_step in range(job.args.gradient_accumulation_steps):
-        batch = next_batch(batches, job.state)
-        with job.accelerator.accumulate(job.student):
-            loss = batch_loss(job, batch, micro_step)
-            job.accelerator.backward(loss)
-            losses.append(loss.detach())
-            if job.accelerator.sync_gradients:
-                grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
-            job.optimizer.step()
-            job.optimizer.zero_grad()
-    job.lr_schedule.step()
-    job.state.global_step += 1
-    return torch.stack(losses).mean(), grad_norm
-
-
-def train(job, loader, log):
+def train(job, loader, log, save):
     """Update the LoRA until --max_train_steps, logging, saving and drawing on the way."""
     args, accelerator, state = job.args, job.accelerator, job.state
     batches = iter(loader)
-    parameters = [parameter for parameter in job.pipe.unet.parameters() if parameter.requires_grad]
-    while state.global_step < args.max_train_steps:
+    is_alone = accelerator.num_processes == 1
+    while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
-        loss, grad_norm = update(job, batches, parameters)
-        log.add(state.global_step, loss, grad_norm, lr)
-        last = state.global_step == args.max_train_steps
-        save = last or state.global_step % args.checkpointing_steps == 0
-        if save or state.global_step % args.logging_steps == 0:
+        try:
+            loss, grad_norm = update(job, batches)
+        except StopWaiting:
+            loss = None
+        if loss is not None:
+            log.add(state.global_step, loss, grad_norm, lr)
+        last = state.global_step == job.max_train_steps
+        is_due = last or state.global_step % args.checkpointing_steps == 0
+        if is_due or state.global_step % args.logging_steps == 0 or is_alone and state.stop_signal:
             log.flush()  # also the check that the loss is finite, before anything is saved
             if not last:
-                stop_if_asked(accelerator, state, args)
-        if save:
-            save_checkpoint(accelerator, state, args)
+                stop_if_asked(job, save)
+        if is_due:
+            save()
             if args.push_checkpoints_to_hub and accelerator.is_main_process and not last:
-                push_or_say(args, Path(args.output_dir) / f"checkpoint-{state.global_step}", attempts=2)
-        if args.validation_steps and state.global_step % args.validation_steps == 0 and not last:
-            log.flush()  # trackers want steps in order
+                push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
+            log.flush()  # trackers take steps in order
             if accelerator.is_main_process:
                 validate(job)
             accelerator.wait_for_everyone()
@@ -2351,87 +2689,142 @@ def train(job, loader, log):
 
 def finish(job):
     """Write the LoRA, the last pictures and the model card, and upload them where asked."""
-    args, accelerator, pipe = job.args, job.accelerator, job.pipe
+    args, accelerator = job.args, job.accelerator
     total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
-        save_lora(pipe.unet, type(pipe), args.output_dir, args)
-        drawn = validate(job)
-        write_card(args, drawn, job.prompts, accelerator.num_processes)
-        tqdm.write(f"skipped samples: {describe(total) or 'none'}", file=sys.stderr)
-        tqdm.write(f"the LoRA is {Path(args.output_dir) / WEIGHTS_NAME}", file=sys.stderr)
+        path = Path(args.output_dir) / WEIGHTS_NAME
+        save_lora(job.student_unet, path, args)
+        drawn = validate(job) if args.validation_steps >= 0 else {}
+        write_card(job, drawn)
+        tqdm.write(f"skipped samples: {describe(total) or 'none'}\nthe LoRA is {path}", file=sys.stderr)
         if args.push_to_hub:
-            push_or_say(args)
+            push(args, args.output_dir)
     accelerator.wait_for_everyone()
 
 
 def load_models(args, dtype, device, samples, cache):
-    """Return (teacher's pipeline, scaling factor, embeddings of "", prompts to draw, their embeddings).
+    """Return {pipe, scaling_factor, uncond_embeds, prompts, prompt_embeds} of a Job.
 
-    From a cache, VAE and text encoders stay away; --validation_prompts alone needs the encoders for a moment.
+    From a cache, VAE and text encoders stay away; prompts to draw need the encoders for a moment.
     """
-    prompts = args.validation_prompts or [sample["caption"] for sample in samples]
+    captions = [sample["caption"] for sample in samples[:: max(1, len(samples) // 4)][:4]]
+    given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else None)
+    prompts = list(given or captions)
     with torch.no_grad():
         if not cache:
             pipe = load_teacher(args, dtype, device)
             uncond_embeds, prompt_embeds = (encode_prompts(pipe, texts, device) for texts in ([""], prompts))
-            return pipe, pipe.vae.config.scaling_factor, uncond_embeds, prompts, prompt_embeds
-        uncond_embeds = load_tensors(cache["safetensors"])
-        if args.validation_prompts:
-            prompt_embeds = encode_prompts(
-                load_teacher(args, dtype, device, unet=None, vae=None), prompts, device
-            )
+            scaling_factor = pipe.vae.config.scaling_factor
         else:
-            prompt_embeds = {
-                name: torch.stack([sample[name] for sample in samples]) for name in uncond_embeds
-            }
-    pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
-    uncond_embeds, prompt_embeds = (
-        {name: value.to(device, dtype) for name, value in embeds.items()}
-        for embeds in (uncond_embeds, prompt_embeds)
-    )
-    return pipe, json.loads(cache["json"])["scaling_factor"], uncond_embeds, prompts, prompt_embeds
+            uncond_embeds = load_tensors(cache["safetensors"])
+            scaling_factor = json.loads(cache["json"])["scaling_factor"]
+            if given:
+                encoder = load_teacher(args, dtype, device, unet=None, vae=None)
+                prompt_embeds = encode_prompts(encoder, prompts, device)
+                del encoder
+            else:
+                chosen = samples[:: max(1, len(samples) // 4)][:4]
+                prompt_embeds = {name: torch.stack([sample[name] for sample in chosen]) for name in uncond_embeds}
+            pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
+            uncond_embeds, prompt_embeds = (
+                {name: value.to(device, dtype) for name, value in embeds.items()}
+                for embeds in (uncond_embeds, prompt_embeds)
+            )
+    return {
+        "pipe": pipe, "scaling_factor": scaling_factor, "uncond_embeds": uncond_embeds, "prompts": prompts,
+        "prompt_embeds": prompt_embeds,
+    }  # fmt: skip
 
 
-def make_job(args, accelerator, samples, cache):
+def make_job(args, accelerator, samples, cache, state):
     """Return the Job of a run from its start: models, LoRA, optimizer."""
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    pipe, *rest = load_models(args, dtype, accelerator.device, samples, cache)
-    flags = args.num_ddim_timesteps, args.timestep_scaling_factor
-    schedule = make_schedule(pipe.scheduler.config, *flags, accelerator.device, args.loss_space)
-    teacher = twin(pipe.unet)
-    if args.use_4bit_base:
-        quantize(pipe.unet, teacher)
-    parameters = add_lora(pipe.unet, args)
-    for unet in (pipe.unet, teacher):
-        make_fast(unet, args)
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes)
-    register_hooks(accelerator, pipe.unet, type(pipe), args)
-    # Not moved again: where "cpu" becomes "cpu:0" that copies, and parts student and teacher.
-    student, optimizer = accelerator.prepare(pipe.unet, optimizer, device_placement=[False, True])
-    # Autocast would compute every norm in float32, and cast its output for each layer that takes it.
-    accelerator.unwrap_model(student, keep_fp32_wrapper=False)
-    accelerator.register_for_checkpointing(lr_schedule)
-    models = pipe, teacher, schedule, student
-    return Job(args, accelerator, dtype, *models, optimizer, lr_schedule, *rest, RunState())
+    dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
+    loaded = load_models(args, dtype, accelerator.device, samples, cache)
+    student_unet = loaded["pipe"].unet
+    schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
+    teacher_unet = make_twin(student_unet)
+    parameters = add_lora(student_unet, args)
+    for unet in (student_unet, teacher_unet):
+        prepare_unet(unet, args)
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)
+    student = student_unet
+    if accelerator.num_processes > 1:
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        student = torch.nn.parallel.DistributedDataParallel(student_unet, devices, gradient_as_bucket_view=True)
+    return Job(
+        args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
+        student=student, schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, **loaded,
+    )  # fmt: skip
 
 
-def make_stream(job, shards, cache, manifest):
+def make_stream(job, shards, workers, manifest, cache):
     """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
-    args, accelerator, state = job.args, job.accelerator, job.state
-    stream = ShardStream(shards, args, accelerator.num_processes, accelerator.process_index, cache=cache)
+    accelerator, state = job.accelerator, job.state
+    each = max(1, workers)
+    names = () if cache else [name for name in TEXT_PARTS if name.startswith("tokenizer")]
+    tokenizers = [getattr(job.pipe, name) for name in names]
+    first = accelerator.process_index * each
+    stream = ShardStream(shards, job.args, accelerator.num_processes * each, first, each, tokenizers, cache)
     if manifest:
         state.global_step = manifest["global_step"]
-        state.positions = {
-            consumer: position
-            for consumer, position in manifest["positions"].items()
-            if int(consumer) in range(stream.first_consumer, stream.first_consumer + stream.workers)
-        }
-        stream.num_batches = state.global_step * args.gradient_accumulation_steps
+        mine = range(first, first + each)
+        state.positions = {name: place for name, place in manifest["positions"].items() if int(name) in mine}
+        stream.num_batches = state.global_step * job.args.gradient_accumulation_steps
         stream.positions = dict(state.positions)
     return stream
 
 
-def main(args):
+def describe_data(shards, report, args, accelerator, workers):
+    """Return the lines of a run that tell what it trains on, for how long, and what may be wrong with that."""
+    lines, total = [f"data: {report}"], count_samples(shards)
+    updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
+    if total:
+        lines.append(
+            f"data: {total} samples; {updates} updates of {together} are {updates * together / total:.2g} epochs"
+        )
+        if together > total:
+            lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
+    needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2
+    if workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < needed:
+        lines.append(
+            f"warning: loader processes may need {needed / 2**20:.0f} MiB in /dev/shm, which has less; start the "
+            "container with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
+        )
+    return "\n".join(lines)
+
+
+def describe_models(job, samples):
+    """Return the line that tells what is distilled: parameters, prediction type, schedule, captions cut."""
+    config, schedule = job.pipe.scheduler.config, job.schedule
+    unet, lora_size = job.teacher_unet.num_parameters(), job.student_unet.num_parameters(only_trainable=True)
+    ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
+    line = (
+        f"teacher: {unet:,} parameters, {schedule.prediction_type}, {config.beta_schedule} {ends}; "
+        f"LoRA: {lora_size:,} trainable parameters"
+    )
+    tokenizer = job.pipe.tokenizer
+    if tokenizer:
+        limit = tokenizer.model_max_length
+        cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
+        line += f"\ncaptions cut at {limit} tokens: {cut} of the first {len(samples)}" if cut else ""
+    if job.pipe.vae and job.dtype == torch.float16 and job.pipe.vae.dtype == torch.float32:
+        line += (
+            "\nthe teacher's own VAE overflows in fp16 and is computed in float32, slowly; "
+            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix is not"
+        )
+    return line
+
+
+def is_finished(args, manifest, max_train_steps):
+    """Return whether a run has done all its updates and written its last file, the model card."""
+    card, path = Path(args.output_dir) / "README.md", Path(args.output_dir) / WEIGHTS_NAME
+    newest = max((folder.stat().st_mtime for folder in list_checkpoints(args.output_dir)), default=0)
+    is_written = card.exists() and path.exists() and card.stat().st_mtime >= newest
+    return bool(manifest) and manifest["global_step"] == max_train_steps and is_written
+
+
+def main(args, state):
     """Distil the LoRA that the flags describe."""
     accelerator = start(args)
 
@@ -2439,59 +2832,100 @@ def main(args):
         if accelerator.is_main_process:
             tqdm.write(message, file=sys.stderr)
 
-    # What cannot be trained on is said before any model loads.
+    say(device_line(accelerator))
+    for flag, reason in FLAGS_WITHOUT_EFFECT.items():
+        if getattr(args, flag):
+            say(f"--{flag} has no effect: {reason}")
+    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
+    if asked not in ("", str(args.gradient_accumulation_steps)):
+        say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={asked} is ignored: --gradient_accumulation_steps counts")
+    # What cannot be trained on is an error before any model loads.
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
-    args.num_shards = len(shards)  # one more or less would move every position of a resumed run
+    if any(is_remote(shard) for shard in shards):
+        say(f"reading the first samples of {len(shards)} shards")
     samples, report, cache = agree(accelerator, audit, shards, args)
-    say(f"data: {report}")
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
+    workers, max_train_steps = count_workers(args, accelerator, manifest), count_updates(args, accelerator)
+    say(describe_data(shards, report, args, accelerator, workers))
+    settings = settings_of(args, accelerator, max_train_steps, len(shards))
     if manifest:
-        check_same_settings(manifest, args, accelerator)
+        if args.dataloader_num_workers is not None:
+            settings["number of loader workers"] = max(1, workers)
+            manifest["settings"]["number of loader workers"] = max(1, manifest["workers"])
+        check_resume(folder, manifest, settings, max_train_steps)
+        if is_finished(args, manifest, max_train_steps):
+            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; a greater --max_train_steps goes on")
+            return
         say(f"resuming from {folder}")
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.dry_run:
         say(json.dumps(public_flags(args), indent=1))
         return
+    agree(accelerator, open_output, args, state)
     if args.push_to_hub:
         agree(accelerator, make_repository, args)
-    write_record(args, accelerator)
+    start_trackers(args, accelerator)
 
-    job = make_job(args, accelerator, samples, cache)
-    say(f"LoRA: {job.pipe.unet.num_parameters(only_trainable=True):,} trainable parameters")
-    listen(job.state)
+    say("loading the models")
+    job = make_job(args, accelerator, samples, cache, state)
+    say(describe_models(job, samples))
     if manifest:
-        accelerator.load_state(str(folder))
-    loader = make_loader(make_stream(job, shards, cache, manifest), accelerator.device.type == "cuda")
-    log = Log(accelerator, args, job.state.global_step)
+        load_checkpoint(job, folder)
+    loader = make_loader(
+        make_stream(job, shards, workers, manifest, cache), workers, accelerator.device.type == "cuda"
+    )
+    log = Log(job)
+    state.is_training = True
     try:
-        train(job, loader, log)
+        train(job, loader, log, partial(save_checkpoint, job, settings, workers))
     finally:
         log.bar.close()  # so that an error has a line of its own
+    state.is_training, state.is_saved = False, True
     finish(job)
-    # DDP has to go before its process group: as the last to hold it, it would wait for gloo's thread, and
-    # that for the interpreter.
+    # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
+    # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
     del job
     accelerator.free_memory()
     accelerator.end_training()
 
 
 def run(args):
-    """Return the exit code of a run, its error printed as one line."""
-    codes = {UnusableInput: 2, StoppedBySignal: 3, NonFiniteLoss: 1}
+    """Return the exit code of a run; every way out prints its reason and ends every process of the run."""
+    state = RunState()
+    handlers, code, is_agreed, printed = listen(state), 1, True, ""
     try:
-        main(args)
-    except tuple(codes) as error:
-        if int(os.environ.get("RANK", 0)) == 0 or hasattr(error, "only_here"):
-            print(f"{'stopped' if isinstance(error, StoppedBySignal) else 'error'}: {error}", file=sys.stderr)
-        return codes[type(error)]
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-    return 0
+        main(args, state)
+        code = 0
+    except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
+        code = 2 if isinstance(error, UnusableInput) else 3 if isinstance(error, StoppedBySignal) else 1
+        is_agreed = not isinstance(error, OutOfData)
+        printed = f"{'stopped' if code == 3 else 'error'}: {error}"
+    except torch.OutOfMemoryError as error:
+        is_agreed = False
+        missing = [name for name, is_used in OUT_OF_MEMORY_REMEDIES.items() if not is_used(args)]
+        printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, add {'; '.join(missing)}"
+    except BaseException:
+        is_agreed = False
+        traceback.print_exc()
+    if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
+        print(printed, file=sys.stderr, flush=True)
+    kill_children()
+    for name, handler in handlers.items():
+        signal.signal(getattr(signal, name), handler)
+    if torch.distributed.is_initialized() and is_agreed:  # else it waits for ranks that are in another collective
+        torch.distributed.destroy_process_group()
+    return code
 
 
 # <<< shared: run
 
 if __name__ == "__main__":
-    sys.exit(run(ARGS))
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
+        end_with_parent(signal.SIGTERM)
+    EXIT_CODE = run(ARGS)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    if EXIT_CODE:
+        os._exit(EXIT_CODE)  # the interpreter's own way out joins threads and processes, any of which may hang
