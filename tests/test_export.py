@@ -108,9 +108,7 @@ def output(unet):
 def load_into(unet, path, family):
     """Return the UNet's output after diffusers loaded a file into it, as load_lora_weights does."""
     pipeline = PIPELINES[family]
-    state, alphas, metadata = pipeline.lora_state_dict(
-        str(path), unet_config=unet.config, return_lora_metadata=True
-    )
+    state, alphas, metadata = pipeline.lora_state_dict(str(path), unet_config=unet.config, return_lora_metadata=True)
     pipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
     return output(unet)
 
@@ -184,8 +182,8 @@ def ldm_modules(unet):
         module = unet.get_submodule(name)
         for inner, layer in module.named_modules():
             if hasattr(layer, "lora_A"):
-                names[f"{name}.{inner}".strip(".")] = (
-                    f"{place}_{resnet.get(inner, inner).replace('.', '_')}".strip("_")
+                names[f"{name}.{inner}".strip(".")] = f"{place}_{resnet.get(inner, inner).replace('.', '_')}".strip(
+                    "_"
                 )
 
     def walk(side, blocks, path, first):
@@ -388,9 +386,7 @@ def merging(request, teachers, tmp_path_factory):
     folder, trainer = tmp_path_factory.mktemp("merging"), trainer_of(model)
     pipe = PIPELINES[request.param].from_pretrained(teachers[trainer.__name__])
     if request.param == "sdxl":  # diffusers knows the family of a file by the tenth layer
-        pipe.text_encoder_2 = tiny_text(
-            pipe.tokenizer_2, type(pipe.text_encoder_2), 24, 10, projection_dim=12
-        )
+        pipe.text_encoder_2 = tiny_text(pipe.tokenizer_2, type(pipe.text_encoder_2), 24, 10, projection_dim=12)
     pipe.scheduler = type(pipe.scheduler).from_config(
         pipe.scheduler.config, prediction_type="v_prediction", rescale_betas_zero_snr=True
     )
@@ -436,10 +432,7 @@ def test_a_single_file_is_merged_without_network(tool, merging, tmp_path, monkey
     words = ["--input", lora, "--family", family, "--dtype", "fp32", "--merge_into"]
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     run(tool, *words, model, "--output", first)
-    base, layer = (
-        load_file(first),
-        next(name for name in load_file(first) if name.endswith("attn2.to_k.weight")),
-    )
+    base, layer = (load_file(first), next(name for name in load_file(first) if name.endswith("attn2.to_k.weight")))
     run(tool, *words, first, "--output", second, "--teacher_config", model)
     merged = load_file(second)
     assert merged.keys() == base.keys()
@@ -576,9 +569,7 @@ def test_no_model_is_loaded_for_an_output_that_cannot_be_written(tool, merging, 
     family, model, lora, _ = merging
     (tmp_path / "file").write_text("")
     for trainer in (tool.sd15, tool.sdxl):
-        monkeypatch.setattr(
-            trainer, "load_teacher", lambda *_args, **_kwargs: pytest.fail("a model was loaded")
-        )
+        monkeypatch.setattr(trainer, "load_teacher", lambda *_args, **_kwargs: pytest.fail("a model was loaded"))
     words = ["--input", lora, "--family", family, "--merge_into", model]
     with pytest.raises(tool.UnusableInput, match="cannot be written"):
         run(tool, *words, "--output", tmp_path / "file" / "merged")

@@ -96,8 +96,5 @@ def original_state(pipe):
     else:
         parts["cond_stage_model.transformer."] = clip
     state = {prefix + key: v.contiguous() for prefix, part in parts.items() for key, v in part.items()}
-    marks = {
-        "v_pred": schedule.prediction_type == "v_prediction",
-        "ztsnr": schedule.get("rescale_betas_zero_snr"),
-    }
+    marks = {"v_pred": schedule.prediction_type == "v_prediction", "ztsnr": schedule.get("rescale_betas_zero_snr")}
     return state | {name: torch.zeros(0) for name, is_so in marks.items() if is_so}
