@@ -462,8 +462,9 @@ def test_the_original_layout_of_each_model_is_the_one_diffusers_reads(model, tmp
         tmp_path / "unet.safetensors", config=str(tmp_path), subfolder="unet", local_files_only=True
     )
     assert len(state) == len(unet.state_dict())
+    ours = read.state_dict()
     for name, value in unet.state_dict().items():
-        assert torch.equal(read.state_dict()[name], value), name
+        assert torch.equal(ours[name], value), name
 
 
 def test_a_lora_of_another_model_is_not_merged(tool, merging, trained, tmp_path):
@@ -654,3 +655,63 @@ def test_a_real_process_names_what_is_wrong_and_ends_with_2(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=ENVIRONMENT)
     assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("error: --family auto")
     assert "Traceback" not in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------
+# docs/using.md
+# ----------------------------------------------------------------------------------------------------------
+
+# ComfyUI's nodes: {input: type of the output that it takes, or type of the value}, types of the outputs.
+NODES = {
+    "CheckpointLoaderSimple": ({"ckpt_name": str}, ["MODEL", "CLIP", "VAE"]),
+    "LoraLoaderModelOnly": ({"model": "MODEL", "lora_name": str, "strength_model": float}, ["MODEL"]),
+    "ModelSamplingDiscrete": ({"model": "MODEL", "sampling": str, "zsnr": bool}, ["MODEL"]),
+    "CLIPTextEncode": ({"clip": "CLIP", "text": str}, ["CONDITIONING"]),
+    "EmptyLatentImage": ({"width": int, "height": int, "batch_size": int}, ["LATENT"]),
+    "KSampler": (
+        {
+            "model": "MODEL", "positive": "CONDITIONING", "negative": "CONDITIONING", "latent_image": "LATENT",
+            "seed": int, "steps": int, "cfg": float, "sampler_name": str, "scheduler": str, "denoise": float,
+        },
+        ["LATENT"],
+    ),
+    "VAEDecode": ({"samples": "LATENT", "vae": "VAE"}, ["IMAGE"]),
+    "SaveImage": ({"images": "IMAGE", "filename_prefix": str}, []),
+}  # fmt: skip
+
+
+def test_the_comfyui_workflow_is_whole():
+    nodes = json.loads((ROOT / "docs" / "comfyui-lcm-workflow.json").read_text("utf-8"))
+    used = set()
+    for number, node in nodes.items():
+        inputs, _ = NODES[node["class_type"]]
+        assert node["inputs"].keys() == inputs.keys(), number
+        for name, kind in inputs.items():
+            value = node["inputs"][name]
+            if isinstance(kind, str):
+                source, output_number = value
+                assert NODES[nodes[source]["class_type"]][1][output_number] == kind, (number, name)
+                used.add((source, output_number))
+            else:
+                assert type(value) is kind, (number, name)
+    made = {(number, i) for number, node in nodes.items() for i in range(len(NODES[node["class_type"]][1]))}
+    assert used == made  # no node is left out of the picture
+    sampler = next(node["inputs"] for node in nodes.values() if node["class_type"] == "KSampler")
+    assert (sampler["sampler_name"], sampler["scheduler"], sampler["denoise"]) == ("lcm", "sgm_uniform", 1.0)
+    assert 4 <= sampler["steps"] <= 8 and 1 <= sampler["cfg"] <= 2
+    order, source = [], "9"
+    while source != "1":  # from the picture back to the base model
+        order.append(nodes[source]["class_type"])
+        source = next(value[0] for name, value in nodes[source]["inputs"].items() if isinstance(value, list))
+    assert order == ["SaveImage", "VAEDecode", "KSampler", "ModelSamplingDiscrete", "LoraLoaderModelOnly"]
+
+
+def test_the_commands_of_the_documents_parse(tool, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "outputs" / "lcm-lora").mkdir(parents=True)
+    lines = re.findall(r"python scripts/export_lora\.py (.*)", (ROOT / "docs" / "using.md").read_text("utf-8"))
+    assert len(lines) == 4
+    for line in lines:
+        tool.parse_args(line.split())
+    for source in re.findall(r"    python scripts/export_lora\.py ((?:.*\\\n)*.*)", tool.__doc__):
+        tool.parse_args(source.replace("\\\n", " ").split())
