@@ -156,7 +156,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists all flags\n")
+        self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -339,7 +339,8 @@ def build_parser():
 
 def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
-    name = word.lstrip("-").partition("=")[0]
+    word = word.partition("=")[0]
+    name = word.lstrip("-")
     if name in DATASET_FLAGS:
         remedy = (
             "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
@@ -407,18 +408,28 @@ def parse_args(argv=None):
     return args
 
 
+SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
+SECRETS = (  # pattern, replacement; in this order
+    (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
+    (r"(\w+:/+[^\s'\"?#]*)[?#]\S+", r"\1?***"),
+    (r"(?i)\b(authorization|cookie)[\"']?\s*:.*", r"\1: ***"),
+    (rf"(?i)({SECRET_NAMES}[\"']?\s*[=:]\s*)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (rf"(?i)(--?(?:[\w-]*{SECRET_NAMES}|u|user|header)\s+)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (r"(?i)\b((?:bearer|basic|digest)\s+)\S{8,}", r"\1***"),
+    (r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", r"\1***"),
+)
+
+
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
     if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
-        return " ".join([program, *(["***"] if len(words) > len(places) else []), *places])
-    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1***@", text)
-    text = re.sub(r"(\w+://[^\s'\"?#]*)[?#][^\s'\"]+", r"\1?***", text)
-    names = r"authorization|token|api[_-]?key|secret\w*|passw\w*|sig(?:nature)?|access[_-]?key\w*|cookie"
-    text = re.sub(rf"(?i)((?:{names})\s*[=:]\s*)(?:(?:bearer|basic|token)\s+)?\S+", r"\1***", text)
-    text = re.sub(r"(?i)\b(bearer\s+|basic\s+)\S{8,}", r"\1***", text)
-    return re.sub(r"\b(hf_|sk-|ghp_|AKIA)\w{8,}", r"\1***", text)
+        program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
+        return " ".join([program, *["***"] * (len(words) > len(places)), *places])
+    for pattern, replacement in SECRETS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def public_flags(args):
@@ -438,6 +449,7 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
+    PARENT = os.getppid()
     print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
@@ -446,6 +458,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in fo
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import braceexpand
 import diffusers
 import filelock
 import numpy as np
@@ -651,8 +664,8 @@ def list_shards(values):
         UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
     """
     flag, shards = "--train_shards_path_or_url", []
-    for value in chain.from_iterable(re.split(r"::(?!\d)", value) for value in values):
-        value = re.sub(r"^file:(//)?(?=/)", "", value)
+    for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
         scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
@@ -674,7 +687,7 @@ def list_shards(values):
 
 def expand_braces(flag, value):
     try:
-        return wds.SimpleShardList(value).urls
+        return list(braceexpand.braceexpand(value))
     except ValueError as error:
         raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
 
@@ -840,10 +853,11 @@ def open_shard(shard):
 
 def last_words(text, shard):
     """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    text, words = masked(" ".join(text.split())[-200:]), re.compile(r"[^\s'\"=:&?]+")
-    for word in set(words.findall(shard)) - set(words.findall(masked(shard))):
+    words = re.compile(r"[^\s'\"=:&?]+")
+    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
+    for word in sorted(hidden, key=len, reverse=True):
         text = text.replace(word, "***") if len(word) > 3 else text
-    return text
+    return text[-200:]
 
 
 def split_name(name):
@@ -853,7 +867,7 @@ def split_name(name):
     suffix = suffix.lower()
     if suffix not in SHARD_SUFFIXES or base.startswith("."):
         return name, ""
-    if suffix not in IMAGE_SUFFIXES and stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+    if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
     return f"{folder}/{stem}" if folder else stem, suffix
 
@@ -861,34 +875,40 @@ def split_name(name):
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
-    The files of a sample are usually neighbours. Where they are not, parts of samples wait for the rest, up to
-    WAITING_BYTES in all. A sample is whole once it has each kind of file that the shard has had so far.
+    A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
+    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
+    until WAITING_BYTES wait.
     """
-    waiting, given, kinds, held, last = {}, {}, set(), 0, None
+    waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
+
+    def give(key):
+        sample = waiting.pop(key)
+        given[key] = frozenset(sample)
+        # K.mask.png beside K.png belongs to K and is no sample of its own.
+        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        return [] if is_extra else [sample]
+
     for name, data in members:
         key, suffix = split_name(name)
-        if last not in (None, key) and last in waiting and is_whole(waiting[last], kinds):
-            held -= size_of(waiting[last])
-            given[last] = frozenset(waiting[last])
-            yield waiting.pop(last)
-        last = key
-        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
-            lost["file name twice in its shard"] += not lost[key, suffix]
-            continue
-        if key in given:
-            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
-            continue
-        waiting.setdefault(key, {"__key__": key})[suffix] = data
+        if key != last and not key.startswith(f"{last}."):
+            if is_new and last in waiting and is_whole(waiting[last], kinds):
+                held -= size_of(waiting[last])
+                yield from give(last)
+            last, is_new = key, key not in waiting
         kinds.add(kind_of(suffix))
-        held += len(data)
+        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
+            lost["file name twice in its shard"] += 1
+        elif key in given:
+            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
+        else:
+            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = waiting.pop(next(iter(waiting)))
-            held -= size_of(oldest)
-            given[oldest["__key__"]] = frozenset(oldest)
-            yield oldest
-    for sample in waiting.values():
-        if sample["__key__"].rpartition(".")[0] not in given:  # K.mask.png beside K.png is no sample of its own
-            yield sample
+            oldest = next(iter(waiting))
+            held -= size_of(waiting[oldest])
+            yield from give(oldest)
+    for key in list(waiting):
+        yield from give(key)
 
 
 def kind_of(suffix):
@@ -970,11 +990,11 @@ def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
     try:
-        caption = metadata.get("caption") if data is None else data.decode("utf-8-sig")
+        caption = metadata.get("caption") if data is None else data.decode()
         if caption is None:
             raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
-        return caption.strip()
+        return caption.strip("\ufeff \t\r\n")
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
@@ -1241,6 +1261,8 @@ def cache_identity(args):
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
+        elif isinstance(value, str):
+            identity[name] = masked(value)
     return identity
 
 
@@ -1448,7 +1470,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
 def loading_error(args, error):
     """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
-    name = f"--pretrained_teacher_model {masked(str(path))}"
+    name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
@@ -1794,6 +1816,7 @@ class RunState:
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
     stop_signal: str | None = None  # the first signal that asked the run to stop
+    is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     is_waiting: bool = False  # for data, as the only process
     is_saved: bool = False  # all updates are in a checkpoint
@@ -1964,7 +1987,7 @@ def update(job, batches):
     losses, positions = [], {}
     parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
     for micro_step in range(job.args.gradient_accumulation_steps):
-        batch = next_batch(batches, job.state, positions)
+        batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
             job.accelerator.backward(loss)
@@ -1979,14 +2002,15 @@ def update(job, batches):
     return torch.stack(losses).mean(), grad_norm
 
 
-def next_batch(batches, state, positions):
+def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
 
     Raises:
         OutOfData: nothing usable is left.
         StopWaiting: a signal came while the only process waited.
     """
-    state.is_waiting = True
+    state = job.state
+    state.is_waiting = job.accelerator.num_processes == 1  # several have to agree first
     batch = next(batches)
     state.is_waiting = False
     if "error" in batch:
@@ -2397,7 +2421,7 @@ def write_card(job, drawn):
     args, folder = job.args, Path(job.args.output_dir)
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
-    teacher = args.pretrained_teacher_model
+    teacher = masked(args.pretrained_teacher_model)
     from_hub = not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     training = "\n".join(
@@ -2683,7 +2707,7 @@ def open_output(args, state):
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state.lock = filelock.FileLock(folder / ".lock", mode=0o666)
+        state.lock = filelock.FileLock(folder / ".lock")
         state.lock.acquire(timeout=0)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
@@ -2729,13 +2753,14 @@ def listen(state):
 
     def note(number, _frame):
         name = signal.Signals(number).name
-        if not state.is_training or name == state.stop_signal == "SIGINT":
+        if not state.is_training or name == "SIGINT" and state.is_interrupted:
             saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
             print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
             kill_children()
             os._exit(3 if state.is_saved else 128 + number)
-        state.stop_signal = state.stop_signal or name
+        state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if state.is_waiting:
+            state.is_waiting = False
             raise StopWaiting
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
@@ -2974,6 +2999,8 @@ if __name__ == "__main__":
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != PARENT:  # gone while the libraries loaded
+            sys.exit(1)
     EXIT_CODE = run(ARGS)
     sys.stdout.flush()
     sys.stderr.flush()
