@@ -47,7 +47,7 @@ import traceback
 import warnings
 import zlib
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -155,7 +155,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists all flags\n")
+        self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -269,7 +269,7 @@ def add_optimizer_args(parser):
     add("--train_batch_size", type=COUNT, default=16, help="samples of one process in one forward pass")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes summed into one update")
     add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs and --max_train_samples")
-    add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, without --max_train_steps")
+    add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, to set the updates")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply the rate by batch size, accumulation and processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule, as in diffusers")
@@ -336,7 +336,8 @@ def build_parser():
 
 def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
-    name = word.lstrip("-").partition("=")[0]
+    word = word.partition("=")[0]
+    name = word.lstrip("-")
     if name in DATASET_FLAGS:
         remedy = (
             "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
@@ -404,18 +405,28 @@ def parse_args(argv=None):
     return args
 
 
+SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
+SECRETS = (  # pattern, replacement; in this order
+    (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
+    (r"(\w+:/+[^\s'\"?#]*)[?#]\S+", r"\1?***"),
+    (r"(?i)\b(authorization|cookie)[\"']?\s*:.*", r"\1: ***"),
+    (rf"(?i)({SECRET_NAMES}[\"']?\s*[=:]\s*)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (rf"(?i)(--?(?:[\w-]*{SECRET_NAMES}|u|user|header)\s+)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (r"(?i)\b((?:bearer|basic|digest)\s+)\S{8,}", r"\1***"),
+    (r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", r"\1***"),
+)
+
+
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
     if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
-        return " ".join([program, *(["***"] if len(words) > len(places) else []), *places])
-    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1***@", text)
-    text = re.sub(r"(\w+://[^\s'\"?#]*)[?#][^\s'\"]+", r"\1?***", text)
-    names = r"authorization|token|api[_-]?key|secret\w*|passw\w*|sig(?:nature)?|access[_-]?key\w*|cookie"
-    text = re.sub(rf"(?i)((?:{names})\s*[=:]\s*)(?:(?:bearer|basic|token)\s+)?\S+", r"\1***", text)
-    text = re.sub(r"(?i)\b(bearer\s+|basic\s+)\S{8,}", r"\1***", text)
-    return re.sub(r"\b(hf_|sk-|ghp_|AKIA)\w{8,}", r"\1***", text)
+        program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
+        return " ".join([program, *["***"] * (len(words) > len(places)), *places])
+    for pattern, replacement in SECRETS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def public_flags(args):
@@ -435,6 +446,7 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
+    PARENT = os.getppid()
     print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
@@ -443,6 +455,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in fo
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import braceexpand
 import diffusers
 import filelock
 import numpy as np
@@ -644,36 +657,33 @@ def list_shards(values):
     Raises:
         UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
     """
-    shards = []
-    for value in chain.from_iterable(re.split(r"::(?!\d)", value) for value in values):
-        value = re.sub(r"^file:(//)?(?=/)", "", value)
-        scheme = re.match(r"(\w+)://", value)
-        if scheme and scheme[1] not in ("http", "https"):
-            command = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}", "hf": "hf download {}"}.get(
-                scheme[1], "COMMAND {}"
-            )
+    flag, shards = "--train_shards_path_or_url", []
+    for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
+        scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
+        if not scheme.startswith("http"):
+            program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
             raise UnusableInput(
-                f"--train_shards_path_or_url {masked(value)}: {scheme[1]}:// is read through a command; give "
-                f"'pipe:{command.format(masked(value))}'"
+                f"{flag} {masked(value)}: {scheme}:// is read through a command; give 'pipe:{program}'"
             )
-        if not is_remote(value) and Path(value).is_dir():
-            shards += list_folder(Path(value))
-        elif not is_remote(value) and re.search(r"[*?\[]", value) and not Path(value).exists():
-            found = sorted(glob.glob(value, recursive=True))
-            if not found:
-                raise UnusableInput(f"--train_shards_path_or_url {value}: no file matches; check the pattern")
-            shards += found
+        if is_remote(value) or Path(value).is_file():
+            found = [value] if Path(value).is_file() else expand_braces(flag, value)
+        elif Path(value).is_dir():
+            found = list_folder(Path(value))
         else:
-            try:
-                shards += wds.SimpleShardList(value).urls
-            except ValueError as error:
-                raise UnusableInput(
-                    f"--train_shards_path_or_url {masked(value)}: {error}; mend the pattern"
-                ) from error
+            found = sorted(glob.glob(value, recursive=True)) or expand_braces(flag, value)
+        shards += found
     for shard in shards:
         if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
+
+
+def expand_braces(flag, value):
+    try:
+        return list(braceexpand.braceexpand(value))
+    except ValueError as error:
+        raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
 
 
 def list_folder(folder):
@@ -682,19 +692,18 @@ def list_folder(folder):
     Raises:
         UnusableInput: the folder holds neither.
     """
-    tars = sorted(str(path) for path in folder.iterdir() if TAR_NAMES.search(path.name) and path.name[0] != ".")
+    tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
-    samples = {}
-    for path in sorted(folder.rglob("*")):
+    samples, keys = {}, []
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
-        if suffix and path.is_file():
-            samples.setdefault(key, []).append(name)
-    keys = [key for key, names in samples.items() if any(split_name(name)[1] in IMAGE_SUFFIXES for name in names)]
+        samples.setdefault(key, []).append(name)
+        keys += [key] * (suffix in IMAGE_SUFFIXES and key not in keys[-1:])
     if not keys:
         raise UnusableInput(
-            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name a folder that does"
+            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
         )
     parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
     return [
@@ -705,25 +714,23 @@ def list_folder(folder):
 
 def check_shard(path):
     """Raise UnusableInput for a local tar that cannot be read to its end; looks at 2 kB of it."""
-    remedy = "; write or download it again, or leave it out"
+    fault = ""
     try:
-        size = path.stat().st_size
         with path.open("rb") as file:
-            head = file.read(512)
+            head, size = file.read(512), path.stat().st_size
             file.seek(max(0, size - 1024))
             tail = file.read()
+        if not head.strip(b"\0"):
+            fault = "is empty"
+        elif not head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):  # of a compressed one only reading can tell
+            tarfile.TarInfo.frombuf(head, "utf-8", "replace")
+            fault = "is truncated, its end mark is missing" if size % 512 or tail.strip(b"\0") else ""
+    except tarfile.HeaderError:
+        fault = "is not a tar file"
     except OSError as error:
         raise UnusableInput(f"shard {path}: {error.strerror}; check --train_shards_path_or_url") from error
-    if not head.strip(b"\0"):
-        raise UnusableInput(f"shard {path}: is empty{remedy}")
-    if head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):
-        return  # compressed: only reading it can tell
-    try:
-        tarfile.TarInfo.frombuf(head, "utf-8", "replace")
-    except tarfile.HeaderError as error:
-        raise UnusableInput(f"shard {path}: is not a tar file{remedy}") from error
-    if size % 512 or tail.strip(b"\0"):
-        raise UnusableInput(f"shard {path}: is truncated, its end mark is missing{remedy}")
+    if fault:
+        raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
 
 
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
@@ -811,43 +818,40 @@ def open_shard(shard):
     if not shard.startswith("pipe:"):  # curl gives up a server that stalls
         limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
         command = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
-    options = {"process_group": 0} if os.name == "posix" else {}  # a group, so that all of the command can be killed
+    options = {"process_group": 0} if os.name == "posix" else {}  # so that all of the command can be killed
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, **options
         )
+        failure = None
         try:
             try:
                 yield process.stdout
-            except STREAM_ERRORS:
-                if process.poll() is None and process.stdout.read(1):  # the tar is bad, not the command
-                    raise
-            while process.stdout.read(2**20):
-                pass  # a command whose output nobody reads would fail
-            if code := process.wait():
-                words.seek(0)
-                said = last_words(words.read().decode("utf-8", "replace"), shard)
-                raise OSError(f"the command ended with exit code {code}{': ' if said else ''}{said}")
+                while process.stdout.read(2**20):
+                    pass  # a command whose output nobody reads would fail
+            except STREAM_ERRORS as error:
+                failure = error
+            with suppress(subprocess.TimeoutExpired):  # a command that runs on is not what made the tar bad
+                if process.wait(timeout=1 if failure else None):
+                    words.seek(0)
+                    reason = last_words(words.read().decode("utf-8", "replace"), shard)
+                    failure = OSError(f"the command ended with exit code {process.returncode}: {reason}".rstrip(": "))
+            if failure:
+                raise failure
         finally:
-            kill_group(process)
+            process.stdout.close()
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
+                process.wait()
 
 
 def last_words(text, shard):
     """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    text = masked(" ".join(text.split())[-200:])
     words = re.compile(r"[^\s'\"=:&?]+")
-    for word in set(words.findall(shard)) - set(words.findall(masked(shard))):
-        if len(word) > 3:
-            text = text.replace(word, "***")
-    return text
-
-
-def kill_group(process):
-    """End a command and what it started, and close its output."""
-    process.stdout.close()
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-        process.wait()
+    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
+    for word in sorted(hidden, key=len, reverse=True):
+        text = text.replace(word, "***") if len(word) > 3 else text
+    return text[-200:]
 
 
 def split_name(name):
@@ -857,7 +861,7 @@ def split_name(name):
     suffix = suffix.lower()
     if suffix not in SHARD_SUFFIXES or base.startswith("."):
         return name, ""
-    if suffix not in IMAGE_SUFFIXES and stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+    if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
     return f"{folder}/{stem}" if folder else stem, suffix
 
@@ -865,34 +869,40 @@ def split_name(name):
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
-    The files of a sample are usually neighbours. Where they are not, parts of samples wait for the rest, up to
-    WAITING_BYTES in all. A sample is whole once it has each kind of file that the shard has had so far.
+    A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
+    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
+    until WAITING_BYTES wait.
     """
-    waiting, given, kinds, held, last = {}, {}, set(), 0, None
+    waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
+
+    def give(key):
+        sample = waiting.pop(key)
+        given[key] = frozenset(sample)
+        # K.mask.png beside K.png belongs to K and is no sample of its own.
+        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        return [] if is_extra else [sample]
+
     for name, data in members:
         key, suffix = split_name(name)
-        if last not in (None, key) and last in waiting and is_whole(waiting[last], kinds):
-            held -= size_of(waiting[last])
-            given[last] = frozenset(waiting[last])
-            yield waiting.pop(last)
-        last = key
-        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
-            lost["file name twice in its shard"] += not lost[key, suffix]
-            continue
-        if key in given:
-            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
-            continue
-        waiting.setdefault(key, {"__key__": key})[suffix] = data
+        if key != last and not key.startswith(f"{last}."):
+            if is_new and last in waiting and is_whole(waiting[last], kinds):
+                held -= size_of(waiting[last])
+                yield from give(last)
+            last, is_new = key, key not in waiting
         kinds.add(kind_of(suffix))
-        held += len(data)
+        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
+            lost["file name twice in its shard"] += 1
+        elif key in given:
+            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
+        else:
+            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = waiting.pop(next(iter(waiting)))
-            held -= size_of(oldest)
-            given[oldest["__key__"]] = frozenset(oldest)
-            yield oldest
-    for sample in waiting.values():
-        if sample["__key__"].rpartition(".")[0] not in given:  # K.mask.png beside K.png is no sample of its own
-            yield sample
+            oldest = next(iter(waiting))
+            held -= size_of(waiting[oldest])
+            yield from give(oldest)
+    for key in list(waiting):
+        yield from give(key)
 
 
 def kind_of(suffix):
@@ -974,11 +984,11 @@ def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
     try:
-        caption = metadata.get("caption") if data is None else data.decode("utf-8-sig")
+        caption = metadata.get("caption") if data is None else data.decode()
         if caption is None:
             raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
-        return caption.strip()
+        return caption.strip("\ufeff \t\r\n")
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
@@ -1245,6 +1255,8 @@ def cache_identity(args):
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
+        elif isinstance(value, str):
+            identity[name] = masked(value)
     return identity
 
 
@@ -1283,11 +1295,16 @@ def count_samples(shards):
     return total
 
 
-def make_loader(stream, num_workers, cuda):
+def make_loader(stream, num_workers, device):
     """Return the DataLoader of a ShardStream, which makes its own batches."""
     options = {"multiprocessing_context": "fork"} if num_workers and sys.platform == "linux" else {}
     return torch.utils.data.DataLoader(
-        stream, batch_size=None, num_workers=num_workers, pin_memory=cuda, worker_init_fn=start_worker, **options
+        stream,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=start_worker,
+        **options,
     )
 
 
@@ -1373,7 +1390,8 @@ def unet_inputs(embeds, batch):
 
 # Names in SDXL's original UNet, which sd-scripts trains on, of what diffusers calls otherwise.
 LDM_LAYERS = {
-    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3", "conv_shortcut": "skip_connection",
+    "conv1": "in_layers.2", "time_emb_proj": "emb_layers.1", "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
 }  # fmt: skip
 LDM_MODULES = {
     "conv_in": "input_blocks.0.0", "conv_out": "out.2", "time_embedding.linear_1": "time_embed.0",
@@ -1446,7 +1464,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
 def loading_error(args, error):
     """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
-    name = f"--pretrained_teacher_model {masked(str(path))}"
+    name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
@@ -1664,7 +1682,7 @@ def adam_8bit(parameters, options):
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         @torch.no_grad()
-        def step(self, closure=None):
+        def step(self):
             if not self.initialized:
                 self.check_overrides()
                 self.to_gpu()
@@ -1696,6 +1714,7 @@ class RunState:
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
     stop_signal: str | None = None  # the first signal that asked the run to stop
+    is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     is_waiting: bool = False  # for data, as the only process
     is_saved: bool = False  # all updates are in a checkpoint
@@ -1866,7 +1885,7 @@ def update(job, batches):
     losses, positions = [], {}
     parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
     for micro_step in range(job.args.gradient_accumulation_steps):
-        batch = next_batch(batches, job.state, positions)
+        batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
             job.accelerator.backward(loss)
@@ -1881,14 +1900,15 @@ def update(job, batches):
     return torch.stack(losses).mean(), grad_norm
 
 
-def next_batch(batches, state, positions):
+def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
 
     Raises:
         OutOfData: nothing usable is left.
         StopWaiting: a signal came while the only process waited.
     """
-    state.is_waiting = True
+    state = job.state
+    state.is_waiting = job.accelerator.num_processes == 1  # several have to agree first
     batch = next(batches)
     state.is_waiting = False
     if "error" in batch:
@@ -1963,10 +1983,10 @@ def save_for_peft(unet, folder):
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
-def settings_of(args, accelerator, max_train_steps, num_shards):
+def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
     settings = {name: value for name, value in public_flags(args).items() if name not in FREE_FLAGS}
-    settings.pop("dataloader_num_workers")  # the manifest's "workers" is the number in effect
+    settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
     settings |= {
@@ -1977,7 +1997,7 @@ def settings_of(args, accelerator, max_train_steps, num_shards):
     return json.loads(json.dumps(settings))
 
 
-def save_checkpoint(job, settings, workers):
+def save_checkpoint(job, settings):
     """Write `checkpoint-<step>`: under another name first, then renamed, then old ones are removed.
 
     Raises:
@@ -1988,7 +2008,6 @@ def save_checkpoint(job, settings, workers):
         "global_step": job.state.global_step,
         "script_version": SCRIPT_VERSION,
         "settings": settings,
-        "workers": workers,
         "positions": dict(item for part in parts for item in part),
     }
     agree(job.accelerator, write_checkpoint, job, manifest)
@@ -2146,8 +2165,8 @@ class Log:
         self.skipped_updates = 0
         self.started = time.monotonic()
         self.bar = tqdm(
-            total=job.max_train_steps, initial=job.state.global_step, unit="update", desc="distilling", mininterval=1.0,
-            disable=not self.accelerator.is_main_process,
+            total=job.max_train_steps, initial=job.state.global_step, unit="update", desc="distilling",
+            mininterval=1.0, disable=not self.accelerator.is_main_process,
         )  # fmt: skip
         if self.accelerator.is_main_process:
             # Lines after the update that the run resumes from go, and one that a kill cut short.
@@ -2300,7 +2319,7 @@ def write_card(job, drawn):
     args, folder = job.args, Path(job.args.output_dir)
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
-    teacher = args.pretrained_teacher_model
+    teacher = masked(args.pretrained_teacher_model)
     from_hub = not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     training = "\n".join(
@@ -2372,7 +2391,7 @@ def one_line(error):
 
 
 def push(args, folder):
-    """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run, whose files are on disk."""
+    """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run."""
     name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
     for attempt in range(2):
         try:
@@ -2399,7 +2418,7 @@ def push(args, folder):
 
 # >>> shared: run
 STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
-OUT_OF_MEMORY_REMEDIES = {  # in the order of what they save for what they cost
+MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
     "--use_8bit_adam": lambda args: args.use_8bit_adam,
@@ -2411,32 +2430,32 @@ OUT_OF_MEMORY_REMEDIES = {  # in the order of what they save for what they cost
 
 
 def start(args):
-    """Return the Accelerator, after checks of how and where the run was launched.
+    """Return the Accelerator.
 
     Raises:
-        UnusableInput: the launch or the machine is not supported.
+        UnusableInput: accelerate cannot start, or the launch or the device is not supported.
     """
     # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
-    diffusers_logging.set_verbosity_error()  # encode_prompt warns of every long caption
+    diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    project = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
-    # The plugin, because accelerate's environment variable would win over the plain argument.
-    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload while others wait
     try:
         accelerator = Accelerator(
             mixed_precision=args.mixed_precision,
-            gradient_accumulation_plugin=accumulation,
+            # The plugin, because accelerate's environment variable would win over the plain argument.
+            gradient_accumulation_plugin=GradientAccumulationPlugin(
+                args.gradient_accumulation_steps, sync_with_dataloader=False
+            ),
             log_with=None if args.report_to == "none" else args.report_to,
-            project_config=project,
-            kwargs_handlers=[patience],
+            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
+            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rank 0 may upload meanwhile
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
     check_launch(accelerator)
-    check_device(accelerator, args)
+    if args.enable_xformers_memory_efficient_attention:
+        check_xformers(accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -2444,8 +2463,8 @@ def start(args):
 
 
 def check_launch(accelerator):
-    """Raise UnusableInput for a way of launching that would train something else than the flags describe."""
-    kind = accelerator.distributed_type
+    """Raise UnusableInput where the launch or the device would train something else than the flags describe."""
+    kind, precision = accelerator.distributed_type, accelerator.mixed_precision
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UnusableInput(f"{kind} is not supported; launch with one or several GPUs or CPUs (DDP)")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
@@ -2453,45 +2472,36 @@ def check_launch(accelerator):
             f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; on CPUs set "
             "ACCELERATE_USE_CPU=true and start them with torchrun"
         )
-    if accelerator.mixed_precision not in DTYPES:
-        raise UnusableInput(f"--mixed_precision {accelerator.mixed_precision}: must be no, fp16 or bf16")
+    if precision not in DTYPES:
+        raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
+    if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+        raise UnusableInput(
+            f"--mixed_precision bf16: {torch.cuda.get_device_name()} only emulates bfloat16, because its compute "
+            "capability is below 8.0; use fp16"
+        )
     if str(accelerator.state.dynamo_plugin.backend).upper().rpartition(".")[2] != "NO":
-        raise UnusableInput(
-            "accelerate's dynamo settings would rename the LoRA's weights; unset them and use --compile"
-        )
+        raise UnusableInput("accelerate's dynamo settings would rename the LoRA's weights; unset them, use --compile")
 
 
-def check_device(accelerator, args):
-    """Raise UnusableInput where the device cannot compute what the flags ask for."""
-    is_cuda = accelerator.device.type == "cuda"
-    if is_cuda and accelerator.mixed_precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
-        raise UnusableInput(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} only emulates bfloat16 (compute capability below "
-            "8.0); use fp16"
-        )
-    if args.enable_xformers_memory_efficient_attention:
-        check_xformers(is_cuda)
-
-
-def check_xformers(is_cuda):
+def check_xformers(accelerator):
     """Raise UnusableInput, before any model loads, where xformers cannot compute attention."""
-    remedy = "leave the flag out: PyTorch's SDPA computes the same"
-    if not is_cuda:
-        raise UnusableInput(f"--enable_xformers_memory_efficient_attention needs a CUDA GPU; {remedy}")
+    flag, remedy = "--enable_xformers_memory_efficient_attention", "leave it out: PyTorch's SDPA computes the same"
+    if accelerator.device.type != "cuda":
+        raise UnusableInput(f"{flag} needs a CUDA GPU; {remedy}")
     try:
         import xformers.ops
 
-        query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device="cuda")
+        query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=accelerator.device)
         xformers.ops.memory_efficient_attention(query, query, query)
-    except Exception as error:  # a missing package, a missing library of another CUDA, no kernel for this GPU
+    except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
         raise UnusableInput(
-            "--enable_xformers_memory_efficient_attention: the kernels of this xformers do not run with torch "
-            f"{torch.__version__} here ({one_line(error)[:120]}); {remedy}, or install a pair made for each other, such "
-            "as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
+            f"{flag}: the kernels of xformers do not run with torch {torch.__version__} here "
+            f"({one_line(error)[:120]}); {remedy}, or install a pair made for each other, such as torch 2.10 for "
+            "CUDA 12.8 with xformers 0.0.35"
         ) from error
 
 
-def device_line(accelerator):
+def describe_device(accelerator):
     """Return what a run computes on, with a warning where a GPU is there and not used."""
     device, processes = accelerator.device, accelerator.num_processes
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
@@ -2501,16 +2511,52 @@ def device_line(accelerator):
     if device.type == "cuda" and accelerator.mixed_precision == "no":
         line += "; --mixed_precision fp16 or bf16 would halve the memory"
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
-    if (
-        device.type == "cpu"
-        and has_driver
-        and os.environ.get("ACCELERATE_USE_CPU", "").lower() not in ("1", "true", "yes")
-    ):
+    if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
         line += (
             f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
             "driver 580 or later: update it, or install torch for an older CUDA"
         )
     return line
+
+
+def describe_data(shards, report, args, accelerator, workers):
+    """Return the lines that tell what a run trains on, for how long, and what may be wrong with that."""
+    lines, total = [f"data: {report}"], count_samples(shards)
+    updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
+    if total:
+        lines.append(
+            f"data: {total} samples; {updates} updates of {together} are {updates * together / total:.2g} epochs"
+        )
+    if total and together > total:
+        lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
+    needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2
+    if workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < needed:
+        lines.append(
+            f"warning: loader processes may need {needed >> 20} MiB in /dev/shm, which has less; start the container "
+            "with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
+        )
+    return "\n".join(lines)
+
+
+def describe_models(job, samples):
+    """Return the lines that tell what is distilled: parameters, prediction type, schedule, captions cut."""
+    config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
+    ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
+    frozen, trainable = job.teacher_unet.num_parameters(), job.student_unet.num_parameters(only_trainable=True)
+    lines = [
+        f"teacher: {frozen:,} parameters, {schedule.prediction_type}, {config.beta_schedule} {ends}; LoRA: "
+        f"{trainable:,} trainable parameters"
+    ]
+    if tokenizer:
+        limit = tokenizer.model_max_length
+        cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
+        lines += [f"captions cut at {limit} tokens: {cut} of the first {len(samples)}"] * bool(cut)
+    if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
+        lines.append(
+            "the teacher's own VAE overflows in fp16 and computes in float32, slowly; give "
+            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        )
+    return "\n".join(lines)
 
 
 def samples_per_update(args, accelerator):
@@ -2530,11 +2576,10 @@ def count_workers(args, accelerator, manifest):
     if args.dataloader_num_workers is not None:
         return args.dataloader_num_workers
     if manifest:
-        return manifest["workers"]  # the order of samples depends on it
-    if accelerator.device.type != "cuda":
-        return 0
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    return max(0, min(4, len(os.sched_getaffinity(0)) // local - 1)) if hasattr(os, "sched_getaffinity") else 4
+        return manifest["settings"]["dataloader_num_workers"]  # the order of samples depends on it
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    fitting = cores // int(os.environ.get("LOCAL_WORLD_SIZE", 1)) - 1
+    return max(0, min(4, fitting)) if accelerator.device.type == "cuda" else 0
 
 
 def agree(accelerator, function, *arguments):
@@ -2552,40 +2597,31 @@ def agree(accelerator, function, *arguments):
 
 
 def open_output(args, state):
-    """Lock the output folder for as long as the process lives, and write the record of the run.
+    """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script.
 
     Raises:
         UnusableInput: the folder cannot be written, or another run is using it.
     """
-    folder = Path(args.output_dir)
+    folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state.lock = filelock.FileLock(folder / ".lock", mode=0o666)
+        state.lock = filelock.FileLock(folder / ".lock")
         state.lock.acquire(timeout=0)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
-        write_atomically(
-            folder / "versions.json", json.dumps({"script": SCRIPT_VERSION} | package_versions(), indent=1)
-        )
-        script = folder / Path(__file__).name
-        if not script.exists() or not script.samefile(__file__):
-            write_atomically(script, Path(__file__).read_bytes())
+        write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
+        if not (folder / script.name).exists() or not script.samefile(folder / script.name):
+            write_atomically(folder / script.name, script.read_bytes())
     except filelock.Timeout as error:
-        raise UnusableInput(
-            f"--output_dir {folder}: another run is writing there; wait for it or choose another"
-        ) from error
+        raise UnusableInput(f"--output_dir {folder}: another run is writing there; wait or choose another") from error
     except OSError as error:
-        raise UnusableInput(
-            f"--output_dir {folder} cannot be written: {error.strerror or error}; choose another"
-        ) from error
+        raise UnusableInput(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
 
 
 def package_versions():
-    versions = {}
+    versions = {"script": SCRIPT_VERSION}
     for name in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
     return versions
 
 
@@ -2595,15 +2631,10 @@ def start_trackers(args, accelerator):
     Raises:
         UnusableInput: a tracker does not start, such as wandb without a key.
     """
-    plain = {
-        name: value if isinstance(value, (int, float, str, bool)) else str(value)
-        for name, value in public_flags(args).items()
-    }
-    versions = {f"version/{name}": str(value) for name, value in package_versions().items()}
+    config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
+    config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
     try:
-        accelerator.init_trackers(
-            args.tracker_project_name, config=plain | versions, init_kwargs={"wandb": {"dir": args.output_dir}}
-        )
+        accelerator.init_trackers(args.tracker_project_name, config, {"wandb": {"dir": args.output_dir}})
     except Exception as error:  # each tracker has errors of its own
         raise UnusableInput(
             f"--report_to {args.report_to} cannot start: {one_line(error)}; log in (wandb login), set "
@@ -2614,19 +2645,20 @@ def start_trackers(args, accelerator):
 def listen(state):
     """Handle the signals that ask a run to stop; return the handlers that were there before.
 
-    While the run trains, the first signal is noted and the loop saves a checkpoint; a second Ctrl-C ends the
+    While the run trains, the first signal is noted, and the loop saves a checkpoint; a second Ctrl-C ends the
     run at once. Before and after, nothing would be lost, and a signal ends the run at once.
     """
 
     def note(number, _frame):
         name = signal.Signals(number).name
-        if not state.is_training or name == "SIGINT" and state.stop_signal == "SIGINT":
+        if not state.is_training or name == "SIGINT" and state.is_interrupted:
             saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
             print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
             kill_children()
             os._exit(3 if state.is_saved else 128 + number)
-        state.stop_signal = state.stop_signal or name
+        state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if state.is_waiting:
+            state.is_waiting = False
             raise StopWaiting
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
@@ -2637,11 +2669,9 @@ def kill_children():
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
     for child in psutil.Process().children(recursive=True):
-        try:
+        with suppress(psutil.Error):  # it has ended
             if "wandb" not in child.name():
                 child.kill()
-        except psutil.Error:
-            pass  # it has ended
 
 
 def stop_if_asked(job, save):
@@ -2655,18 +2685,15 @@ def stop_if_asked(job, save):
         )
 
 
-def train(job, loader, log, save):
-    """Update the LoRA until --max_train_steps, logging, saving and drawing on the way."""
+def train(job, loader, save):
+    """Update the LoRA until the last update, logging, saving and drawing on the way."""
     args, accelerator, state = job.args, job.accelerator, job.state
-    batches = iter(loader)
-    is_alone = accelerator.num_processes == 1
+    batches, is_alone, log = iter(loader), accelerator.num_processes == 1, Log(job)
+    state.is_training = True
     while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
-        try:
+        with suppress(StopWaiting):
             loss, grad_norm = update(job, batches)
-        except StopWaiting:
-            loss = None
-        if loss is not None:
             log.add(state.global_step, loss, grad_norm, lr)
         last = state.global_step == job.max_train_steps
         is_due = last or state.global_step % args.checkpointing_steps == 0
@@ -2685,17 +2712,17 @@ def train(job, loader, log, save):
             accelerator.wait_for_everyone()
         if not log.rows:
             log.restart_clock()
+    state.is_training, state.is_saved = False, True
+    log.bar.close()
 
 
 def finish(job):
     """Write the LoRA, the last pictures and the model card, and upload them where asked."""
-    args, accelerator = job.args, job.accelerator
+    args, accelerator, path = job.args, job.accelerator, Path(job.args.output_dir) / WEIGHTS_NAME
     total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
-        path = Path(args.output_dir) / WEIGHTS_NAME
         save_lora(job.student_unet, path, args)
-        drawn = validate(job) if args.validation_steps >= 0 else {}
-        write_card(job, drawn)
+        write_card(job, validate(job) if args.validation_steps >= 0 else {})
         tqdm.write(f"skipped samples: {describe(total) or 'none'}\nthe LoRA is {path}", file=sys.stderr)
         if args.push_to_hub:
             push(args, args.output_dir)
@@ -2707,9 +2734,9 @@ def load_models(args, dtype, device, samples, cache):
 
     From a cache, VAE and text encoders stay away; prompts to draw need the encoders for a moment.
     """
-    captions = [sample["caption"] for sample in samples[:: max(1, len(samples) // 4)][:4]]
-    given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else None)
-    prompts = list(given or captions)
+    chosen = samples[:: max(1, len(samples) // 4)][:4]  # spread over what the audit read
+    given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else ())  # captions may be private
+    prompts = list(given) or [sample["caption"] for sample in chosen]
     with torch.no_grad():
         if not cache:
             pipe = load_teacher(args, dtype, device)
@@ -2718,22 +2745,14 @@ def load_models(args, dtype, device, samples, cache):
         else:
             uncond_embeds = load_tensors(cache["safetensors"])
             scaling_factor = json.loads(cache["json"])["scaling_factor"]
+            prompt_embeds = {name: torch.stack([sample[name] for sample in chosen]) for name in uncond_embeds}
             if given:
-                encoder = load_teacher(args, dtype, device, unet=None, vae=None)
-                prompt_embeds = encode_prompts(encoder, prompts, device)
-                del encoder
-            else:
-                chosen = samples[:: max(1, len(samples) // 4)][:4]
-                prompt_embeds = {name: torch.stack([sample[name] for sample in chosen]) for name in uncond_embeds}
+                prompt_embeds = encode_prompts(load_teacher(args, dtype, device, unet=None, vae=None), prompts, device)
             pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
-            uncond_embeds, prompt_embeds = (
-                {name: value.to(device, dtype) for name, value in embeds.items()}
-                for embeds in (uncond_embeds, prompt_embeds)
-            )
-    return {
-        "pipe": pipe, "scaling_factor": scaling_factor, "uncond_embeds": uncond_embeds, "prompts": prompts,
-        "prompt_embeds": prompt_embeds,
-    }  # fmt: skip
+    embeds = {"uncond_embeds": uncond_embeds, "prompt_embeds": prompt_embeds}
+    for kind, values in embeds.items():
+        embeds[kind] = {name: value.to(device, dtype) for name, value in values.items()}
+    return {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts} | embeds
 
 
 def make_job(args, accelerator, samples, cache, state):
@@ -2748,7 +2767,7 @@ def make_job(args, accelerator, samples, cache, state):
         prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)
     student = student_unet
-    if accelerator.num_processes > 1:
+    if accelerator.num_processes > 1:  # by hand, because accelerate's `prepare` adds autocast
         devices = [accelerator.device] if accelerator.device.type == "cuda" else None
         student = torch.nn.parallel.DistributedDataParallel(student_unet, devices, gradient_as_bucket_view=True)
     return Job(
@@ -2760,12 +2779,18 @@ def make_job(args, accelerator, samples, cache, state):
 
 def make_stream(job, shards, workers, manifest, cache):
     """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
-    accelerator, state = job.accelerator, job.state
-    each = max(1, workers)
-    names = () if cache else [name for name in TEXT_PARTS if name.startswith("tokenizer")]
-    tokenizers = [getattr(job.pipe, name) for name in names]
+    accelerator, state, each = job.accelerator, job.state, max(1, workers)
+    names = [] if cache else [name for name in TEXT_PARTS if name.startswith("tokenizer")]
     first = accelerator.process_index * each
-    stream = ShardStream(shards, job.args, accelerator.num_processes * each, first, each, tokenizers, cache)
+    stream = ShardStream(
+        shards,
+        job.args,
+        accelerator.num_processes * each,
+        first,
+        each,
+        [getattr(job.pipe, name) for name in names],
+        cache,
+    )
     if manifest:
         state.global_step = manifest["global_step"]
         mine = range(first, first + each)
@@ -2775,53 +2800,12 @@ def make_stream(job, shards, workers, manifest, cache):
     return stream
 
 
-def describe_data(shards, report, args, accelerator, workers):
-    """Return the lines of a run that tell what it trains on, for how long, and what may be wrong with that."""
-    lines, total = [f"data: {report}"], count_samples(shards)
-    updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
-    if total:
-        lines.append(
-            f"data: {total} samples; {updates} updates of {together} are {updates * together / total:.2g} epochs"
-        )
-        if together > total:
-            lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
-    needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2
-    if workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < needed:
-        lines.append(
-            f"warning: loader processes may need {needed / 2**20:.0f} MiB in /dev/shm, which has less; start the "
-            "container with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
-        )
-    return "\n".join(lines)
-
-
-def describe_models(job, samples):
-    """Return the line that tells what is distilled: parameters, prediction type, schedule, captions cut."""
-    config, schedule = job.pipe.scheduler.config, job.schedule
-    unet, lora_size = job.teacher_unet.num_parameters(), job.student_unet.num_parameters(only_trainable=True)
-    ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
-    line = (
-        f"teacher: {unet:,} parameters, {schedule.prediction_type}, {config.beta_schedule} {ends}; "
-        f"LoRA: {lora_size:,} trainable parameters"
-    )
-    tokenizer = job.pipe.tokenizer
-    if tokenizer:
-        limit = tokenizer.model_max_length
-        cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
-        line += f"\ncaptions cut at {limit} tokens: {cut} of the first {len(samples)}" if cut else ""
-    if job.pipe.vae and job.dtype == torch.float16 and job.pipe.vae.dtype == torch.float32:
-        line += (
-            "\nthe teacher's own VAE overflows in fp16 and is computed in float32, slowly; "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix is not"
-        )
-    return line
-
-
 def is_finished(args, manifest, max_train_steps):
     """Return whether a run has done all its updates and written its last file, the model card."""
-    card, path = Path(args.output_dir) / "README.md", Path(args.output_dir) / WEIGHTS_NAME
+    files = [Path(args.output_dir) / name for name in ("README.md", WEIGHTS_NAME)]
     newest = max((folder.stat().st_mtime for folder in list_checkpoints(args.output_dir)), default=0)
-    is_written = card.exists() and path.exists() and card.stat().st_mtime >= newest
-    return bool(manifest) and manifest["global_step"] == max_train_steps and is_written
+    is_written = all(path.exists() and path.stat().st_mtime >= newest for path in files)
+    return manifest["global_step"] == max_train_steps and is_written
 
 
 def main(args, state):
@@ -2832,26 +2816,21 @@ def main(args, state):
         if accelerator.is_main_process:
             tqdm.write(message, file=sys.stderr)
 
-    say(device_line(accelerator))
-    for flag, reason in FLAGS_WITHOUT_EFFECT.items():
-        if getattr(args, flag):
-            say(f"--{flag} has no effect: {reason}")
-    asked = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "")
-    if asked not in ("", str(args.gradient_accumulation_steps)):
-        say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={asked} is ignored: --gradient_accumulation_steps counts")
+    say(describe_device(accelerator))
+    for flag in [flag for flag in FLAGS_WITHOUT_EFFECT if getattr(args, flag)]:
+        say(f"--{flag} has no effect: {FLAGS_WITHOUT_EFFECT[flag]}")
+    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
+    if steps not in (None, str(args.gradient_accumulation_steps)):
+        say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is ignored: --gradient_accumulation_steps counts")
     # What cannot be trained on is an error before any model loads.
+    say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
-    if any(is_remote(shard) for shard in shards):
-        say(f"reading the first samples of {len(shards)} shards")
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers, max_train_steps = count_workers(args, accelerator, manifest), count_updates(args, accelerator)
+    settings = settings_of(args, accelerator, max_train_steps, len(shards), workers)
     say(describe_data(shards, report, args, accelerator, workers))
-    settings = settings_of(args, accelerator, max_train_steps, len(shards))
     if manifest:
-        if args.dataloader_num_workers is not None:
-            settings["number of loader workers"] = max(1, workers)
-            manifest["settings"]["number of loader workers"] = max(1, manifest["workers"])
         check_resume(folder, manifest, settings, max_train_steps)
         if is_finished(args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; a greater --max_train_steps goes on")
@@ -2866,22 +2845,13 @@ def main(args, state):
     if args.push_to_hub:
         agree(accelerator, make_repository, args)
     start_trackers(args, accelerator)
-
     say("loading the models")
     job = make_job(args, accelerator, samples, cache, state)
     say(describe_models(job, samples))
     if manifest:
         load_checkpoint(job, folder)
-    loader = make_loader(
-        make_stream(job, shards, workers, manifest, cache), workers, accelerator.device.type == "cuda"
-    )
-    log = Log(job)
-    state.is_training = True
-    try:
-        train(job, loader, log, partial(save_checkpoint, job, settings, workers))
-    finally:
-        log.bar.close()  # so that an error has a line of its own
-    state.is_training, state.is_saved = False, True
+    loader = make_loader(make_stream(job, shards, workers, manifest, cache), workers, accelerator.device)
+    train(job, loader, partial(save_checkpoint, job, settings))
     finish(job)
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
@@ -2898,22 +2868,23 @@ def run(args):
         main(args, state)
         code = 0
     except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
-        code = 2 if isinstance(error, UnusableInput) else 3 if isinstance(error, StoppedBySignal) else 1
+        code = {StoppedBySignal: 3, NonFiniteLoss: 1}.get(type(error), 2)
         is_agreed = not isinstance(error, OutOfData)
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except torch.OutOfMemoryError as error:
         is_agreed = False
-        missing = [name for name, is_used in OUT_OF_MEMORY_REMEDIES.items() if not is_used(args)]
-        printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, add {'; '.join(missing)}"
+        missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
+        printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
     except BaseException:
         is_agreed = False
-        traceback.print_exc()
+        tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
-        print(printed, file=sys.stderr, flush=True)
+        tqdm.write(printed, file=sys.stderr)  # clears a progress bar
     kill_children()
     for name, handler in handlers.items():
         signal.signal(getattr(signal, name), handler)
-    if torch.distributed.is_initialized() and is_agreed:  # else it waits for ranks that are in another collective
+    # A rank that fails alone must not wait here for ranks that are in another collective.
+    if torch.distributed.is_initialized() and is_agreed:
         torch.distributed.destroy_process_group()
     return code
 
@@ -2924,6 +2895,8 @@ if __name__ == "__main__":
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != PARENT:  # gone while the libraries loaded
+            sys.exit(1)
     EXIT_CODE = run(ARGS)
     sys.stdout.flush()
     sys.stderr.flush()
