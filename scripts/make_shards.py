@@ -224,8 +224,9 @@ def main(args):
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
     total = len(source.entries) if isinstance(source.entries, list) else None
     targets = []
-    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
+    with writing_to(args.output_dir):
         check_output(args.output_dir, run)
+    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
         parts = groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard)
         for part, numbered in parts:
             target = args.output_dir / f"{part:05d}.tar"

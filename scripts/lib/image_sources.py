@@ -245,7 +245,7 @@ def list_folder(folder, args):
         if caption is None and (text := next(filter(None, beside), None)):
             caption, fault = read_caption(text)
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
-    return list_source(entries, unread)
+    return list_source(entries, sorted(unread))
 
 
 def why_unread(suffix):
