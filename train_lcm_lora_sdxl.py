@@ -54,6 +54,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 SCRIPT_VERSION = "0.2.0"
@@ -108,7 +109,7 @@ AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
-    "hub_model_id hub_public_repo hub_token local_rank vae_encode_batch_size logging_dir logging_steps "
+    "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
     "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
     "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
@@ -223,6 +224,8 @@ def add_lora_args(parser):
     add("--lora_dropout", type=FRACTION, default=0.0,
         help="dropout on the LoRA's input; the target is computed without it")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
+    add("--init_lora", metavar="PATH",
+        help="LCM-LoRA to start from: a .safetensors file or a run's folder, of any rank and alpha")
 
 
 def add_distillation_args(parser):
@@ -393,7 +396,11 @@ def checkpoint_paths(args):
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except ValueError as error:  # of a file of flags
+        files = [word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@")]
+        parser.error(f"{', '.join(files)}: {error}; mend the file of flags")
     if rest:
         parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
@@ -472,9 +479,11 @@ from accelerate.utils import (
     gather_object,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -482,6 +491,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
@@ -630,7 +640,7 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` in a row gave nothing at all."""
+    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
 
     dead_shards = 0
 
@@ -740,7 +750,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     the head of the first shard of a cache, shards cached in another way are counted and left.
 
     Raises:
-        UnusableInput: too many shards in a row cannot be read at all.
+        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -760,7 +770,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done else skipped.dead_shards + 1
+    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         raise UnusableInput(
             f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
@@ -1682,7 +1692,7 @@ def adam_8bit(parameters, options):
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         @torch.no_grad()
-        def step(self):
+        def step(self, closure=None):  # noqa: ARG002 - accelerate passes it on
             if not self.initialized:
                 self.check_overrides()
                 self.to_gpu()
@@ -1696,6 +1706,102 @@ def adam_8bit(parameters, options):
                     self.update_step(group, parameter, group_number, number)
 
     return AdamW8bit(parameters, **options)
+
+
+class Lora(NamedTuple):
+    """The change of one layer's weight: alpha / rank * up @ down."""
+
+    down: torch.Tensor  # [rank, in] or [rank, in, kh, kw]
+    up: torch.Tensor  # [out, rank] or [out, rank, 1, 1]
+    alpha: float
+
+
+def lora_file(path):
+    """Return the weight file of a folder that a run, a checkpoint or PEFT left; a file's path as it is."""
+    names = (WEIGHTS_NAME, "adapter_model.safetensors", "unet/adapter_model.safetensors")
+    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+
+
+def read_lora(path, layers_per_block=None):
+    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder.
+
+    Raises:
+        UnusableInput: the path holds no LoRA of a UNet, or more than that.
+    """
+    path = lora_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
+        beside, state = path.with_name("adapter_config.json"), load_file(path)
+        text = text or (beside.read_text("utf-8") if beside.is_file() else "{}")
+        config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
+        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # the end of each block
+        unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
+        number = sum(not name.endswith(".alpha") for name in state)
+        found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
+        state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({reason}); name another file") from error
+    loras, patterns = {}, config.get("alpha_pattern") or {}
+    for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
+        key = name.removesuffix(".lora_A.weight")
+        module = re.sub(r"^(unet\.)?(base_model\.model\.)?", "", key)
+        down, up = state.pop(name), state.pop(f"{key}.lora_B.weight", torch.zeros(0, 0))
+        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
+        alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
+        loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
+    rest = [*state, *(name for name, one in loras.items() if one.up.shape[1:2] != one.down.shape[:1])]
+    if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
+        raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
+    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
+        raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
+    return loras
+
+
+def reduce_rank(one, rank):
+    """Return a Lora's best approximation of at most this rank, by SVD; alpha is the new rank."""
+    if rank >= len(one.down):
+        return one
+    q_up, r_up = torch.linalg.qr(one.up.flatten(1).float())
+    q_down, r_down = torch.linalg.qr(one.down.flatten(1).float().T)
+    # The core between two thin QRs has the singular values of up @ down.
+    u, s, v = torch.linalg.svd(one.alpha / len(one.down) * (r_up @ r_down.T))
+    up, down = (q_up @ u[:, :rank]) * s[:rank].sqrt(), (s[:rank].sqrt() * (q_down @ v[:rank].T)).T
+    down = down.reshape(len(down), *one.down.shape[1:])
+    return Lora(down, up.reshape(*up.shape, *one.up.shape[2:]), float(len(down)))
+
+
+@torch.no_grad()
+def load_init_lora(unet, source):
+    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha.
+
+    Raises:
+        UnusableInput: the LoRA has a layer that the adapter lacks, or one of another shape.
+    """
+    layers = {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in unet.named_modules()
+        if isinstance(layer, lora.LoraLayer)
+    }
+    loras, misfits = read_lora(source, unet.config.layers_per_block), []
+    for name, one in loras.items():
+        down, up, scale = layers.get(name, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
+        if (one.down[0].numel(), len(one.up)) != (down[0].numel(), len(up)):
+            misfits.append(f"{name} ({one.down[0].numel()} x {len(one.up)})")
+            continue
+        one = reduce_rank(one, len(down))
+        rank = len(one.down)
+        # Rows of A beyond the LoRA's rank keep their random start: B's zeros leave the output as it is, and
+        # zeros in both would never get a gradient.
+        down[:rank] = one.down.view_as(down[:rank])
+        up.zero_()[:, :rank] = (one.up.float() * (one.alpha / rank / scale)).view_as(up[:, :rank])
+    if misfits:
+        some = ", ".join(misfits[:3])
+        raise UnusableInput(
+            f"--init_lora {source}: {len(misfits)} of {len(loras)} layers do not fit, such as {some}; name an "
+            "LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
+        )
 
 
 # <<< shared: models
@@ -2763,6 +2869,8 @@ def make_job(args, accelerator, samples, cache, state):
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
     teacher_unet = make_twin(student_unet)
     parameters = add_lora(student_unet, args)
+    if args.init_lora:
+        load_init_lora(student_unet, args.init_lora)  # where a run is resumed, its checkpoint takes their place
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)

@@ -172,11 +172,9 @@ def missing_shards(trainer, folder, head, shards):
         UnusableInput: the folder holds shards that were made in another way.
     """
     found = sorted(str(path) for path in folder.glob("[!.]*.tar"))
-    heads = (next(trainer.read_heads(path, trainer.Skipped()), {}) for path in found[:1])
+    heads = (next(trainer.read_shard(path, trainer.Skipped(), attempts=1), {}) for path in found[:1])
     if any(old.get("json") != head["json"] for old in heads):
-        raise trainer.UnusableInput(
-            f"--output_dir {folder}: holds other shards already; remove them or choose another folder"
-        )
+        raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     return [(shard, target) for shard, target in targets if not target.exists()]
 
