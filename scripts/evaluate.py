@@ -100,27 +100,16 @@ def yardstick_problems(args):
     args.gap = shape[0] * shape[1]
     flag = f"--yardstick {path}"
     uneven = args.num_images > shape[0] and args.num_images % max(1, shape[0])
-    rows = (
-        f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
-    )
+    rows = f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
     many = "--draw_yardstick: give one model of --features, with --yardstick FILE and at least 2 pictures"
     lone = bool(args.yardstick) and len(args.features) == 1 and args.draw_yardstick >= 2
     return (
         (args.draw_yardstick and not lone, many),
-        (
-            path and not args.draw_yardstick and not path.is_file(),
-            f"{flag}: not there; --draw_yardstick 8 makes it",
-        ),
+        (path and not args.draw_yardstick and not path.is_file(), f"{flag}: not there; --draw_yardstick 8 makes it"),
         (path and path.is_file() and not args.draw_yardstick and not known, f"{flag}: is no yardstick file"),
-        (
-            known and args.prompts != known[: len(args.prompts)],
-            f"{flag}: was made with other prompts; leave them out",
-        ),
+        (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
         (known and uneven, rows),
-        (
-            known and steps != args.teacher_steps,
-            f"{flag}: was made with {steps} steps; give --teacher_steps {steps}",
-        ),
+        (known and steps != args.teacher_steps, f"{flag}: was made with {steps} steps; give --teacher_steps {steps}"),
         (args.prompts is None and not args.prompts_file, "give --prompts, --prompts_file or --yardstick"),
     )
 
@@ -132,12 +121,7 @@ def read_yardstick(path):
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size < 2**26 else b"")
         known, shape = header["__metadata__"], header["features"]["shape"][:2]
-        return (
-            json.loads(known["prompts"]),
-            shape,
-            float(known["guidance_scale"]),
-            int(known["teacher_steps"]),
-        )
+        return (json.loads(known["prompts"]), shape, float(known["guidance_scale"]), int(known["teacher_steps"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None, (0, 0), 7.5, 50
 

@@ -132,14 +132,10 @@ class Scene:
         rng, x = self.rng, self.rng.uniform(0.12, 0.88)
         if self.time == "night":
             for _ in range(14 if self.weather == "a clear sky" else 4):
-                self.canvas.ellipse(
-                    self.box(rng.uniform(), rng.uniform(0, 0.5), 0.011, 0.011), (235, 235, 255)
-                )
+                self.canvas.ellipse(self.box(rng.uniform(), rng.uniform(0, 0.5), 0.011, 0.011), (235, 235, 255))
             self.canvas.ellipse(self.box(x, rng.uniform(0.1, 0.25), 0.07, 0.07), (240, 238, 215))
             return
-        y = {"dawn": self.horizon - 0.1, "noon": rng.uniform(0.08, 0.2), "sunset": self.horizon - 0.04}[
-            self.time
-        ]
+        y = {"dawn": self.horizon - 0.1, "noon": rng.uniform(0.08, 0.2), "sunset": self.horizon - 0.04}[self.time]
         colour = {"dawn": (255, 240, 215), "noon": (255, 250, 205), "sunset": (255, 215, 90)}[self.time]
         radius = 0.1 if self.time == "sunset" else 0.075
         for factor, alpha in ((1.9, 50), (1.4, 80), (1.0, 255)):
@@ -159,9 +155,7 @@ class Scene:
             for _ in range(6):
                 dx, r = rng.uniform(-1, 1), rng.uniform(0.25, 0.45)
                 colour = (*self.shade(tone * rng.uniform(0.96, 1.03), lit=False), alpha)
-                self.canvas.ellipse(
-                    self.box(x + dx * w, y + rng.uniform(-0.02, 0.02), w * r * 1.6, w * r), colour
-                )
+                self.canvas.ellipse(self.box(x + dx * w, y + rng.uniform(-0.02, 0.02), w * r * 1.6, w * r), colour)
 
     def layer(self, base, amplitude, roughness, colour):
         """Fill everything below a ridge and return the ridge's relative heights [side]."""
@@ -207,13 +201,9 @@ class Scene:
             heights = self.layer(base, 0.06, 0.22, colour)
             crest = int(heights.argmin())
             fall = np.linspace(0, 1, max(2, int(self.side * 0.22)))
-            lee = [
-                (crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in range(len(fall))
-            ]
+            lee = [(crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in range(len(fall))]
             shadow = tuple(int(c * 0.78) for c in colour)
-            self.canvas.polygon(
-                [*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow
-            )
+            self.canvas.polygon([*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow)
 
     def draw_sea(self):
         """Draw water with waves and the light's reflection."""
@@ -274,11 +264,7 @@ class Scene:
                 [self.point(x + side * r * 2, y + r * 0.6), self.point(x + side * r, y + r * 1.7)], basket, 2
             )
         self.canvas.polygon(
-            [
-                self.point(x - r * 0.92, y + r * 0.4),
-                self.point(x + r * 0.92, y + r * 0.4),
-                self.point(x, y + r * 1.6),
-            ],
+            [self.point(x - r * 0.92, y + r * 0.4), self.point(x + r * 0.92, y + r * 0.4), self.point(x, y + r * 1.6)],
             colour,
         )
         self.canvas.ellipse(self.box(x, y, r, r), colour)
@@ -300,12 +286,8 @@ class Scene:
             ],
             roof,
         )
-        self.canvas.rectangle(
-            self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour()
-        )
-        self.canvas.rectangle(
-            [*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof
-        )
+        self.canvas.rectangle(self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour())
+        self.canvas.rectangle([*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof)
 
     def draw_lighthouse(self):
         """Draw a striped lighthouse."""
@@ -321,9 +303,7 @@ class Scene:
                 (x + wh, foot - h * high),
                 (x - wh, foot - h * high),
             ]
-            self.canvas.polygon(
-                [self.point(*c) for c in corners], stripe if i % 2 else self.shade((245, 245, 240))
-            )
+            self.canvas.polygon([self.point(*c) for c in corners], stripe if i % 2 else self.shade((245, 245, 240)))
         self.canvas.rectangle(self.box(x, foot - h - 0.035, w * 0.45, 0.035), (255, 235, 130))
         self.canvas.polygon(
             [
@@ -341,9 +321,7 @@ class Scene:
         top = self.point(x, foot - size * 1.05)
         self.canvas.polygon([self.point(x - size, foot), self.point(x + size, foot), top], colour)
         opening = (255, 225, 130) if self.time == "night" else tuple(c // 3 for c in colour)
-        self.canvas.polygon(
-            [self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening
-        )
+        self.canvas.polygon([self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening)
 
     def draw_windmill(self):
         """Draw a windmill with four sails."""
@@ -433,14 +411,10 @@ def write_shards(output_dir, num_samples, samples_per_shard, seed, size, varied)
 
 def main():
     """Draw a data set from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
     parser.add_argument("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
-    parser.add_argument(
-        "--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)"
-    )
+    parser.add_argument("--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)")
     parser.add_argument(
         "--samples_per_shard", type=int, default=1000, help="pictures in a shard (default: %(default)s)"
     )
@@ -453,9 +427,7 @@ def main():
     if args.captions:
         print(*random_captions(args.captions), sep="\n")
         return
-    write_shards(
-        args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied
-    )
+    write_shards(args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied)
     print(f"{args.num_samples} pictures in {args.output_dir}", file=sys.stderr)
 
 

@@ -89,11 +89,11 @@ def split_weight(text):
 def model_problems(args):
     teacher, config = Path(args.pretrained_teacher_model), args.teacher_config
     model = f"--pretrained_teacher_model {args.pretrained_teacher_model}"
-    # A PEFT or LoRA folder is left to the loader, which names it as a LoRA.
-    known = ("model_index.json", LORA_FILE, PEFT_FILES[0])
-    no_index = teacher.is_dir() and not any((teacher / name).exists() for name in known)
+    no_index = teacher.is_dir() and not (teacher / "model_index.json").exists()
+    is_lora = no_index and any((teacher / name).exists() for name in (LORA_FILE, PEFT_FILES[0]))
     return (
         (not is_source(args.pretrained_teacher_model), f"{model}: not there; give a folder, file or Hub id"),
+        (is_lora, f"{model}: this is a LoRA; give the model that it was made for"),
         (no_index, f"{model}: holds no model_index.json; give the folder that save_pretrained wrote"),
         (config and not is_source(config), f"--teacher_config {config}: not there; give a folder or Hub id"),
         (config and not teacher.is_file(), f"--teacher_config: {teacher} is no single file, leave it out"),
@@ -143,9 +143,7 @@ def folder_problems(folder):
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
-        return (
-            (True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),
-        )
+        return ((True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),)
     return ()
 
 

@@ -278,9 +278,7 @@ def bias_table(results):
 def html_report(results, pictures):
     """Return the report as one HTML page."""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in results["notes"])
-    settings = [
-        [html.escape(str(key)), html.escape(str(value))] for key, value in results["settings"].items()
-    ]
+    settings = [[html.escape(str(key)), html.escape(str(value))] for key, value in results["settings"].items()]
     title = html.escape(f"{results['settings']['teacher']}: few-step samplers compared")
     head, body, floor = summary(results)
     brief = html_table(map(html.escape, head), [map(html.escape, cells) for cells in body])
