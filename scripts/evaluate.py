@@ -158,7 +158,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, release_memory
 from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
-from lib.evaluation.report import html_report, markdown_table, summary_table
+from lib.evaluation.report import full_table, html_report, markdown_table, summary
 from lib.evaluation.statistics import bias_curve
 from lib.pipelines import load_lora, load_teacher, start_offload, writing_to
 from lib.trainers import exit_code
@@ -214,11 +214,13 @@ def write_report(args, results, gallery, rows):
     shown = min(args.shown, args.num_images)
     results |= {"shown": shown, "prompts": args.prompts}
     pictures = {(row.name, i): gallery.picture(row, i) for row in rows for i in range(shown)}
-    summary, notes = summary_table(results), "\n\n".join(m.NOTES)
+    head, body, floor = summary(results)
+    brief = f"{markdown_table(head, body)}\n\n{floor}"
+    table = "\n\n".join([brief, markdown_table(*full_table(results)), *m.NOTES])
     (args.output_dir / "report.html").write_text(html_report(results, pictures), "utf-8")
-    (args.output_dir / "table.md").write_text(f"{summary}\n\n{markdown_table(results)}\n\n{notes}\n", "utf-8")
+    (args.output_dir / "table.md").write_text(table + "\n", "utf-8")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
-    print(f"{summary}\n\n{args.output_dir / 'report.html'}")
+    print(f"{brief}\n\n{args.output_dir / 'report.html'}")
 
 
 def describe_run(args, accelerator):
