@@ -209,7 +209,7 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     ("flags", "named"),
     [
         (["--lora", "{loras}/lcm=strong"], "=0.8"),
-        (["--mask", "{loras}/lcm"], "picture"),
+        (["--mask", "{loras}/lcm"], "give a file"),
         (["--control_image", "no.png"], "no.png"),
         (["--controlnet", "owner/net"], "--control_image"),
         (["--strength", "0"], "--strength"),

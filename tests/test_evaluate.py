@@ -351,9 +351,10 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
     assert fingerprint("owner/name") != fingerprint("owner/other")
 
 
-def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_path):
+def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, lora, tmp_path):
     from lib.evaluation.pictures import REFERENCE_SEED, list_rows
 
+    assert lora.is_dir()
     floor = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))[0]
     seeds = (floor.first_seed + REFERENCE_SEED, floor.first_seed)
     noise = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -602,8 +603,8 @@ def test_help_answers_without_torch():
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--num_images", "1"], "--num_images 1"),
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--num_images", "1"], "--num_images: 1: give 2 or more"),
+        (["--batch_size", "0"], "--batch_size"),
         (["--steps", "51"], "--steps"),
         (["--steps", "0"], "--steps"),
         (["--teacher_steps", "2000"], "2000"),
