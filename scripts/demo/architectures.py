@@ -63,7 +63,6 @@ def merge(pieces, pair):
 
 
 def text_config(tokenizer, width, layers, activation):
-    """Return the configuration of a CLIP text encoder."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=TOKENS,

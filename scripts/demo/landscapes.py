@@ -128,7 +128,6 @@ class Scene:
         return self.image.resize((self.side // SUPERSAMPLING,) * 2, Image.Resampling.BOX)
 
     def draw_lights(self):
-        """Draw sun, or moon and stars."""
         rng, x = self.rng, self.rng.uniform(0.12, 0.88)
         if self.time == "night":
             for _ in range(14 if self.weather == "a clear sky" else 4):
@@ -177,7 +176,6 @@ class Scene:
         return result
 
     def draw_mountains(self):
-        """Draw two ranges with snowy peaks and a meadow."""
         far, middle, near = self.colours()
         for base, amplitude, colour in ((self.horizon - 0.08, 0.2, far), (self.horizon + 0.04, 0.13, middle)):
             heights = self.layer(base, amplitude, 0.55, colour)
@@ -190,12 +188,10 @@ class Scene:
         self.layer(self.horizon + 0.2, 0.03, 0.4, near)
 
     def draw_hills(self):
-        """Draw three soft rows of hills."""
         for depth, colour in enumerate(self.colours()):
             self.layer(self.horizon + 0.12 * depth, 0.08, 0.28, colour)
 
     def draw_desert(self):
-        """Draw dunes with a shaded lee side."""
         for depth, colour in enumerate(self.colours()):
             base = self.horizon + 0.04 + 0.13 * depth
             heights = self.layer(base, 0.06, 0.22, colour)
@@ -206,7 +202,6 @@ class Scene:
             self.canvas.polygon([*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow)
 
     def draw_sea(self):
-        """Draw water with waves and the light's reflection."""
         far, middle, near = self.colours()
         ramp = np.linspace(0, 1, self.side - int(self.horizon * self.side))[:, None]
         water = np.array(far) + (np.array(near) - np.array(far)) * ramp
@@ -221,7 +216,6 @@ class Scene:
             self.canvas.line([self.point(x - w, y), self.point(x + w, y)], crest, width=SUPERSAMPLING)
 
     def draw_forest(self):
-        """Draw three rows of firs."""
         for depth, colour in enumerate(self.colours()):
             base = self.horizon + 0.02 + 0.13 * depth
             heights = self.layer(base, 0.04, 0.3, colour)
@@ -254,7 +248,6 @@ class Scene:
         return (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
 
     def draw_balloon(self):
-        """Draw a hot-air balloon in the sky."""
         rng = self.rng
         x, y, r = rng.uniform(0.18, 0.82), rng.uniform(0.18, 0.42), rng.uniform(0.1, 0.14)
         colour = self.pick((230, 60, 50), (245, 190, 40), (60, 110, 220), (170, 70, 180))
@@ -272,7 +265,6 @@ class Scene:
         self.canvas.rectangle(self.box(x, y + r * 1.8, r * 0.32, r * 0.25), basket)
 
     def draw_house(self):
-        """Draw a house with a gable roof and a window."""
         x, foot, size = self.stand()
         w, h = size * 0.62, size * 0.75
         wall = self.pick((240, 235, 220), (225, 190, 140), (200, 215, 225))
@@ -290,7 +282,6 @@ class Scene:
         self.canvas.rectangle([*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof)
 
     def draw_lighthouse(self):
-        """Draw a striped lighthouse."""
         x, foot, size = self.stand()
         h, w = size * 2.0, size * 0.36
         stripe = self.pick((205, 45, 45), (45, 75, 150))
@@ -315,7 +306,6 @@ class Scene:
         )
 
     def draw_tent(self):
-        """Draw a ridge tent with a dark opening."""
         x, foot, size = self.stand()
         colour = self.pick((235, 120, 40), (220, 60, 80), (90, 170, 70), (240, 205, 60))
         top = self.point(x, foot - size * 1.05)
@@ -324,7 +314,6 @@ class Scene:
         self.canvas.polygon([self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening)
 
     def draw_windmill(self):
-        """Draw a windmill with four sails."""
         x, foot, size = self.stand()
         h, w = size * 1.35, size * 0.42
         body = self.pick((235, 225, 205), (170, 110, 80), (150, 160, 175))
@@ -339,7 +328,6 @@ class Scene:
             self.canvas.line([self.point(x, foot - h), tip], sail, width=int(self.side * 0.035))
 
     def draw_birds(self):
-        """Draw a flock of birds in the sky."""
         rng = self.rng
         cx, cy = rng.uniform(0.25, 0.75), rng.uniform(0.16, 0.36)
         colour = (215, 220, 235) if self.time == "night" else (35, 30, 40)
@@ -410,7 +398,6 @@ def write_shards(output_dir, num_samples, samples_per_shard, seed, size, varied)
 
 
 def main():
-    """Draw a data set from the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
     parser.add_argument("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")

@@ -138,7 +138,6 @@ class Reconstruction(nn.Module):
     """The VAE's training step as one module, so that DistributedDataParallel sees one forward."""
 
     def __init__(self, vae):
-        """Wrap a VAE."""
         super().__init__()
         self.vae = vae
 
@@ -285,7 +284,6 @@ def save_pipeline(pipe, folder):
 
 
 def main():
-    """Run the stages that have not run yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher")
     parser.add_argument(

@@ -217,7 +217,6 @@ def picture_grid(results, pictures):
 
 
 def html_report(results, pictures):
-    """Return the report as one HTML page."""
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in results["notes"])
     title = html.escape(f"{results['settings']['teacher']}: few-step samplers compared")
     head, body, floor = summary(results)

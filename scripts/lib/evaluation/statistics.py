@@ -94,7 +94,6 @@ class KernelDistance:
     """
 
     def __init__(self, reference, paired=False):
-        """Take features [N, D], N at least 2."""
         self.reference, self.paired = reference.double(), paired
         self.own = kernel_sums(self.reference, self.reference, skip_same=True)
 
