@@ -6,6 +6,7 @@ Imports the standard library only, so that --help and wrong flags answer before 
 
 import argparse
 import difflib
+import logging
 import math
 import re
 import tempfile
@@ -16,6 +17,8 @@ NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
+    logging.getLogger(_package).setLevel(logging.ERROR)
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 
