@@ -216,7 +216,7 @@ def write_report(args, results, gallery, rows):
     print(f"{brief}\n\n{args.output_dir / 'report.html'}")
 
 
-def describe_run(args, accelerator):
+def report_settings(args, accelerator):
     """Return the settings that the report names."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -258,7 +258,7 @@ def main(args):
         return
     found, bias, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
     if accelerator.is_main_process:
-        results = {"settings": describe_run(args, accelerator), "notes": m.NOTES}
+        results = {"settings": report_settings(args, accelerator), "notes": m.NOTES}
         results |= {"figures": figures, "bias": bias, "rows": found}
         accelerator.print(f"{drawn} pictures drawn; those from before were kept")
         with writing_to(args.output_dir):
