@@ -16,6 +16,7 @@ with other settings is refused. Processes share the shards; a second run makes t
 Exit codes: 0 done; 2 wrong usage, unusable input, or shards that broke off; 1 anything else.
 """
 
+import io
 import json
 import os
 import sys
@@ -59,6 +60,7 @@ import torch
 from accelerate.utils import gather_object
 from lib.pipelines import family_of, writing_to
 from lib.trainers import DTYPES, exit_code
+from PIL import Image
 from safetensors.torch import save
 from tqdm.auto import tqdm
 from webdataset import TarWriter
@@ -127,11 +129,21 @@ def encode(trainer, pipe, samples, args):
     return [{name: value[i].contiguous() for name, value in halves.items()} | more for i, more in enumerate(inputs)]
 
 
-def write_batch(writer, batch, encoded):
+def write_batch(trainer, writer, batch, encoded):
     """Write the cached samples of one batch."""
     for (key, raw, sample), tensors in zip(batch, encoded, strict=True):
-        record = {"json": raw["json"]} if "json" in raw else {}
-        writer.write(record | {"__key__": key, "txt": sample["caption"], "safetensors": save(tensors)})
+        record = {"__key__": key, "json": metadata_with_size(trainer, raw), "txt": sample["caption"]}
+        writer.write(record | {"safetensors": save(tensors)})
+
+
+def metadata_with_size(trainer, raw):
+    """Return a sample's json, with the size of its picture where it has none: a filter at training may need it."""
+    if "side" in trainer.metadata_of(raw):
+        return raw["json"]
+    data = next(raw[suffix] for suffix in trainer.IMAGE_SUFFIXES if suffix in raw)
+    width, height = Image.open(io.BytesIO(data), formats=trainer.PICTURE_FORMATS).size
+    record = json.loads(raw["json"].decode("utf-8-sig")) if "json" in raw else {}
+    return json.dumps(record | {"original_width": width, "original_height": height}).encode()
 
 
 def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
@@ -151,7 +163,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
             encoded = encode(trainer, pipe, [sample for _, _, sample in batch], args)
             if written:
                 written.result()  # at most one batch waits; raises what the writing raised
-            written = writer.submit(write_batch, tar, batch, encoded)
+            written = writer.submit(write_batch, trainer, tar, batch, encoded)
             done += len(batch)
             bar.update(len(batch))
         if written:
@@ -172,11 +184,9 @@ def missing_shards(trainer, folder, head, shards):
         UnusableInput: the folder holds shards that were made in another way.
     """
     found = sorted(str(path) for path in folder.glob("[!.]*.tar"))
-    heads = (next(trainer.read_heads(path, trainer.Skipped()), {}) for path in found[:1])
+    heads = (next(trainer.read_shard(path, trainer.Skipped(), attempts=1), {}) for path in found[:1])
     if any(old.get("json") != head["json"] for old in heads):
-        raise trainer.UnusableInput(
-            f"--output_dir {folder}: holds other shards already; remove them or choose another folder"
-        )
+        raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     return [(shard, target) for shard, target in targets if not target.exists()]
 

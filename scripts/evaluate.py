@@ -35,14 +35,12 @@ def parse_args(argv=None):
     add_figure_flags(parser.add_argument_group("figures"))
     add = parser.add_argument_group("output").add_argument
     text = "pictures of each row in the report (default: %(default)s)"
-    add("--shown", type=int, default=4, metavar="N", help=text)
+    add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
     add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
     args = parser.parse_args(argv)
     args.samplers = args.samplers or [name for name in cli.SAMPLERS if args.lora or name != "lcm-lora"]
     for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.prompts_file:
-        args.prompts = cli.read_prompts(args.prompts_file)
     cli.refuse(parser, yardstick_problems(args))
     loras = [(path, 1.0) for path in args.lora]
     cli.refuse(parser, [*cli.model_problems(args), *cli.lora_problems(loras), *figure_problems(args)])
@@ -54,21 +52,21 @@ def add_picture_flags(group):
     cli.add_prompt_flags(group, required=False)
     add = group.add_argument
     text = "pictures a row; 1000 or more for figures to publish (default: %(default)s)"
-    add("--num_images", type=int, default=256, metavar="N", help=text)
+    add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
     text = f"of {', '.join(cli.SAMPLERS)} (default: all, lcm-lora with --lora)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
-    add("--guidance_scale", nargs="+", type=float, default=[7.5], metavar="G", help=text)
+    add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)
     text = "guidances of the LCM rows, 1 (off) to 2; rows for each (default: 1.0)"
-    add("--lcm_guidance_scale", nargs="+", type=float, default=[1.0], metavar="G", help=text)
+    add("--lcm_guidance_scale", nargs="+", type=cli.GUIDANCE, default=[1.0], metavar="G", help=text)
     text = "DDIM steps of the teacher's own pictures, at the first guidance (default: %(default)s)"
     add("--teacher_steps", type=int, default=50, metavar="N", help=text)
-    add("--resolution", type=int, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
+    add("--seed", type=cli.within(int, 0, 2**30 - 1), default=0, help="of the noise (default: %(default)s)")
     text = "pictures drawn together; halved where the GPU's memory is too small (default: %(default)s)"
-    add("--batch_size", type=int, default=8, metavar="N", help=text)
+    add("--batch_size", type=cli.COUNT, default=8, metavar="N", help=text)
 
 
 def add_figure_flags(group):
@@ -85,43 +83,32 @@ def add_figure_flags(group):
     text = "kept features of the teacher's pictures, and their prompts (default: draw the pictures)"
     add("--yardstick", type=Path, metavar="FILE", help=text)
     text = "write --yardstick from N pictures of each prompt, and end"
-    add("--draw_yardstick", type=int, default=0, metavar="N", help=text)
+    add("--draw_yardstick", type=cli.within(int, 2), metavar="N", help=text)
 
 
 def yardstick_problems(args):
     """Return what is wrong with --yardstick, as `cli.refuse` takes it; fill in the prompts that it holds."""
     path, known, shape, steps = args.yardstick, None, (0, 0), args.teacher_steps
-    if args.draw_yardstick:
+    flag, is_drawn = f"--yardstick {path}", bool(args.draw_yardstick)
+    if is_drawn:
         args.num_images = args.draw_yardstick * len(args.prompts or ())
-    elif path and path.is_file():
+    elif path:
         known, shape, guidance, steps = read_yardstick(path)
         args.prompts = args.prompts or known
         args.guidance_scale = list(dict.fromkeys([guidance, *args.guidance_scale]))
     args.gap = shape[0] * shape[1]
-    flag = f"--yardstick {path}"
     uneven = args.num_images > shape[0] and args.num_images % max(1, shape[0])
-    rows = (
-        f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
-    )
-    many = "--draw_yardstick: give one model of --features, with --yardstick FILE and at least 2 pictures"
-    lone = bool(args.yardstick) and len(args.features) == 1 and args.draw_yardstick >= 2
+    count = f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
     return (
-        (args.draw_yardstick and not lone, many),
         (
-            path and not args.draw_yardstick and not path.is_file(),
-            f"{flag}: not there; --draw_yardstick 8 makes it",
+            is_drawn and not (path and len(args.features) == 1),
+            "--draw_yardstick: give --yardstick FILE, one --features",
         ),
-        (path and path.is_file() and not args.draw_yardstick and not known, f"{flag}: is no yardstick file"),
-        (
-            known and args.prompts != known[: len(args.prompts)],
-            f"{flag}: was made with other prompts; leave them out",
-        ),
-        (known and uneven, rows),
-        (
-            known and steps != args.teacher_steps,
-            f"{flag}: was made with {steps} steps; give --teacher_steps {steps}",
-        ),
-        (args.prompts is None and not args.prompts_file, "give --prompts, --prompts_file or --yardstick"),
+        (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
+        (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
+        (known and uneven, count),
+        (known and steps != args.teacher_steps, f"{flag}: was made with {steps} steps; give --teacher_steps {steps}"),
+        (not args.prompts, "give --prompts, --prompts_file or --yardstick"),
     )
 
 
@@ -132,12 +119,7 @@ def read_yardstick(path):
             size = int.from_bytes(file.read(8), "little")
             header = json.loads(file.read(size) if size < 2**26 else b"")
         known, shape = header["__metadata__"], header["features"]["shape"][:2]
-        return (
-            json.loads(known["prompts"]),
-            shape,
-            float(known["guidance_scale"]),
-            int(known["teacher_steps"]),
-        )
+        return (json.loads(known["prompts"]), shape, float(known["guidance_scale"]), int(known["teacher_steps"]))
     except (OSError, ValueError, LookupError, TypeError):
         return None, (0, 0), 7.5, 50
 
@@ -147,16 +129,11 @@ def figure_problems(args):
     models = (*args.features, args.clip_model, args.lpips)
     files = [path for path in models if path.endswith((".py", ".safetensors"))]
     lost = [path for path in files if not Path(path.rpartition("=")[2]).is_file()]
-    sizes = {"--num_images": (args.num_images, 2), "--batch_size": (args.batch_size, 1)}
-    sizes["--shown"] = (args.shown, 0)
     lpips = f"--lpips {args.lpips}: give none, vgg or a .py file"
     return (
         ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
-        *cli.picture_problems(args, args.guidance_scale + args.lcm_guidance_scale),
         *cli.step_problems(args.steps, args.samplers),
         *cli.step_problems([args.teacher_steps], []),
-        *((value < least, f"{flag} {value}: give {least} or more") for flag, (value, least) in sizes.items()),
-        (not 0 <= args.seed < 2**30, f"--seed {args.seed}: give 0 to 2^30 - 1"),
         (missing, f"--reference {', '.join(missing)}: not there; give a folder of pictures or .tar shards"),
         (lost, f"model {', '.join(lost)}: not there; give a file"),
         (args.lpips not in ("none", "vgg") and args.lpips not in files, lpips),
@@ -174,7 +151,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, release_memory
 from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
-from lib.evaluation.report import html_report, markdown_table, summary_table
+from lib.evaluation.report import full_table, html_report, markdown_table, summary
 from lib.evaluation.statistics import bias_curve
 from lib.pipelines import load_lora, load_teacher, start_offload, writing_to
 from lib.trainers import exit_code
@@ -230,14 +207,16 @@ def write_report(args, results, gallery, rows):
     shown = min(args.shown, args.num_images)
     results |= {"shown": shown, "prompts": args.prompts}
     pictures = {(row.name, i): gallery.picture(row, i) for row in rows for i in range(shown)}
-    summary, notes = summary_table(results), "\n\n".join(m.NOTES)
+    head, body, floor = summary(results)
+    brief = f"{markdown_table(head, body)}\n\n{floor}"
+    table = "\n\n".join([brief, markdown_table(*full_table(results)), *m.NOTES])
     (args.output_dir / "report.html").write_text(html_report(results, pictures), "utf-8")
-    (args.output_dir / "table.md").write_text(f"{summary}\n\n{markdown_table(results)}\n\n{notes}\n", "utf-8")
+    (args.output_dir / "table.md").write_text(table + "\n", "utf-8")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
-    print(f"{summary}\n\n{args.output_dir / 'report.html'}")
+    print(f"{brief}\n\n{args.output_dir / 'report.html'}")
 
 
-def describe_run(args, accelerator):
+def report_settings(args, accelerator):
     """Return the settings that the report names."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -279,7 +258,7 @@ def main(args):
         return
     found, bias, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
     if accelerator.is_main_process:
-        results = {"settings": describe_run(args, accelerator), "notes": m.NOTES}
+        results = {"settings": report_settings(args, accelerator), "notes": m.NOTES}
         results |= {"figures": figures, "bias": bias, "rows": found}
         accelerator.print(f"{drawn} pictures drawn; those from before were kept")
         with writing_to(args.output_dir):

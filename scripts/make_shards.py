@@ -40,6 +40,7 @@ LEFT_OUT = "left_out.jsonl"
 UNRECORDED = ("source", "output_dir", "prompts_file", "device", "cache_dir")
 
 
+# fmt: off
 def parse_args(argv=None):
     cli = ToolParser(__doc__)
     what = cli.add_mutually_exclusive_group(required=True)
@@ -50,14 +51,13 @@ def parse_args(argv=None):
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the shards")
     add("--samples_per_shard", type=int, default=1000, metavar="N", help="default: %(default)s")
     add("--max_samples", type=int, metavar="N", help="stop after this many pictures (default: all)")
-    text = "seed of the order; -1 keeps the order of names or rows (default: %(default)s)"
-    add("--shuffle_seed", type=int, default=0, metavar="N", help=text)
-    text = 'caption of pictures without one, or with an empty one; may be "" (default: they are left out)'
-    add("--default_caption", metavar="TEXT", help=text)
-    text = "suffix of caption files that is looked for first (default: text, txt, caption, json)"
-    add("--caption_extension", metavar="EXT", help=text)
-    text = "shrink pictures whose longer side is larger; twice the training resolution or more (default: keep)"
-    add("--max_side_px", type=int, metavar="PX", help=text)
+    add("--shuffle_seed", type=int, default=0, metavar="N",
+        help="seed of the order; -1 keeps the order of names or rows (default: %(default)s)")
+    add("--default_caption", metavar="TEXT",
+        help='caption of pictures without one, or with an empty one; may be "" (default: they are left out)')
+    add("--caption_extension", metavar="EXT", help="suffix of caption files that is looked for before the usual ones")
+    add("--max_side_px", type=int, metavar="PX",
+        help="shrink pictures whose longer side is larger; give twice the training resolution or more")
     add("--max_image_pixels", type=int, default=100_000_000, metavar="N", help="leave larger pictures out")
     add("--caption_column", metavar="NAME", help="column of captions (default: text, caption, prompt, ...)")
     add("--image_column", metavar="NAME", help="column of paths or pictures (default: file_name, image, ...)")
@@ -76,6 +76,7 @@ def parse_args(argv=None):
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto, one GPU a process)")
     args = cli.parse_args(argv)
     refuse(cli, flag_problems(args))
+    refuse(cli, folder_problems(args.output_dir))
     if args.source and not Path(args.source).exists():
         args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
@@ -86,23 +87,21 @@ def parse_args(argv=None):
 
 def flag_problems(args):
     """Return pairs (whether it is so, message) of what can be wrong with the flags."""
-    names = "samples_per_shard max_samples max_side_px max_image_pixels num_images batch_size resolution".split()
-    values = {name: getattr(args, name) for name in names}
-    source, drawn = args.source, args.pretrained_teacher_model
-    is_name = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source or "")
+    counts = "samples_per_shard max_samples max_side_px max_image_pixels num_images batch_size resolution".split()
+    values = {f"--{name}": getattr(args, name) for name in counts}
+    source, drawn, prompts = args.source, args.pretrained_teacher_model, args.prompts_file
+    is_there = not source or Path(source).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     return (
-        *((value is not None and value < 1, f"--{name} {value}: must be at least 1") for name, value in values.items()),
+        *((value is not None and value < 1, f"{flag} {value}: must be at least 1") for flag, value in values.items()),
         *step_problems([args.steps], [args.sampler]),
         (args.resolution and args.resolution % 8, f"--resolution {args.resolution}: must be a multiple of 8"),
         (not 0 <= args.guidance_scale <= 100, f"--guidance_scale {args.guidance_scale}: must be in 0 to 100"),
-        (bool(args.prompts_file) != bool(drawn),
-         "--prompts_file and --pretrained_teacher_model: give both, or --source"),
+        (bool(prompts) != bool(drawn), "--prompts_file and --pretrained_teacher_model: give both, or --source"),
         *(model_problems(args) if drawn else ()),
-        (source and not Path(source).exists() and not is_name, f"--source {source}: no such file or folder; check "
-         "the path"),
-        (args.prompts_file and not args.prompts_file.is_file(), f"--prompts_file {args.prompts_file}: no such file"),
-        *folder_problems(args.output_dir),
-    )  # fmt: skip
+        (not is_there, f"--source {source}: no such file or folder; check the path"),
+        (prompts and not prompts.is_file(), f"--prompts_file {prompts}: no such file; check the path"),
+    )
+# fmt: on
 
 
 if __name__ == "__main__":
@@ -224,8 +223,9 @@ def main(args):
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
     total = len(source.entries) if isinstance(source.entries, list) else None
     targets = []
-    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
+    with writing_to(args.output_dir):
         check_output(args.output_dir, run)
+    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
         parts = groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard)
         for part, numbered in parts:
             target = args.output_dir / f"{part:05d}.tar"
@@ -235,9 +235,8 @@ def main(args):
             first = part * args.samples_per_shard
             read = source.read(entry for _, entry in numbered)
             samples, left_out = write_shard(target, zip(count(first), read), args, bar)
-            record = {"run": digest, "samples": samples, "left_out": left_out}
-            stats = target.with_name(f"{target.stem}_stats.json")
-            sd15.write_atomically(stats, json.dumps(record, ensure_ascii=True, indent=1))
+            record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
+            sd15.write_atomically(target.with_name(f"{target.stem}_stats.json"), record)
         records = [finished(target, digest) for target in targets]
         if None in records:
             return 0  # other processes are still at work; the last one reports

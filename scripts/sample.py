@@ -46,18 +46,23 @@ def parse_args(argv=None):
     add("--offload", action="store_true", help=text)
     add_sampling_flags(parser.add_argument_group("sampling"))
     add = parser.add_argument_group("pictures to start from").add_argument
-    add("--image", type=Path, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
-    add("--mask", type=Path, metavar="FILE", help="inpainting: white is drawn anew, black stays")
+    add("--image", type=cli.a_file, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
+    add("--mask", type=cli.a_file, metavar="FILE", help="inpainting: white is drawn anew, black stays")
     text = "share of the noise that --image gets, 0 to 1; that share of the steps is done (default: 0.8)"
-    add("--strength", type=float, metavar="S", help=text)
-    add("--control_image", type=Path, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
-    add("--controlnet_scale", type=float, default=1.0, metavar="S", help="its weight (default: %(default)s)")
+    add("--strength", type=cli.within(float, 1e-6, 1), metavar="S", help=text)
+    add("--control_image", type=cli.a_file, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
+    add(
+        "--controlnet_scale",
+        type=cli.within(float, -100, 100),
+        default=1.0,
+        metavar="S",
+        help="its weight (default: %(default)s)",
+    )
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder for pictures, grid.png and samples.json")
     args = parser.parse_args(argv)
     fill_in(args)
-    found = [*cli.model_problems(args), *cli.lora_problems(args.loras), *sampling_problems(args)]
-    cli.refuse(parser, [*found, *start_problems(args)])
+    cli.refuse(parser, [*cli.model_problems(args), *cli.lora_problems(args.loras), *task_problems(args)])
     cli.refuse(parser, cli.folder_problems(args.output_dir))
     return args
 
@@ -71,15 +76,16 @@ def add_sampling_flags(group):
     text = f"rows, of {', '.join(cli.SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidance of the teacher rows, the paper's w + 1; up to 1 is off (default: %(default)s)"
-    add("--guidance_scale", type=float, default=7.5, metavar="G", help=text)
+    add("--guidance_scale", type=cli.GUIDANCE, default=7.5, metavar="G", help=text)
     text = "guidance of the LCM rows, from 1 (off) to 2, a row each (default: 1.0)"
-    add("--lcm_guidance_scale", type=float, nargs="+", default=[1.0], metavar="G", help=text)
+    add("--lcm_guidance_scale", type=cli.GUIDANCE, nargs="+", default=[1.0], metavar="G", help=text)
     text = "strengths of the LCM-LoRA, times its weight; a row each (default: 1.0)"
-    add("--lora_strengths", type=float, nargs="+", default=[1.0], metavar="S", help=text)
+    add("--lora_strengths", type=cli.within(float, -100, 100), nargs="+", default=[1.0], metavar="S", help=text)
     add("--negative_prompt", metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
-    add("--seed", type=int, default=0, help="image i of a prompt starts from seed + i (default: %(default)s)")
-    add("--num_images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    add("--resolution", type=int, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
+    text = "image i of a prompt starts from seed + i (default: %(default)s)"
+    add("--seed", type=cli.within(int, 0, 2**62), default=0, help=text)
+    add("--num_images", type=cli.COUNT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
 
 
 def fill_in(args):
@@ -94,38 +100,21 @@ def fill_in(args):
     for name in ("lcm_guidance_scale", "lora_strengths"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.loras = [cli.split_weight(text) for text in args.lora]
-    if args.prompts_file:
-        args.prompts = cli.read_prompts(args.prompts_file)
 
 
-def sampling_problems(args):
+def task_problems(args):
     lcm = [name for name in args.samplers if name.startswith("lcm")]
     base = [name for name in args.samplers if name not in lcm]
-    strong = not all(abs(s) <= 100 for s in [*args.lora_strengths, args.controlnet_scale])
+    least = min((args.steps if lcm else []) + (args.base_steps if base else []))
+    none_left = f"--strength {args.strength} of {least} steps is no step; give more of either"
+    control = f"--controlnet {args.controlnet}: not there; give a folder or Hub id"
     return (
         ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
         *cli.step_problems(args.steps, lcm),
         *(cli.step_problems(args.base_steps, base) if base else ()),
-        *cli.picture_problems(args, [args.guidance_scale, *args.lcm_guidance_scale]),
-        (strong, f"--lora_strengths {args.lora_strengths}: give -100 to 100, as to --controlnet_scale"),
-        (not 0 <= args.seed < 2**62, f"--seed {args.seed}: give 0 to 2^62 - 1"),
-        (args.num_images < 1, f"--num_images {args.num_images}: give 1 or more"),
-    )
-
-
-def start_problems(args):
-    has_lcm = any(name.startswith("lcm") for name in args.samplers)
-    has_base = not all(name.startswith("lcm") for name in args.samplers)
-    least = min((args.steps if has_lcm else []) + (args.base_steps if has_base else []))
-    none_left = f"--strength {args.strength} of {least} steps is no step; give more of either"
-    missing = [str(p) for p in (args.image, args.mask, args.control_image) if p and not p.is_file()]
-    control = f"--controlnet {args.controlnet}: not there; give a folder or Hub id"
-    return (
-        (missing, f"picture {', '.join(missing)}: not there; give a file"),
         (args.mask and not args.image, "--mask: give --image too, the picture to be inpainted"),
         (bool(args.controlnet) != bool(args.control_image), "--controlnet and --control_image: give both"),
         (args.controlnet and not cli.is_source(args.controlnet), control),
-        (not 0 < args.strength <= 1, f"--strength {args.strength}: give more than 0, to 1"),
         (args.image and int(least * args.strength) < 1, none_left),
     )
 

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIDE, load_script
+from conftest import ROOT, SIDE, flags, load_script, tiny_unet
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
@@ -50,8 +50,7 @@ def loras(teacher, tmp_path_factory):
     """Return (folder with `lcm` and `style`, {name: weights})."""
     folder = tmp_path_factory.mktemp("loras")
     return folder, {
-        name: random_lora(folder, teacher, name, seed, rank)
-        for name, seed, rank in (("lcm", 1, 3), ("style", 2, 2))
+        name: random_lora(folder, teacher, name, seed, rank) for name, seed, rank in (("lcm", 1, 3), ("style", 2, 2))
     }
 
 
@@ -83,9 +82,7 @@ def test_style_and_lcm_lora_equal_weights_merged_by_hand(teacher, loras):
         assert (latents_of(pipe, "lcm-lora", other) - both).abs().max() > 1e-2, other
     styled = load(teacher)
     merge(styled.unet, [(0.8, weights["style"])])
-    teacher_row = latents_of(
-        pipe, "ddim", {"lcm": 1.0, "style1": 0.8}
-    )  # the style stays, the LCM not
+    teacher_row = latents_of(pipe, "ddim", {"lcm": 1.0, "style1": 0.8})  # the style stays, the LCM not
     torch.testing.assert_close(teacher_row, latents_of(styled, "ddim"), rtol=1e-3, atol=1e-4)
     plain = load(teacher)
     off = latents_of(pipe, "ddim", {"lcm": 1.0})
@@ -125,7 +122,7 @@ def run(sample, teacher, output_dir, *flags):
     return {path.parent.name: np.asarray(Image.open(path).convert("RGB"), int) for path in found}
 
 
-def test_rows_of_strengths_guidances_and_base_steps(teacher, loras, tmp_path):
+def test_rows_of_strengths_guidances_and_base_steps(sample, teacher, loras, tmp_path):
     folder, _ = loras
     rows = run(
         sample, teacher, tmp_path, "--lora", f"{folder / 'lcm'}=0.5", "--lora", f"{folder / 'style'}=0.8",
@@ -148,16 +145,7 @@ def test_rows_of_strengths_guidances_and_base_steps(teacher, loras, tmp_path):
 def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path):
     folder, _ = loras
     Image.effect_noise((SIDE + 3, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
-    flags = [
-        "--lora",
-        folder / "lcm",
-        "--samplers",
-        "lcm-lora",
-        "--steps",
-        "4",
-        "--image",
-        tmp_path / "start.png",
-    ]
+    flags = ["--lora", folder / "lcm", "--samplers", "lcm-lora", "--steps", "4", "--image", tmp_path / "start.png"]
     weak = run(sample, teacher, tmp_path / "weak", *flags, "--strength", "0.3")["lcm-lora-4steps"]
     full = run(sample, teacher, tmp_path / "full", *flags, "--strength", "1")["lcm-lora-4steps"]
     assert weak.shape == (SIDE, SIDE, 3)  # cut to multiples of 8 px
@@ -197,11 +185,7 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     torch.manual_seed(0)
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
     net.save_pretrained(tmp_path / "silent")  # as made: its output layers are zero
-    for block in [
-        *net.controlnet_down_blocks,
-        net.controlnet_mid_block,
-        net.controlnet_cond_embedding.conv_out,
-    ]:
+    for block in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
         torch.nn.init.normal_(block.weight, std=0.5)
     net.save_pretrained(tmp_path / "net")
     for name, colour in (("dark", 0), ("light", 255)):
@@ -218,18 +202,14 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     light = controlled("net", "light")
     assert abs(light - plain).mean() > 1 and abs(light - controlled("net", "dark")).max() > 1
     assert abs(controlled("net", "light", "--controlnet_scale", "0") - plain).max() <= 1
-    assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (
-        SIDE,
-        SIDE,
-        3,
-    )
+    assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (SIDE, SIDE, 3)
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--lora", "{loras}/lcm=strong"], "=0.8"),
-        (["--mask", "{loras}/lcm"], "picture"),
+        (["--mask", "{loras}/lcm"], "give a file"),
         (["--control_image", "no.png"], "no.png"),
         (["--controlnet", "owner/net"], "--control_image"),
         (["--strength", "0"], "--strength"),
@@ -259,3 +239,26 @@ def test_a_file_that_is_no_picture_exits_with_2(sample, teacher, loras, tmp_path
     assert exit_code(sample.main, args) == 2
     message = capsys.readouterr().err
     assert "adapter_config.json" in message and message.count("\n") == 1
+
+
+def test_the_trainers_file_draws_what_was_trained(script, teacher, shards, tmp_path):
+    """The one LoRA file, with alpha unlike the rank, against the UNet that the trainer itself holds."""
+    args = script.parse_args(flags(teacher, shards, tmp_path, lora_rank=4, lora_alpha=6))
+    trained = script.load_teacher(args, torch.float32, "cpu")
+    script.add_lora(trained.unet, args)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trained.unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    script.save_lora(trained.unet, tmp_path / "pytorch_lora_weights.safetensors", args)
+    pipelines.set_sampler(trained, "lcm-without-lora", {"default": 1.0})
+    theirs = torch.stack(pipelines.draw(trained, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+    pipe = load(teacher)
+    pipelines.load_lora(pipe, tmp_path)
+    ours = latents_of(pipe, "lcm-lora")
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # the file is float16
+    assert (ours - latents_of(pipe, "lcm-without-lora")).abs().max() > 0.5
+    with pytest.raises(UnusableInput, match="made for this model"):
+        wide = load(teacher)
+        wide.unet = tiny_unet(block_out_channels=(8, 32), cross_attention_dim=wide.unet.config.cross_attention_dim)
+        pipelines.load_lora(wide, tmp_path)

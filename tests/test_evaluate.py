@@ -6,6 +6,7 @@ import html.parser
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -20,6 +21,7 @@ from conftest import ROOT, load_script, write_shard
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lib import pipelines
@@ -191,9 +193,7 @@ def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
     from lib.evaluation.statistics import T_95, frechet_distance, jackknife
 
     generator = torch.Generator().manual_seed(0)
-    found = [
-        jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)
-    ]
+    found = [jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)]
     spread = np.std([f["value"] for f in found])
     claimed = np.mean([(f["high"] - f["low"]) / 2 / T_95 for f in found])
     assert 0.8 < claimed / spread < 1.7, (claimed, spread)
@@ -231,7 +231,9 @@ def test_rows_and_figures(evaluated, judges):
         assert row["evaluations"] == steps * (1 + guided)
         assert row["guidance"] == (7.5 if guided else 1.0)
         figures = row["figures"]
-        assert row["name"] == (row["folder"] if row["folder"].startswith(f"{sampler}-") else f"{sampler}={row['folder']}")
+        assert row["name"] == (
+            row["folder"] if row["folder"].startswith(f"{sampler}-") else f"{sampler}={row['folder']}"
+        )
         mine, yardstick = features_of(folder, row["folder"], judges), features_of(folder, "reference", judges)
         expected = fid_by_sqrtm(mine.numpy(), yardstick.numpy())
         assert figures["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-6)
@@ -249,9 +251,7 @@ def test_scores_compare_the_right_pictures(evaluated):
     row = next(r for r in results["rows"] if r["sampler"] == "ddim" and r["steps"] == 2)
 
     def pictures(name):
-        return [
-            np.asarray(Image.open(folder / "pictures" / name / f"{i:05d}.png"), float) for i in range(COUNT)
-        ]
+        return [np.asarray(Image.open(folder / "pictures" / name / f"{i:05d}.png"), float) for i in range(COUNT)]
 
     mine, teachers = pictures(row["name"]), pictures("teacher")
     lpips = np.mean([abs(a - b).mean() / 255 for a, b in zip(mine, teachers, strict=True)])
@@ -351,9 +351,10 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
     assert fingerprint("owner/name") != fingerprint("owner/other")
 
 
-def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_path):
+def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, lora, tmp_path):
     from lib.evaluation.pictures import REFERENCE_SEED, list_rows
 
+    assert lora.is_dir()
     floor = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))[0]
     seeds = (floor.first_seed + REFERENCE_SEED, floor.first_seed)
     noise = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
@@ -602,8 +603,8 @@ def test_help_answers_without_torch():
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--num_images", "1"], "--num_images 1"),
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--num_images", "1"], "--num_images: 1: give 2 or more"),
+        (["--batch_size", "0"], "--batch_size"),
         (["--steps", "51"], "--steps"),
         (["--steps", "0"], "--steps"),
         (["--teacher_steps", "2000"], "2000"),
@@ -631,3 +632,185 @@ def test_wrong_values_exit_with_2(evaluate, teacher, judges, lora, tmp_path, cap
         evaluate.parse_args(flags(teacher, judges, tmp_path, *more))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.count("\n") == 1
+
+
+class Runs:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+PICKLES = ("pkl", "pyd", "pickle", "pth", "pt", "npy", "npz", "cbor", "ten", "tenbin", "mp", "msg", "joblib", "bin")
+
+
+def png(index=0):
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), (0, 0, 20 * index)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_nothing_in_a_reference_runs(tmp_path, monkeypatch):
+    """Pickles under every suffix, PostScript under pictures' names, a file called like a command."""
+    ran, folder = tmp_path / "ran", tmp_path / "real"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    samples = [{"png": png(i), suffix: pickle.dumps(Runs(ran))} for i, suffix in enumerate(PICKLES)]
+    samples += [{name: EPS} for name in ("png", "jpg", "eps")] + [{"png": pickle.dumps(Runs(ran))}]
+    write_shard(folder / "0.tar", samples)
+    (folder / "a.png").write_bytes(EPS)
+    (folder / "b.webp").write_bytes(pickle.dumps(Runs(ran)))
+    (folder / "pipe:touch ran; cat 0.tar").write_bytes(b"")
+    monkeypatch.chdir(folder)
+    pictures, skipped = read_all(".")
+    assert len(pictures) == len(PICKLES)
+    assert skipped["picture cannot be decoded"] == 5
+    assert not ran.exists() and not (folder / "ran").exists()
+
+
+def test_reference_is_checked_before_drawing(evaluate, teacher, judges, lora, tmp_path, capsys, monkeypatch):
+    real = [{"jpg": b"damaged"}, *({"png": png(i)} for i in range(3)), {"txt": "no picture"}]
+    shard = write_shard(tmp_path / "real.tar", real)
+    drawn = []
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *_: drawn.append(capsys.readouterr().out) or load(teacher))
+    line = flags(teacher, judges, tmp_path / "out", "--samplers", "ddim", "--steps", "1", "--reference", str(shard))
+    assert lora.is_dir() and run(evaluate, line) == 0
+    assert "3 pictures; left out: picture cannot be decoded: 1, no picture: 1" in drawn[0]
+    write_shard(tmp_path / "real.tar", real[:2])
+    assert run(evaluate, [*line[:-1], str(shard)]) == 2 and len(drawn) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "fewer than two" in message and "picture cannot be decoded: 1" in message
+
+
+def test_spread_is_the_share_of_the_teachers():
+    from lib.evaluation.statistics import pairwise_distances, spread
+
+    generator = torch.Generator().manual_seed(0)
+    prompts, noise = 4 * torch.randn(50, 6, generator=generator), torch.randn(3, 50, 6, generator=generator)
+    mine, teachers = ((prompts + scale * noise).flatten(0, 1) for scale in (0.5, 1.0))
+    figure = spread(pairwise_distances(mine, 50), pairwise_distances(teachers, 50))
+    assert figure["value"] == pytest.approx(0.5, rel=1e-4) and figure["high"] - figure["low"] < 1e-3
+    other = (prompts + torch.randn(3, 50, 6, generator=generator)).flatten(0, 1)
+    figure = spread(pairwise_distances(other, 50), pairwise_distances(teachers, 50))
+    assert figure["low"] < 1 < figure["high"] and figure["high"] - figure["low"] < 0.5
+    by_hand = (teachers[0] - teachers[50]).norm(), (teachers[0] - teachers[100]).norm()
+    by_hand = (*by_hand, (teachers[50] - teachers[100]).norm())
+    assert float(pairwise_distances(teachers, 50)[0]) == pytest.approx(float(sum(by_hand)) / 3, rel=1e-6)
+    assert spread(pairwise_distances(prompts, 50), pairwise_distances(teachers, 50)) is None
+
+
+def test_spread_in_the_report(evaluate, evaluated, teacher, judges, tmp_path):
+    _, results = evaluated  # 7 pictures of 3 prompts
+    assert all(row["figures"]["spread/mean"]["value"] > 0 for row in results["rows"])
+    line = flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "1", "--num_images", "3")
+    assert run(evaluate, line) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"][1:]
+    assert row["figures"]["spread/mean"] is None
+    head, _, *lines = (tmp_path / "table.md").read_text("utf-8").split("\n\n")[2].splitlines()
+    column = [cell.strip() for cell in head.split("|")].index("spread, mean")
+    assert [line.split("|")[column].strip() for line in lines] == ["–", "–"]
+
+
+def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora, tmp_path, capsys):
+    """The kept features give the distance to the pictures that they are of, in noise of their own."""
+    from lib.evaluation.statistics import frechet_distance
+
+    assert lora.is_dir()
+    kept = tmp_path / "reference.safetensors"
+    usual = flags(
+        teacher, judges, tmp_path / "kept", "--clip_model", "none", "--lpips", "none", "--yardstick", str(kept)
+    )
+    assert run(evaluate, [*usual, "--draw_yardstick", "2"]) == 0
+    assert f"{kept}: (3, 2, 5)" in capsys.readouterr().out
+    features = load_file(kept)["features"].double()
+    seeds = {json.loads(Image.open(p).text["record"])["settings"]["seed"] for p in tmp_path.rglob("*.png")}
+    assert seeds == set(range(3, 9))
+    line = [*usual, "--samplers", "ddim", "--steps", "1", "--num_images", "6", "--output_dir", str(tmp_path / "out")]
+    position = line.index("--prompts_file")
+    assert run(evaluate, line[:position] + line[position + 2 :]) == 0  # the file holds the prompts
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not (tmp_path / "out" / "pictures" / "reference").exists() and results["prompts"] == PROMPTS
+    (row,) = results["rows"][1:]
+    pictures = [Image.open(tmp_path / "out" / "pictures" / row["folder"] / f"{i:05d}.png") for i in range(6)]
+    assert [json.loads(p.text["record"])["settings"]["seed"] for p in pictures] == [0, 1, 2, 9, 10, 11]
+    model = {}
+    exec(FEATURES, model)
+    mine = model["load"]("cpu")(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+    expected = frechet_distance(mine, features.flatten(0, 1))
+    assert row["figures"]["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert row["figures"]["spread/mean"]["value"] > 0 and "KID/mean/teacher" not in row["figures"]
+    assert run(evaluate, [*line, "--features", str(judges / "lpips.py")]) == 2
+    assert "--features" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_dpm_solver_is_drawn_once_where_it_is_ddim(evaluated, teacher):
+    folder, _ = evaluated
+    assert not list((folder / "pictures").glob("dpmsolver++-*"))  # steps 1 and 2
+    pipe, drawn = load(teacher), {}
+    for sampler in ("ddim", "dpmsolver++"):
+        pipelines.set_sampler(pipe, sampler)
+        drawn[sampler] = pipelines.draw(pipe, PROMPTS, 2, 7.5, [0, 1, 2], output_type="latent")[0]
+    torch.testing.assert_close(*map(torch.stack, drawn.values()), rtol=1e-3, atol=1e-3)
+
+
+def test_judges_load_once_and_collectives_wait_for_hours(evaluate, teacher, judges, lora, tmp_path, monkeypatch):
+    from lib.evaluation import measures
+
+    assert lora.is_dir()
+    loaded, handlers, accelerator = [], [], evaluate.Accelerator
+    load_features = measures.load_features
+    monkeypatch.setattr(measures, "load_features", lambda *spec: loaded.append(spec) or load_features(*spec))
+
+    def make(kwargs_handlers):
+        handlers.extend(kwargs_handlers)
+        return accelerator(kwargs_handlers=kwargs_handlers)
+
+    monkeypatch.setattr(evaluate, "Accelerator", make)
+    torch.backends.cudnn.allow_tf32 = True
+    assert run(evaluate, flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "1")) == 0
+    assert len(loaded) == 1 and not torch.backends.cudnn.allow_tf32
+    assert [handler.timeout.total_seconds() >= 6 * 3600 for handler in handlers] == [True]
+
+
+def figure(value, half=None):
+    return {"value": value, "low": half and value - half, "high": half and value + half}
+
+
+def test_summary_has_the_best_guidance_of_each_step_count():
+    from lib.evaluation.report import summary
+
+    def row(label, steps, guidance, distance):
+        figures = {"FD/judge/teacher": figure(distance, 1.0), "accuracy": figure(0.5, 0.01)}
+        return {"label": label, "steps": steps, "guidance": guidance, "figures": figures}
+
+    rows = [row("Teacher", 50, 7.5, 3.06), row("LCM-LoRA", 1, 1.0, 38.5), row("LCM-LoRA", 2, 1.0, 8.14)]
+    rows += [row("DDIM", n, g, 10 * n + g) for g in (7.5, 2.0) for n in (1, 2)]
+    rows[3]["figures"]["FD/judge/teacher"] = figure(1.0)
+    figures = {"FD/judge/teacher": "FD, judge, to teacher", "accuracy": "share"}
+    head, body, floor = summary({"rows": rows, "figures": figures})
+    assert head == ["FD, judge, to teacher / accuracy", "1 step", "2 steps"]
+    assert body == [
+        ["LCM-LoRA, guidance 1", "38.5 ± 1.0 / 0.500 ± 0.010", "8.1 ± 1.0 / 0.500 ± 0.010"],
+        ["DDIM, guidance 7.5", "1.0 / 0.500 ± 0.010", "27.5 ± 1.0 / 0.500 ± 0.010"],
+        ["DDIM, its best guidance", "1.0 / 0.500 ± 0.010 (7.5)", "22.0 ± 1.0 / 0.500 ± 0.010 (2)"],
+    ]
+    assert floor == "Teacher, 50 steps, guidance 7.5: 3.1 ± 1.0 / 0.500 ± 0.010 (floor)"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_demos_yardsticks_are_whole(evaluate, family, tmp_path):
+    """`demo.sh` names no prompts: they are in the file, and are those that the demo always had."""
+    from landscapes import random_captions
+
+    path = ROOT / "assets" / f"demo-teacher-{family}"
+    args = evaluate.parse_args([
+        "--pretrained_teacher_model", str(path), "--yardstick", str(path / "reference.safetensors"),
+        "--guidance_scale", "7.5", "2", "--num_images", "128", "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    assert args.prompts == random_captions(192) and args.guidance_scale == [7.5, 2] and args.gap == 8 * 192
+    assert load_file(args.yardstick)["features"].shape == (192, 8, 64)

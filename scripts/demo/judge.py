@@ -18,7 +18,6 @@ class Judge(nn.Module):
     """Seven convolutions, a feature layer, and one linear head over all attribute values."""
 
     def __init__(self):
-        """Build the untrained network."""
         super().__init__()
         layers, channels = [], 3
         for width, stride in ((24, 2), (48, 1), (48, 2), (96, 1), (96, 2), (128, 1), (128, 2)):

@@ -6,6 +6,7 @@ Imports the standard library only, so that --help and wrong flags answer before 
 
 import argparse
 import difflib
+import logging
 import math
 import re
 import tempfile
@@ -16,6 +17,8 @@ NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
+    logging.getLogger(_package).setLevel(logging.ERROR)
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 
@@ -27,11 +30,49 @@ class ToolParser(argparse.ArgumentParser):
         super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message):
-        known = [flag for action in self._actions for flag in action.option_strings]
-        for flag in re.findall(r"--[\w-]+", message) if message.startswith("unrecognized") else ():
-            near = difflib.get_close_matches(flag, known, 1)
+        if message.startswith("unrecognized arguments"):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            flags = re.findall(r"(?<!\S)--?[\w-]+", message)  # without values, which may be secrets
+            near = difflib.get_close_matches(flags[0], known, 1) if flags else ()
+            message = f"unknown flag {flags[0]}" if flags else message
             message += f"; did you mean {near[0]}?" if near else ""
+        if "://" in message:
+            from lib.trainers import sd15  # slow to import: only where an address may hold a secret
+
+            message = sd15.masked(message)
         self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def within(kind, low, high=math.inf, multiple=1):
+    """Return an argparse type for numbers from low to high, in steps of `multiple`."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or (multiple > 1 and value % multiple):
+            bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: give {bounds}{f', a multiple of {multiple}' * (multiple > 1)}")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls a word that is no number
+    return read
+
+
+COUNT, GUIDANCE, SIDE_PX = within(int, 1), within(float, 0, 100), within(int, 8, multiple=8)
+
+
+def a_file(text):
+    """Return the path of a file, as an argparse type."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: not there; give a file")
+    return Path(text)
+
+
+def prompts_in(text):
+    """Return the prompts of a UTF-8 file, one a line, as an argparse type."""
+    prompts = read_prompts(Path(text))
+    if not prompts:
+        raise argparse.ArgumentTypeError(f"{text}: not there or empty; write a prompt a line")
+    return prompts
 
 
 def add_model_flags(cli, required=True):
@@ -57,7 +98,8 @@ def add_prompt_flags(group, required=True):
     """Add --prompts and --prompts_file, which exclude each other, to a group of flags."""
     prompts = group.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
-    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
+    text = "UTF-8 text, one prompt a line"
+    prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help=text)
 
 
 def read_prompts(path):
@@ -89,11 +131,11 @@ def split_weight(text):
 def model_problems(args):
     teacher, config = Path(args.pretrained_teacher_model), args.teacher_config
     model = f"--pretrained_teacher_model {args.pretrained_teacher_model}"
-    # A PEFT or LoRA folder is left to the loader, which names it as a LoRA.
-    known = ("model_index.json", LORA_FILE, PEFT_FILES[0])
-    no_index = teacher.is_dir() and not any((teacher / name).exists() for name in known)
+    no_index = teacher.is_dir() and not (teacher / "model_index.json").exists()
+    is_lora = no_index and any((teacher / name).exists() for name in (LORA_FILE, PEFT_FILES[0]))
     return (
         (not is_source(args.pretrained_teacher_model), f"{model}: not there; give a folder, file or Hub id"),
+        (is_lora, f"{model}: this is a LoRA; give the model that it was made for"),
         (no_index, f"{model}: holds no model_index.json; give the folder that save_pretrained wrote"),
         (config and not is_source(config), f"--teacher_config {config}: not there; give a folder or Hub id"),
         (config and not teacher.is_file(), f"--teacher_config: {teacher} is no single file, leave it out"),
@@ -125,16 +167,6 @@ def step_problems(steps, samplers):
     )
 
 
-def picture_problems(args, scales):
-    """Check the flags that every tool that draws has; `scales` are all its guidances."""
-    side = args.resolution
-    return (
-        (not args.prompts, f"--prompts_file {args.prompts_file}: not there or empty; write a prompt a line"),
-        (not all(0 <= scale <= 100 for scale in scales), f"guidance scales {scales}: give 0 to 100"),
-        (side is not None and (side < 8 or side % 8), f"--resolution {side}: give a multiple of 8"),
-    )
-
-
 def folder_problems(folder):
     """Make the output folder and write to it, so that a full or read-only disk is found before a model loads."""
     try:
@@ -143,14 +175,12 @@ def folder_problems(folder):
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
-        return (
-            (True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),
-        )
+        return ((True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),)
     return ()
 
 
 def refuse(parser, found):
-    """Exit with 2 and the first message whose condition holds."""
+    """End with exit code 2 and the first message whose condition holds."""
     for is_wrong, message in found:
         if is_wrong:
-            parser.exit(2, f"{parser.prog}: error: {message}\n")
+            parser.error(message)

@@ -30,19 +30,17 @@ from lib.pipelines import choose_device, draw, load_teacher, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # suffix: builder of datasets
-SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk leaves
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
-# What datasets, pyarrow, pandas and huggingface_hub raise for data that is damaged or cannot be reached.
-ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError, NotImplementedError)
+# What datasets, pyarrow, pandas and huggingface_hub raise for data that are damaged or cannot be reached.
+ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
 CONVERTERS = {
     "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
     "cr2 cr3 nef arw dng raf orf rw2": "rawpy", "exr hdr": "imageio", "mp4 mov mkv webm avi": "ffmpeg",
-    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng jfi j2c jpc jpf": "Pillow",
+    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng j2c jpc jpf": "Pillow",
 }  # fmt: skip
-PACKAGE_OF = {suffix: package for suffixes, package in CONVERTERS.items() for suffix in suffixes.split()}
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
 
@@ -62,12 +60,10 @@ class Source(NamedTuple):
     entries: Any  # a list; of a stream an iterator
     read: Any
     identity: str  # changes when the data do
-    unread: list = []  # (name, cause) of files that are no pictures to this tool
+    unread: list = []  # (name, cause) of files that this tool does not read
 
 
-# ----------------------------------------------------------------------------------------------------------
 # Tables and data sets, read by the package datasets
-# ----------------------------------------------------------------------------------------------------------
 
 
 def csv_options(path, args):
@@ -75,9 +71,9 @@ def csv_options(path, args):
     known = {args.image_column, args.caption_column, *PICTURE_COLUMNS, *CAPTION_COLUMNS}
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = list(itertools.islice(file, 100))
-    parsed = {sign: list(csv.reader(head, delimiter=sign))[:2] for sign in ",;\t|"} if head else {}
-    sign = max(parsed, key=lambda sign: (len(known & {*parsed[sign][0]}), len(parsed[sign][0])), default=",")
-    columns, row = ([*parsed.get(sign, []), [], []])[:2]
+    parsed = {sign: [*csv.reader(head, delimiter=sign), [], []][:2] for sign in ",;\t|"}
+    sign = max(parsed, key=lambda sign: (len(known & {*parsed[sign][0]}), len(parsed[sign][0])))
+    columns, row = parsed[sign]
     if len(row) > len(columns):  # pandas would shift the columns
         raise ValueError("its first row has more fields than its header; put captions with commas in quotes")
     features = datasets.Features({name: datasets.Value("string") for name in columns})
@@ -92,25 +88,27 @@ def commit_of(name, revision):
 
 def load_data(path, args):
     """Return what the package datasets makes of a table, a folder or, without a path, --dataset_name."""
-    options = {"streaming": True}
     if path is None:
-        options["revision"] = commit_of(args.dataset_name, args.dataset_revision)
+        options = {"revision": commit_of(args.dataset_name, args.dataset_revision), "streaming": True}
         return datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
-    if path.is_file():
-        kind = TABLES[path.suffix.lower()]
-        options |= csv_options(path, args) if kind == "csv" else {}
-        options |= {"parse_agent_traces": False} if kind == "json" else {}
-        return datasets.load_dataset(kind, data_files={args.split: glob.escape(str(path))}, **options)
-    if any((path / name).exists() for name in SAVED):
-        return datasets.load_from_disk(str(path))
-    return datasets.load_dataset(str(path), args.dataset_config_name, **options)
+    if path.is_dir():
+        if is_saved(path):
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), args.dataset_config_name, streaming=True)
+    kind = TABLES[path.suffix.lower()]
+    options = csv_options(path, args) if kind == "csv" else {"parse_agent_traces": False} if kind == "json" else {}
+    return datasets.load_dataset(kind, data_files={args.split: glob.escape(str(path))}, streaming=True, **options)
+
+
+def is_saved(folder):
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def read_rows(path, args):
-    """Yield (picture cell, caption or None) of the rows of a table or data set; the captions' faults are None.
+    """Yield (picture cell, caption or None) of the rows of a table or data set.
 
     Raises:
-        UnusableInput: the data cannot be read or reached, or lack a column or the split.
+        UnusableInput: the data cannot be read or reached, or lack rows, a column or the split.
     """
     where = f"--dataset_name {args.dataset_name}" if path is None else str(path)
     try:
@@ -121,8 +119,6 @@ def read_rows(path, args):
             data = data[args.split]
         data = data.to_iterable_dataset() if isinstance(data, datasets.Dataset) else data
         kinds = data.features or dict.fromkeys(next(iter(data), ()))
-        if not kinds:
-            raise UnusableInput(f"{where}: has no rows; give a table of pictures")
         known = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         picture = pick_column(kinds, args.image_column, [*known, *PICTURE_COLUMNS], "--image_column", where)
         caption = pick_column(kinds, args.caption_column, CAPTION_COLUMNS, "--caption_column", where)
@@ -141,7 +137,7 @@ def pick_column(columns, asked, known, flag, where):
     """Return the column that a flag names, or else the first known one; raises UnusableInput without either."""
     found = next((name for name in ([asked] if asked else known) if name in columns), None)
     if found is None:
-        raise UnusableInput(f"{where}: has the columns {', '.join(columns)}; name one with {flag}")
+        raise UnusableInput(f"{where}: has the columns {', '.join(columns) or 'of no row'}; name one with {flag}")
     return found
 
 
@@ -153,36 +149,31 @@ def open_rows(path, args):
         raise UnusableInput(f"{path or args.dataset_name}: has no rows; give a table of pictures")
     rows = itertools.chain([first], rows)
     if isinstance(first[0], str):
-        if path is None or not path.is_file():
+        if path is None or path.is_dir():
             raise UnusableInput(
-                f"{path or args.dataset_name}: its pictures are {first[0][:60]!r}, addresses or "
-                "paths; download them with img2dataset"
+                f"{path or args.dataset_name}: its pictures are addresses or paths, such as {first[0][:60]!r}; "
+                "download them with img2dataset"
             )
         return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
     entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
     if args.shuffle_seed is not None:
         rng = random.Random(args.shuffle_seed)
         entries = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(entries)
-    return Source(entries, read_places, identity_of(path, args))
+    if path is None:
+        identity = [args.dataset_name, args.dataset_config_name, commit_of(args.dataset_name, args.dataset_revision)]
+    else:
+        files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        identity = [(relative_name(file, path), file.stat().st_size) for file in files if file.name[0] != "."]
+    return Source(iter(entries), read_places, digest_of(identity))
 
 
 def cell_entry(number, cell, caption, is_remote):
     """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
     place = cell if isinstance(cell, dict) else {"bytes": cell}
     path = place.get("path") or ""
+    is_wrong = place.get("bytes") is None and bool(HUB_FILE.fullmatch(path)) != is_remote
     name = f"row {number} {path.rpartition('/')[2]}".strip()
-    if place.get("bytes") is None and bool(HUB_FILE.fullmatch(path)) != is_remote:
-        return Entry(name, caption, None, "row without a picture of this data set")
-    return Entry(name, caption, place)
-
-
-def identity_of(path, args):
-    """Return what tells a data set from another: its commit on the Hub, or names and sizes of its files."""
-    if path is None:
-        return f"{args.dataset_name} {args.dataset_config_name} {commit_of(args.dataset_name, args.dataset_revision)}"
-    files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
-    sizes = [(relative_name(file, path), file.stat().st_size) for file in files if file.name[0] != "."]
-    return hashlib.sha256(json.dumps(sizes).encode()).hexdigest()
+    return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
 
 
 def file_entry(cell, caption, folder):
@@ -198,9 +189,7 @@ def relative_name(path, folder):
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-# ----------------------------------------------------------------------------------------------------------
 # Folders of pictures with captions beside them
-# ----------------------------------------------------------------------------------------------------------
 
 
 def walk(folder):
@@ -224,8 +213,8 @@ def walk(folder):
 
 def list_folder(folder, args):
     """Return the source of a folder of pictures, sorted by name."""
-    asked = args.caption_extension.lower().lstrip(".") if args.caption_extension else None
-    suffixes = [*dict.fromkeys([asked, *sd15.CAPTION_SUFFIXES, "json"] if asked else [*sd15.CAPTION_SUFFIXES, "json"])]
+    asked = [args.caption_extension.lower().lstrip(".")] if args.caption_extension else []
+    suffixes = [*asked, *sd15.CAPTION_SUFFIXES, "json"]
     pictures, texts, captions, unread = set(), {}, {}, []
     for path in walk(folder):
         suffix = path.suffix.lower().lstrip(".")
@@ -245,7 +234,7 @@ def list_folder(folder, args):
         if caption is None and (text := next(filter(None, beside), None)):
             caption, fault = read_caption(text)
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
-    return list_source(entries, unread)
+    return list_source(entries, sorted(unread))
 
 
 def why_unread(suffix):
@@ -254,7 +243,7 @@ def why_unread(suffix):
         return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
     if suffix == "tar":
         return "tars are shards already; give them to the training script"
-    package = PACKAGE_OF.get(suffix)
+    package = next((package for suffixes, package in CONVERTERS.items() if suffix in suffixes.split()), None)
     return f".{suffix} files are not read" + (f", convert them with {package}" if package else "")
 
 
@@ -265,20 +254,20 @@ def read_caption(path):
         sample = {suffix: path.read_bytes()}
         metadata = sd15.metadata_of(sample)
         return (metadata.get("caption") if suffix == "json" else sd15.caption_of(sample, metadata)), None
-    except sd15.SkippedSample as cause:
-        return None, str(cause)
-    except OSError as error:
-        return None, f"caption cannot be read: {error.strerror}"
+    except (sd15.SkippedSample, OSError) as cause:
+        return None, getattr(cause, "strerror", None) or str(cause)
 
 
 def list_source(entries, unread=()):
     """Return the source of listed files."""
-    digest = hashlib.sha256()
-    for entry in entries:
-        is_file = isinstance(entry.place, Path) and entry.place.is_file()
-        size = entry.place.stat().st_size if is_file else None
-        digest.update(json.dumps([entry.name, entry.caption, size]).encode())
-    return Source(entries, read_places, digest.hexdigest(), list(unread))
+    files = [entry.place for entry in entries]
+    sizes = [file.stat().st_size if isinstance(file, Path) and file.is_file() else None for file in files]
+    identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
+    return Source(entries, read_places, digest_of(identity), list(unread))
+
+
+def digest_of(record):
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
 
 
 def read_places(entries):
@@ -286,10 +275,9 @@ def read_places(entries):
     for entry in entries:
         try:
             yield entry, None if entry.fault else read_place(entry.place)
-        except FileNotFoundError as error:
-            yield entry, sd15.SkippedSample(error.strerror or "No such file or directory")
         except OSError as error:
-            if isinstance(entry.place, dict):  # a network that fails would leave out everything after it
+            if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
+                # A network that fails would leave out every picture after this one.
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
             yield entry, sd15.SkippedSample(error.strerror or "file cannot be read")
 
@@ -304,13 +292,11 @@ def read_place(place):
         return file.read()
 
 
-# ----------------------------------------------------------------------------------------------------------
 # Pictures that a teacher draws
-# ----------------------------------------------------------------------------------------------------------
 
 
 def draw_prompts(args):
-    """Return the source that draws a file of prompts as PNG."""
+    """Return the source that draws a file of prompts as PNG; the noise is a function of --seed and both numbers."""
     entries = [
         Entry(f"prompt {p} image {i}", prompt, random.Random(f"{args.seed} {p} {i}").getrandbits(61))
         for p, prompt in enumerate(read_prompts(args.prompts_file))
@@ -325,8 +311,8 @@ def draw_prompts(args):
         wanted = iter(wanted)
         while batch := list(itertools.islice(wanted, args.batch_size)):
             prompts, seeds = [entry.caption for entry in batch], [entry.place for entry in batch]
-            resolution = args.resolution
-            drawn, _ = draw(pipes[0], prompts, args.steps, args.guidance_scale, seeds, resolution=resolution)
+            settings = (args.steps, args.guidance_scale, seeds)
+            drawn, _ = draw(pipes[0], prompts, *settings, resolution=args.resolution)
             for entry, picture in zip(batch, drawn, strict=True):
                 is_flat = all(low == high for low, high in picture.getextrema())
                 cause = sd15.SkippedSample("drawn in one colour, as of NaN")
@@ -348,22 +334,20 @@ def open_source(args):
     path = args.source
     if args.prompts_file:
         source = draw_prompts(args)
-    elif path is None or any((path / name).exists() for name in SAVED):
-        source = open_rows(path, args)
-    elif path.is_file():
-        if path.suffix.lower() not in TABLES:
-            raise UnusableInput(f"--source {path}: give a folder, a data set, or a file of {', '.join(TABLES)}")
-        source = open_rows(path, args)
-    else:
+    elif path and path.is_dir():
         source = list_folder(path, args)
-        if not source.entries and next(path.rglob("*.parquet"), None):
+        if not source.entries and (is_saved(path) or next(path.rglob("*.parquet"), None)):
             source = open_rows(path, args)
-    if source.entries == []:
-        causes = ", ".join(sorted({cause for _, cause in source.unread}))
-        hint = f" ({causes})" if causes else ""
-        raise UnusableInput(f"{path or args.prompts_file}: holds no pictures or prompts{hint}; check the path")
-    if args.shuffle_seed is not None and isinstance(source.entries, list):
-        random.Random(args.shuffle_seed).shuffle(source.entries)
-    if args.max_samples is not None:
-        source = source._replace(entries=itertools.islice(source.entries, args.max_samples))
-    return source
+    elif path and path.suffix.lower() not in TABLES:
+        raise UnusableInput(f"--source {path}: give a folder, a data set, or a file of {', '.join(TABLES)}")
+    else:
+        source = open_rows(path, args)
+    entries = source.entries
+    if entries == []:
+        hint = ", ".join(sorted({cause for _, cause in source.unread})) or "no file"
+        raise UnusableInput(f"{path or args.prompts_file}: holds no pictures or prompts ({hint}); check the path")
+    if isinstance(entries, list):
+        if args.shuffle_seed is not None:
+            random.Random(args.shuffle_seed).shuffle(entries)
+        return source._replace(entries=entries[: args.max_samples])
+    return source._replace(entries=itertools.islice(entries, args.max_samples))

@@ -7,6 +7,7 @@ import errno
 import itertools
 import os
 import pickle
+import re
 import textwrap
 import time
 from pathlib import Path
@@ -67,14 +68,18 @@ def choose_device(name):
 
 
 def file_keys(path):
-    """Return the names of a single file's tensors; the pickles of a .ckpt may hold tensors only."""
-    with contextlib.suppress(*LOAD_ERRORS):  # the loader names what is wrong with the file
+    """Return the names of a single file's tensors; [] for a damaged file, which the loader names."""
+    try:
         if Path(path).suffix == ".safetensors":
             with safe_open(path, "pt") as file:
                 return list(file.keys())
         state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
         return list(state.get("state_dict", state))
-    return []
+    except (*LOAD_ERRORS, AttributeError) as error:
+        if not re.search(r"(?i)unsupported global|call reduce", str(error)):
+            return []
+        remedy = "which could run code; convert the file to .safetensors"
+        raise UnusableInput(f"{path}: holds more than tensors, {remedy}") from error
 
 
 def family_of(args):
@@ -84,8 +89,6 @@ def family_of(args):
         # The text encoders of SDXL's files are its conditioner; label_emb takes size and crop.
         is_xl = any(key.startswith("conditioner.") or ".label_emb." in key for key in file_keys(model))
         return sdxl if is_xl else sd15
-    if Path(model).is_dir() and not (Path(model) / "model_index.json").exists():
-        return sd15  # whose load_teacher raises the error
     try:
         options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         kind = diffusers.DiffusionPipeline.load_config(model, **options)["_class_name"]
@@ -105,18 +108,17 @@ def load_teacher(args, device):
     args = argparse.Namespace(**dict.fromkeys(TEACHER_FLAGS) | vars(args))
     device = torch.device(device)
     if args.offload and device.type == "cpu":
-        raise UnusableInput(
-            "--offload: moves the model to a GPU part by part, and there is none; leave it out"
-        )
+        raise UnusableInput("--offload: moves the model to a GPU part by part, and there is none; leave it out")
     dtype = DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")]
     pipe = family_of(args).load_teacher(args, dtype, "cpu" if args.offload else device, check=False)
+    parts = {name: part for name, part in pipe.components.items() if name.startswith(("text", "tok", "unet", "vae"))}
+    if missing := sorted(name for name, part in parts.items() if part is None):
+        raise UnusableInput(f"{args.pretrained_teacher_model}: has no {', '.join(missing)}; give a whole base model")
     channels = pipe.unet.config.in_channels
     if channels != pipe.unet.config.out_channels and not (args.mask and channels == 9):
         remedy = "give --image and --mask to sample.py" if channels == 9 else "give a text-to-image model"
         kind = "an inpainting model, " if channels == 9 else ""
-        raise UnusableInput(
-            f"{args.pretrained_teacher_model}: {kind}its UNet takes {channels} channels; {remedy}"
-        )
+        raise UnusableInput(f"{args.pretrained_teacher_model}: {kind}its UNet takes {channels} channels; {remedy}")
     pipe.vae.enable_slicing()  # SDXL decodes in 3 GiB a picture, whatever the batch
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -147,9 +149,7 @@ def load_lora(pipe, lora, name="lcm"):
         logs.set_verbosity_error()
     fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name=name)) if found else 0
     if not found or fitted < found:
-        raise UnusableInput(
-            f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model"
-        )
+        raise UnusableInput(f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model")
     # New layers come in training mode, where a LoRA trained with dropout would still drop.
     pipe.unet.eval()
 
@@ -211,9 +211,7 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def draw(
-    pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, output_type="pil", **extra
-):
+def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, output_type="pil", **extra):
     """Return (list of images, seconds per picture in text encoder, UNet and VAE); seeds: one per prompt.
 
     `extra` goes to the pipeline: image, mask_image, strength, control_image and so on. A batch that does

@@ -64,9 +64,7 @@ def load_features(spec, device="cpu"):
 
 def load_clip_score(source, device="cpu"):
     """Return clip_score of a CLIP model's folder or Hub id, or of a Python file."""
-    return load_judge(
-        "--clip_model", source, device, lambda: ClipScore(source), "give a local folder, or none"
-    )
+    return load_judge("--clip_model", source, device, lambda: ClipScore(source), "give a local folder, or none")
 
 
 def load_lpips(source, device="cpu"):

@@ -114,9 +114,7 @@ def check_real(paths, accelerator):
     left_out = sd15.describe(sum(map(Counter, gather_object([dict(skipped)])), Counter()))
     left_out = left_out and f"; left out: {left_out}"
     if usable < 2:
-        raise UnusableInput(
-            f"--reference {' '.join(map(str, paths))}: fewer than two pictures there{left_out}"
-        )
+        raise UnusableInput(f"--reference {' '.join(map(str, paths))}: fewer than two pictures there{left_out}")
     accelerator.print(f"--reference: {usable} pictures{left_out}")
 
 
@@ -136,11 +134,7 @@ def save_yardstick(args, features):
     """Write features {model: [S * P, D]} of a row with S pictures of each prompt as --yardstick."""
     ((name, values),) = features.items()
     by_prompt = values.unflatten(0, (-1, len(args.prompts))).transpose(0, 1).half().contiguous()
-    settings = {
-        "prompts": json.dumps(args.prompts),
-        "features": name,
-        "teacher_steps": str(args.teacher_steps),
-    }
+    settings = {"prompts": json.dumps(args.prompts), "features": name, "teacher_steps": str(args.teacher_steps)}
     settings |= {"guidance_scale": f"{args.guidance_scale[0]:g}", "seed": str(args.seed)}
     sd15.write_atomically(args.yardstick, save({"features": by_prompt}, settings))
     print(f"{args.yardstick}: {tuple(by_prompt.shape)}, features of {name}")

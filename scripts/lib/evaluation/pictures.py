@@ -155,11 +155,7 @@ class Gallery:
                 calls.clear()
                 reset_peak(device)
                 pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **options)
-                took = {
-                    "seconds": seconds,
-                    "evaluations": sum(calls) / len(block),
-                    "peak_gib": peak_gib(device),
-                }
+                took = {"seconds": seconds, "evaluations": sum(calls) / len(block), "peak_gib": peak_gib(device)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
@@ -199,9 +195,7 @@ def real_files(paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
         files = [file for file in inside if file.is_file() and (is_shard(file) or is_picture(file))]
         if not files:
-            raise UnusableInput(
-                f"--reference {path}: give a folder of pictures or of .tar shards, or a shard"
-            )
+            raise UnusableInput(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")
         found += files
     return found
 

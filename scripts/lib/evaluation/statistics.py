@@ -94,7 +94,6 @@ class KernelDistance:
     """
 
     def __init__(self, reference, paired=False):
-        """Take features [N, D], N at least 2."""
         self.reference, self.paired = reference.double(), paired
         self.own = kernel_sums(self.reference, self.reference, skip_same=True)
 
@@ -102,15 +101,11 @@ class KernelDistance:
         """Return {value, low, high} of features [M, D], as `jackknife` does; M is N where they are paired."""
         a, b = features.double(), self.reference
         if min(len(a), len(b)) < 2 or (self.paired and len(a) != len(b)):
-            raise ValueError(
-                "KID: give 2 or more features of each set, as many of both where they are paired"
-            )
+            raise ValueError("KID: give 2 or more features of each set, as many of both where they are paired")
         parts = (kernel_sums(a, a, True), self.own, kernel_sums(a, b, self.paired))
 
         def estimate(kept):
-            sums, counts = (
-                torch.stack([part[which][kept][:, kept].sum() for part in parts]) for which in (0, 1)
-            )
+            sums, counts = (torch.stack([part[which][kept][:, kept].sum() for part in parts]) for which in (0, 1))
             return float((sums / counts) @ torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64))
 
         every = torch.arange(GROUPS)
@@ -123,10 +118,7 @@ def bootstrap_mean(values, resamples=1000, seed=0):
     values = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack(
-        [
-            values[torch.randint(len(values), (len(values),), generator=generator)].mean()
-            for _ in range(resamples)
-        ]
+        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
     )
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": values.mean().item(), "low": low, "high": high}
