@@ -396,7 +396,11 @@ def checkpoint_paths(args):
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except ValueError as error:  # of a file of flags
+        files = [word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@")]
+        parser.error(f"{', '.join(files)}: {error}; mend the file of flags")
     if rest:
         parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
@@ -488,7 +492,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
@@ -636,7 +640,7 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` in a row gave nothing at all."""
+    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
 
     dead_shards = 0
 
@@ -746,7 +750,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     the head of the first shard of a cache, shards cached in another way are counted and left.
 
     Raises:
-        UnusableInput: too many shards in a row cannot be read at all.
+        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -766,7 +770,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done else skipped.dead_shards + 1
+    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         raise UnusableInput(
             f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
@@ -1011,13 +1015,13 @@ def open_picture(data, max_pixels, draft_px=None):
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original, orientation = picture.size, picture.getexif().get(ExifTags.Base.Orientation)
-        if orientation in (5, 6, 7, 8):  # stored on its side
-            original = original[::-1]
+        original = picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
+        stored = picture.size
         ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture), original
+        # Not by the orientation: the size of a TIFF is the upright one before and after.
+        return to_rgb(picture), original if picture.size == stored else original[::-1]
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -1521,6 +1525,7 @@ def quantize_4bit(unet):
             linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
@@ -1646,7 +1651,7 @@ def adam_8bit(parameters, options):
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         @torch.no_grad()
-        def step(self):
+        def step(self, closure=None):  # noqa: ARG002 - accelerate passes it on
             if not self.initialized:
                 self.check_overrides()
                 self.to_gpu()
