@@ -1567,6 +1567,7 @@ def quantize_4bit(unet):
             linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
