@@ -54,6 +54,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 SCRIPT_VERSION = "0.2.0"
@@ -108,7 +109,7 @@ AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
-    "hub_model_id hub_public_repo hub_token local_rank vae_encode_batch_size logging_dir logging_steps "
+    "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
     "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
     "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
@@ -155,7 +156,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists all flags\n")
+        self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -223,6 +224,8 @@ def add_lora_args(parser):
     add("--lora_dropout", type=FRACTION, default=0.0,
         help="dropout on the LoRA's input; the target is computed without it")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
+    add("--init_lora", metavar="PATH",
+        help="LCM-LoRA to start from: a .safetensors file or a run's folder, of any rank and alpha")
 
 
 def add_distillation_args(parser):
@@ -336,7 +339,8 @@ def build_parser():
 
 def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
-    name = word.lstrip("-").partition("=")[0]
+    word = word.partition("=")[0]
+    name = word.lstrip("-")
     if name in DATASET_FLAGS:
         remedy = (
             "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
@@ -404,18 +408,28 @@ def parse_args(argv=None):
     return args
 
 
+SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
+SECRETS = (  # pattern, replacement; in this order
+    (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
+    (r"(\w+:/+[^\s'\"?#]*)[?#]\S+", r"\1?***"),
+    (r"(?i)\b(authorization|cookie)[\"']?\s*:.*", r"\1: ***"),
+    (rf"(?i)({SECRET_NAMES}[\"']?\s*[=:]\s*)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (rf"(?i)(--?(?:[\w-]*{SECRET_NAMES}|u|user|header)\s+)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (r"(?i)\b((?:bearer|basic|digest)\s+)\S{8,}", r"\1***"),
+    (r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", r"\1***"),
+)
+
+
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
     if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
-        return " ".join([program, *(["***"] if len(words) > len(places) else []), *places])
-    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1***@", text)
-    text = re.sub(r"(\w+://[^\s'\"?#]*)[?#][^\s'\"]+", r"\1?***", text)
-    names = r"authorization|token|api[_-]?key|secret\w*|passw\w*|sig(?:nature)?|access[_-]?key\w*|cookie"
-    text = re.sub(rf"(?i)((?:{names})\s*[=:]\s*)(?:(?:bearer|basic|token)\s+)?\S+", r"\1***", text)
-    text = re.sub(r"(?i)\b(bearer\s+|basic\s+)\S{8,}", r"\1***", text)
-    return re.sub(r"\b(hf_|sk-|ghp_|AKIA)\w{8,}", r"\1***", text)
+        program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
+        return " ".join([program, *["***"] * (len(words) > len(places)), *places])
+    for pattern, replacement in SECRETS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def public_flags(args):
@@ -435,6 +449,7 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
+    PARENT = os.getppid()
     print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
@@ -443,6 +458,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in fo
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import braceexpand
 import diffusers
 import filelock
 import numpy as np
@@ -459,9 +475,11 @@ from accelerate.utils import (
     gather_object,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -469,6 +487,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
@@ -645,8 +664,8 @@ def list_shards(values):
         UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
     """
     flag, shards = "--train_shards_path_or_url", []
-    for value in chain.from_iterable(re.split(r"::(?!\d)", value) for value in values):
-        value = re.sub(r"^file:(//)?(?=/)", "", value)
+    for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
         scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
@@ -668,7 +687,7 @@ def list_shards(values):
 
 def expand_braces(flag, value):
     try:
-        return wds.SimpleShardList(value).urls
+        return list(braceexpand.braceexpand(value))
     except ValueError as error:
         raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
 
@@ -834,10 +853,11 @@ def open_shard(shard):
 
 def last_words(text, shard):
     """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    text, words = masked(" ".join(text.split())[-200:]), re.compile(r"[^\s'\"=:&?]+")
-    for word in set(words.findall(shard)) - set(words.findall(masked(shard))):
+    words = re.compile(r"[^\s'\"=:&?]+")
+    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
+    for word in sorted(hidden, key=len, reverse=True):
         text = text.replace(word, "***") if len(word) > 3 else text
-    return text
+    return text[-200:]
 
 
 def split_name(name):
@@ -847,7 +867,7 @@ def split_name(name):
     suffix = suffix.lower()
     if suffix not in SHARD_SUFFIXES or base.startswith("."):
         return name, ""
-    if suffix not in IMAGE_SUFFIXES and stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+    if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
     return f"{folder}/{stem}" if folder else stem, suffix
 
@@ -855,34 +875,40 @@ def split_name(name):
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
-    The files of a sample are usually neighbours. Where they are not, parts of samples wait for the rest, up to
-    WAITING_BYTES in all. A sample is whole once it has each kind of file that the shard has had so far.
+    A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
+    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
+    until WAITING_BYTES wait.
     """
-    waiting, given, kinds, held, last = {}, {}, set(), 0, None
+    waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
+
+    def give(key):
+        sample = waiting.pop(key)
+        given[key] = frozenset(sample)
+        # K.mask.png beside K.png belongs to K and is no sample of its own.
+        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        return [] if is_extra else [sample]
+
     for name, data in members:
         key, suffix = split_name(name)
-        if last not in (None, key) and last in waiting and is_whole(waiting[last], kinds):
-            held -= size_of(waiting[last])
-            given[last] = frozenset(waiting[last])
-            yield waiting.pop(last)
-        last = key
-        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
-            lost["file name twice in its shard"] += not lost[key, suffix]
-            continue
-        if key in given:
-            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
-            continue
-        waiting.setdefault(key, {"__key__": key})[suffix] = data
+        if key != last and not key.startswith(f"{last}."):
+            if is_new and last in waiting and is_whole(waiting[last], kinds):
+                held -= size_of(waiting[last])
+                yield from give(last)
+            last, is_new = key, key not in waiting
         kinds.add(kind_of(suffix))
-        held += len(data)
+        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
+            lost["file name twice in its shard"] += 1
+        elif key in given:
+            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
+        else:
+            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = waiting.pop(next(iter(waiting)))
-            held -= size_of(oldest)
-            given[oldest["__key__"]] = frozenset(oldest)
-            yield oldest
-    for sample in waiting.values():
-        if sample["__key__"].rpartition(".")[0] not in given:  # K.mask.png beside K.png is no sample of its own
-            yield sample
+            oldest = next(iter(waiting))
+            held -= size_of(waiting[oldest])
+            yield from give(oldest)
+    for key in list(waiting):
+        yield from give(key)
 
 
 def kind_of(suffix):
@@ -964,11 +990,11 @@ def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
     try:
-        caption = metadata.get("caption") if data is None else data.decode("utf-8-sig")
+        caption = metadata.get("caption") if data is None else data.decode()
         if caption is None:
             raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
-        return caption.strip()
+        return caption.strip("\ufeff \t\r\n")
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
@@ -1235,6 +1261,8 @@ def cache_identity(args):
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
+        elif isinstance(value, str):
+            identity[name] = masked(value)
     return identity
 
 
@@ -1442,7 +1470,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
 def loading_error(args, error):
     """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
-    name = f"--pretrained_teacher_model {masked(str(path))}"
+    name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
@@ -1676,6 +1704,102 @@ def adam_8bit(parameters, options):
     return AdamW8bit(parameters, **options)
 
 
+class Lora(NamedTuple):
+    """The change of one layer's weight: alpha / rank * up @ down."""
+
+    down: torch.Tensor  # [rank, in] or [rank, in, kh, kw]
+    up: torch.Tensor  # [out, rank] or [out, rank, 1, 1]
+    alpha: float
+
+
+def lora_file(path):
+    """Return the weight file of a folder that a run, a checkpoint or PEFT left; a file's path as it is."""
+    names = (WEIGHTS_NAME, "adapter_model.safetensors", "unet/adapter_model.safetensors")
+    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+
+
+def read_lora(path, layers_per_block=None):
+    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder.
+
+    Raises:
+        UnusableInput: the path holds no LoRA of a UNet, or more than that.
+    """
+    path = lora_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
+        beside, state = path.with_name("adapter_config.json"), load_file(path)
+        text = text or (beside.read_text("utf-8") if beside.is_file() else "{}")
+        config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
+        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # the end of each block
+        unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
+        number = sum(not name.endswith(".alpha") for name in state)
+        found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
+        state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({reason}); name another file") from error
+    loras, patterns = {}, config.get("alpha_pattern") or {}
+    for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
+        key = name.removesuffix(".lora_A.weight")
+        module = re.sub(r"^(unet\.)?(base_model\.model\.)?", "", key)
+        down, up = state.pop(name), state.pop(f"{key}.lora_B.weight", torch.zeros(0, 0))
+        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
+        alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
+        loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
+    rest = [*state, *(name for name, one in loras.items() if one.up.shape[1:2] != one.down.shape[:1])]
+    if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
+        raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
+    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
+        raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
+    return loras
+
+
+def reduce_rank(one, rank):
+    """Return a Lora's best approximation of at most this rank, by SVD; alpha is the new rank."""
+    if rank >= len(one.down):
+        return one
+    q_up, r_up = torch.linalg.qr(one.up.flatten(1).float())
+    q_down, r_down = torch.linalg.qr(one.down.flatten(1).float().T)
+    # The core between two thin QRs has the singular values of up @ down.
+    u, s, v = torch.linalg.svd(one.alpha / len(one.down) * (r_up @ r_down.T))
+    up, down = (q_up @ u[:, :rank]) * s[:rank].sqrt(), (s[:rank].sqrt() * (q_down @ v[:rank].T)).T
+    down = down.reshape(len(down), *one.down.shape[1:])
+    return Lora(down, up.reshape(*up.shape, *one.up.shape[2:]), float(len(down)))
+
+
+@torch.no_grad()
+def load_init_lora(unet, source):
+    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha.
+
+    Raises:
+        UnusableInput: the LoRA has a layer that the adapter lacks, or one of another shape.
+    """
+    layers = {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in unet.named_modules()
+        if isinstance(layer, lora.LoraLayer)
+    }
+    loras, misfits = read_lora(source, unet.config.layers_per_block), []
+    for name, one in loras.items():
+        down, up, scale = layers.get(name, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
+        if (one.down[0].numel(), len(one.up)) != (down[0].numel(), len(up)):
+            misfits.append(f"{name} ({one.down[0].numel()} x {len(one.up)})")
+            continue
+        one = reduce_rank(one, len(down))
+        rank = len(one.down)
+        # Rows of A beyond the LoRA's rank keep their random start: B's zeros leave the output as it is, and
+        # zeros in both would never get a gradient.
+        down[:rank] = one.down.view_as(down[:rank])
+        up.zero_()[:, :rank] = (one.up.float() * (one.alpha / rank / scale)).view_as(up[:, :rank])
+    if misfits:
+        some = ", ".join(misfits[:3])
+        raise UnusableInput(
+            f"--init_lora {source}: {len(misfits)} of {len(loras)} layers do not fit, such as {some}; name an "
+            "LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
+        )
+
+
 # <<< shared: models
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1692,6 +1816,7 @@ class RunState:
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
     stop_signal: str | None = None  # the first signal that asked the run to stop
+    is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     is_waiting: bool = False  # for data, as the only process
     is_saved: bool = False  # all updates are in a checkpoint
@@ -1862,7 +1987,7 @@ def update(job, batches):
     losses, positions = [], {}
     parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
     for micro_step in range(job.args.gradient_accumulation_steps):
-        batch = next_batch(batches, job.state, positions)
+        batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
             job.accelerator.backward(loss)
@@ -1877,14 +2002,15 @@ def update(job, batches):
     return torch.stack(losses).mean(), grad_norm
 
 
-def next_batch(batches, state, positions):
+def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
 
     Raises:
         OutOfData: nothing usable is left.
         StopWaiting: a signal came while the only process waited.
     """
-    state.is_waiting = True
+    state = job.state
+    state.is_waiting = job.accelerator.num_processes == 1  # several have to agree first
     batch = next(batches)
     state.is_waiting = False
     if "error" in batch:
@@ -2295,7 +2421,7 @@ def write_card(job, drawn):
     args, folder = job.args, Path(job.args.output_dir)
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
-    teacher = args.pretrained_teacher_model
+    teacher = masked(args.pretrained_teacher_model)
     from_hub = not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     training = "\n".join(
@@ -2581,7 +2707,7 @@ def open_output(args, state):
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state.lock = filelock.FileLock(folder / ".lock", mode=0o666)
+        state.lock = filelock.FileLock(folder / ".lock")
         state.lock.acquire(timeout=0)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
@@ -2627,13 +2753,14 @@ def listen(state):
 
     def note(number, _frame):
         name = signal.Signals(number).name
-        if not state.is_training or name == state.stop_signal == "SIGINT":
+        if not state.is_training or name == "SIGINT" and state.is_interrupted:
             saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
             print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
             kill_children()
             os._exit(3 if state.is_saved else 128 + number)
-        state.stop_signal = state.stop_signal or name
+        state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if state.is_waiting:
+            state.is_waiting = False
             raise StopWaiting
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
@@ -2738,6 +2865,8 @@ def make_job(args, accelerator, samples, cache, state):
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
     teacher_unet = make_twin(student_unet)
     parameters = add_lora(student_unet, args)
+    if args.init_lora:
+        load_init_lora(student_unet, args.init_lora)  # where a run is resumed, its checkpoint takes their place
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)
@@ -2870,6 +2999,8 @@ if __name__ == "__main__":
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != PARENT:  # gone while the libraries loaded
+            sys.exit(1)
     EXIT_CODE = run(ARGS)
     sys.stdout.flush()
     sys.stderr.flush()
