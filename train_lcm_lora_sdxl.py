@@ -396,7 +396,11 @@ def checkpoint_paths(args):
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except ValueError as error:  # of a file of flags
+        files = [word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@")]
+        parser.error(f"{', '.join(files)}: {error}; mend the file of flags")
     if rest:
         parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
@@ -1688,7 +1692,7 @@ def adam_8bit(parameters, options):
 
     class AdamW8bit(bitsandbytes.optim.AdamW8bit):
         @torch.no_grad()
-        def step(self):
+        def step(self, closure=None):  # noqa: ARG002 - accelerate passes it on
             if not self.initialized:
                 self.check_overrides()
                 self.to_gpu()
