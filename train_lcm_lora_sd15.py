@@ -640,7 +640,7 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` in a row gave nothing at all."""
+    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
 
     dead_shards = 0
 
@@ -750,7 +750,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     the head of the first shard of a cache, shards cached in another way are counted and left.
 
     Raises:
-        UnusableInput: too many shards in a row cannot be read at all.
+        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -770,7 +770,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done else skipped.dead_shards + 1
+    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         raise UnusableInput(
             f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
