@@ -5,21 +5,29 @@ import os
 import re
 import shutil
 import signal
-import socket
-import sys
 import time
-import traceback
 from pathlib import Path
 from unittest import mock
 
+import conftest
 import pytest
 import torch
-from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import ENVIRONMENT, SCRIPTS, build_teacher, flags, load_script, picture_bytes, read_log, write_shards
+from conftest import (
+    DEADLINE_S,
+    SCRIPTS,
+    Run,
+    at_call,
+    build_teacher,
+    finish,
+    load_script,
+    picture_bytes,
+    read_log,
+    send,
+    write_shards,
+)
 from safetensors.torch import load_file, save_file
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
-DEADLINE_S = 300  # for a run that hangs; a busy machine can take minutes for one of seconds
 
 
 @pytest.fixture(scope="module")
@@ -28,101 +36,9 @@ def script():
     return load_script(SCRIPTS[0])
 
 
-def free_port():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-class Run:
-    """A script's run in forked processes: as its own command, without the seconds that imports take."""
-
-    def __init__(self, script, arguments, said, processes=1, hook=None):
-        """Start it; `said` is the file for its output, `hook` is called with the script in each process."""
-        self.said = said
-        self.pids = []
-        port = free_port()
-        for rank in range(processes):
-            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-            environment = ENVIRONMENT | {name: str(value) for name, value in world.items() if processes > 1}
-            self.pids.append(os.fork())
-            if not self.pids[-1]:
-                self.become(script, [*map(str, arguments)], environment, hook)
-
-    def become(self, script, arguments, environment, hook):
-        """Run the script in this process and leave with its exit code."""
-        code = 1
-        try:
-            os.setsid()
-            os.environ.update(environment)
-            os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-            os.dup2(2, 1)
-            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
-            for state in (AcceleratorState, GradientState, PartialState):
-                state._shared_state.clear()
-            if hook:
-                hook(script)
-            code = script.run(script.parse_args(arguments))
-        except SystemExit as error:
-            code = error.code
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(code)
-
-    def signal(self, number):
-        """Send a signal to the first process and everything it started, as a scheduler does."""
-        os.killpg(self.pids[0], number)
-
-    def wait(self):
-        """Return the exit code of each process, that of a signal negative."""
-        codes, ends = {}, time.monotonic() + DEADLINE_S
-        while len(codes) < len(self.pids):
-            for pid in set(self.pids) - codes.keys():
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    codes[pid] = os.waitstatus_to_exitcode(status)
-                elif time.monotonic() > ends:
-                    os.killpg(pid, signal.SIGKILL)
-            time.sleep(0.01)
-        return [codes[pid] for pid in self.pids]
-
-    def lines(self):
-        """Return what it said, but for the progress bar, which has to be on lines of its own."""
-        lines = re.split(r"[\r\n]+", self.said.read_text())
-        return [line.strip() for line in lines if line.strip() and not re.match("distilling|validation", line)]
-
-
-def finish(script, arguments, said, expected=0, **kwargs):
-    """Run a script to its end and return the lines that it said."""
-    run = Run(script, arguments, said, **kwargs)
-    codes = run.wait()
-    assert set(codes) == {expected}, (codes, run.said.read_text()[-3000:])
-    return run.lines()
-
-
-def at_call(name, when, act):
-    """Return a hook that acts at the n-th call of one of the script's functions, or where when(*args)."""
-
-    def hook(script):
-        function = getattr(script, name)
-        calls = []
-
-        def acting(*args, **kwargs):
-            calls.append(1)
-            if len(calls) == when if isinstance(when, int) else when(*args):
-                act()
-            return function(*args, **kwargs)
-
-        setattr(script, name, acting)
-
-    return hook
-
-
-def send(number):
-    return lambda: os.kill(os.getpid(), number)
+def flags(*given, **changes):
+    """Return the command line of a small run that draws no pictures."""
+    return conftest.flags(*given, **{"validation_steps": -1} | changes)
 
 
 def results(output_dir):
@@ -202,9 +118,6 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     said = again(3, at_call("draw", 2, send(signal.SIGUSR1)))
     assert said[-1].startswith("stopped: ") and "SIGUSR1" in said[-1] and "checkpoint-5" in said[-1]
     losses_agree(5)
-    said = again(130, at_call("draw", 1, lambda: [send(signal.SIGINT)() for _ in range(2)]))  # Ctrl-C, twice
-    assert "SIGINT" in said[-1] and not any("Traceback" in line for line in said)
-    assert checkpoints(out) == {"checkpoint-4", "checkpoint-5"}
     again()
     assert_same(out, unbroken)
     assert checkpoints(out) == {"checkpoint-5", "checkpoint-6"}, "--checkpoints_total_limit 2"
@@ -292,7 +205,7 @@ def test_a_checkpoint_older_than_a_flag_has_its_default(again, unbroken, script,
         del manifest["settings"][flag]
         file.write_text(json.dumps(manifest))
     said = again(code)
-    wanted = {0: "resuming from .*checkpoint-6", 2: "(random_flip was False, is True)"}[code]
+    wanted = {0: "this run is finished", 2: "(random_flip was False, is True)"}[code]
     assert any(re.search(wanted, line) for line in said)
 
 
@@ -317,7 +230,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     said = finish(
         script, flags(teacher, shards, out, max_train_steps=6, logging_steps=3), tmp_path / "nan", expected=1
     )
-    assert said[-1].startswith("error: ") and "nan at update 3" in said[-1] and "--learning_rate" in said[-1]
+    assert said[-1].startswith("error: ") and "loss nan" in said[-1] and "update 3" in said[-1] and "--learning_rate" in said[-1]
     assert not any("Traceback" in line for line in said)
     assert checkpoints(out) == {"checkpoint-2"} and contents(out / "checkpoint-2") == before
     assert [row["step"] for row in read_log(out)] == [1, 2]
@@ -417,24 +330,8 @@ def test_a_folder_of_pictures_is_trained_on_as_it_is_and_resumed_exactly(script,
     assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
-def test_a_disk_that_is_full_costs_no_earlier_checkpoint(again, unbroken, tmp_path):
-    """Files of the fourth update's checkpoint cannot be written."""
-    import resource
-
-    size = (unbroken / "checkpoint-6" / "training_state.pt").stat().st_size
-
-    def fill():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, size // 2))
-
-    said = again(2, at_call("draw", 7, fill))
-    assert said[-1].startswith("error: ") and "checkpoint-4 cannot be written" in said[-1]
-    assert not any("Traceback" in line for line in said) and checkpoints(tmp_path / "out") == {"checkpoint-2"}
-    again()
-    assert_same(tmp_path / "out", unbroken)
-
-
 @pytest.mark.parametrize("out", ["/proc/lcm", "/sys/lcm"])
-def test_an_output_folder_that_cannot_be_written_is_named_before_any_model_loads(script, teacher, shards, tmp_path, out):
+def test_an_unwritable_output_folder_is_named_before_any_model_loads(script, teacher, shards, tmp_path, out):
     said = finish(script, flags(teacher, shards, out), tmp_path / "said", 2)
     assert said[-1].startswith("error: ") and f"--output_dir {out}" in said[-1]
     assert not any("Traceback" in line or "loading the models" in line for line in said)
@@ -444,7 +341,8 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch):
     """Else each GPU would hold the optimizer's state twice at the start."""
     places, load = [], torch.load
     monkeypatch.setattr(script.torch, "load", lambda *given, **named: places.append(named) or load(*given, **named))
-    monkeypatch.setattr(script, "load_file", lambda *_given, **_named: {})
+    for name in ("load_file", "set_peft_model_state_dict", "cast_training_params"):
+        monkeypatch.setattr(script, name, lambda *_given, **_named: {})
     with pytest.raises(FileNotFoundError):
         script.load_checkpoint(mock.MagicMock(student_unet=torch.nn.Identity()), Path("/nowhere"))
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True

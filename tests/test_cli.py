@@ -254,7 +254,8 @@ def documented_commands():
         for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
             for command in block.replace("\\\n", " ").splitlines():
                 words = shlex.split(command, comments=True)
-                words = words[: min((n for n, word in enumerate(words) if word in ("|", ">", "&&", ";")), default=None)]
+                ends = [n for n, word in enumerate(words) if word in ("|", ">", "&&", ";")]
+                words = words[: ends[0] if ends else None]
                 places = [n for n, word in enumerate(words) if re.search(r"(^|/)[\w.]+\.py$", word)]
                 if places and (ROOT / words[places[0]]).parent in (ROOT, ROOT / "scripts"):
                     yield page.name, words[places[0] + 1 :], words[places[0]]
