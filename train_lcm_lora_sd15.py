@@ -492,7 +492,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
@@ -1015,13 +1015,13 @@ def open_picture(data, max_pixels, draft_px=None):
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original, orientation = picture.size, picture.getexif().get(ExifTags.Base.Orientation)
-        if orientation in (5, 6, 7, 8):  # stored on its side
-            original = original[::-1]
+        original = picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
+        stored = picture.size
         ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture), original
+        # Not by the orientation: the size of a TIFF is the upright one before and after.
+        return to_rgb(picture), original if picture.size == stored else original[::-1]
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -1525,6 +1525,7 @@ def quantize_4bit(unet):
             linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
@@ -1699,8 +1700,7 @@ def read_lora(path, layers_per_block=None):
         found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
         state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
     except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({reason}); name another file") from error
+        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({one_line(error)}); name another file") from error
     loras, patterns = {}, config.get("alpha_pattern") or {}
     for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
         key = name.removesuffix(".lora_A.weight")
