@@ -53,7 +53,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice, product
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -681,7 +681,7 @@ def list_shards(values):
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
-        scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
+        scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
             raise UnusableInput(
@@ -722,16 +722,18 @@ def list_folder(folder):
     tars = sorted(no_command(str(path)) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
-    samples, keys = {}, []
+    samples, keys = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
         samples.setdefault(key, []).append(name)
-        keys += [key] * (suffix in IMAGE_SUFFIXES and key not in keys[-1:])
+        if suffix in IMAGE_SUFFIXES:
+            keys[key] = True  # in order
     if not keys:
         raise UnusableInput(
             f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
         )
+    keys = list(keys)
     parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
     return [
         PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*(samples[key] for key in part))))
@@ -877,11 +879,17 @@ def open_shard(shard):
 
 
 def last_words(text, shard):
-    """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    words = re.compile(r"[^\s'\"=:&?]+")
-    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
-    for word in sorted(hidden, key=len, reverse=True):
-        text = text.replace(word, "***") if len(word) > 3 else text
+    """Return the end of a command's error output as one line, without what may be secret words of the command."""
+    pattern = r"([=:@]|(?:^|\s)-\S+\s+)?['\"]?([^\s'\"=:&?@]+)"
+    shown = {word for _, word in re.findall(pattern, masked(shard))}
+    words = {
+        word
+        for lead, word in re.findall(pattern, shard)
+        if len(word) > 3 and (lead or not re.fullmatch("[a-z]+", word))
+    }
+    text = masked(" ".join(text.split()))
+    for word in sorted(words - shown, key=len, reverse=True):
+        text = text.replace(word, "***")
     return text[-200:]
 
 
@@ -910,7 +918,8 @@ def group_members(members, lost):
         sample = waiting.pop(key)
         given[key] = frozenset(sample)
         # K.mask.png beside K.png belongs to K and is no sample of its own.
-        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        parents = accumulate(key.split(".")[:-1], "{}.{}".format)
+        is_extra = len(sample) == 2 and any(parent in given or parent in waiting for parent in parents)
         return [] if is_extra else [sample]
 
     for name, data in members:
@@ -2532,6 +2541,10 @@ def start(args):
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        raise UnusableInput(
+            f"--report_to {args.report_to}: its package is not installed; install it or choose another"
+        )
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
