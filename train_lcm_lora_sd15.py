@@ -1525,6 +1525,7 @@ def quantize_4bit(unet):
             linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
@@ -1699,8 +1700,7 @@ def read_lora(path, layers_per_block=None):
         found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
         state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
     except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({reason}); name another file") from error
+        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({one_line(error)}); name another file") from error
     loras, patterns = {}, config.get("alpha_pattern") or {}
     for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
         key = name.removesuffix(".lora_A.weight")
