@@ -18,15 +18,7 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from model_args import (
-    DTYPES,
-    InputError,
-    add_model_flags,
-    lora_problems,
-    model_problems,
-    refuse,
-    step_problems,
-)
+from model_args import DTYPES, InputError, add_model_flags, lora_problems, model_problems, refuse, step_problems
 
 FAMILIES = ("sd15", "sdxl", "ssd1b")
 PROMPT = "close-up photography of old man standing in the rain at night, in a street lit by lamps"
