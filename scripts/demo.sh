@@ -30,20 +30,30 @@ if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
     --resolution 64 --train_batch_size 16 --max_train_steps "$updates" --learning_rate 2e-3 \
     --lr_scheduler linear --lora_rank 32 --num_ddim_timesteps 20 --w_min 5.5 --w_max 7.5 \
     --loss_space epsilon --vae_encode_batch_size 16 --validation_steps 120 --checkpointing_steps 60 \
-    --checkpoints_total_limit 1
+    --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
-say "3/4 pictures: $out/grid.png"
+say "3/4 pictures: $out/grid.png, $out/strip/strip.png"
 if [ ! -e "$out/grid.png" ]; then
   python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out" --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house"
 fi
+if [ ! -e "$out/strip/strip.png" ]; then
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out/strip" --strip \
+    --samplers ddim lcm-lora --base_steps 50 4 --steps 4 --prompts \
+    "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
+    "forest at noon with snow and a house" "desert at dawn with a clear sky and a tent" \
+    "hills at noon with clouds and a windmill" "sea at dawn with clouds and a lighthouse" \
+    "desert at sunset with a clear sky and birds"
+fi
 
-say "4/4 table: $out/results.json"
-if [ ! -e "$out/results.json" ]; then
-  torchrun --nproc_per_node 2 scripts/demo/measure.py \
-    --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out"
+say "4/4 table: $out/evaluation/table.md, report.html"
+if [ ! -e "$out/evaluation/results.json" ]; then
+  torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" --lora "$out" \
+    --yardstick "$teacher/reference.safetensors" --features assets/demo-teacher-sd15/judge.safetensors \
+    --clip_model none --num_images 128 --batch_size 64 --guidance_scale 7.5 2 3 5 \
+    --samplers ddim dpmsolver++ lcm-without-lora lcm-lora --output_dir "$out/evaluation"
 else
-  cat "$out/table.md"
+  sed '/^Teacher/q' "$out/evaluation/table.md"
 fi

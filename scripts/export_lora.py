@@ -36,9 +36,8 @@ FAMILY_MARKS = {
 
 def parse_args(argv=None):
     """Return the checked flags; wrong ones end the process with exit code 2 and one line."""
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    raw = argparse.RawDescriptionHelpFormatter
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     cli.error = lambda message: cli.exit(2, f"error: {message}\n")
     add = cli.add_argument
     add("--input", required=True, type=Path, metavar="PATH", help="LoRA file, or folder that holds one")
@@ -53,9 +52,11 @@ def parse_args(argv=None):
     text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
     add("--teacher_config", metavar="MODEL", help=text)
     add("--variant", help="variant of the model's weight files, such as fp16 (default: none)")
+    text = "what the model's UNet predicts (default: by its config, or the markers in a single file)"
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
     args = cli.parse_args(argv)
     is_file = args.output.suffix == ".safetensors"
-    of_model = args.teacher_config or args.variant
+    of_model = args.teacher_config or args.variant or args.prediction_type
     for is_wrong, message in (
         (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
@@ -64,7 +65,7 @@ def parse_args(argv=None):
         (args.format and not is_file, f"--output {args.output}: name a file that ends in .safetensors"),
         (args.output.is_dir(), f"--output {args.output}: is a folder; name a file"),
         (args.bare_header and args.format != "kohya", "--bare_header: only with --format kohya"),
-        (of_model and not args.merge_into, "--teacher_config, --variant: only with --merge_into"),
+        (of_model and not args.merge_into, "--teacher_config, --variant, --prediction_type: only with --merge_into"),
     ):
         if is_wrong:
             cli.error(message)
@@ -94,6 +95,10 @@ def layers_of_a_block(loras):
     return max((int(one[2]) + (one[1] == "down") for one in found if one), default=2)
 
 
+def largest_rank(loras):
+    return max(len(lora.down) for lora in loras.values())
+
+
 def text_width(loras):
     """Return the width of the text embeddings that the LoRA's cross-attention reads, or None."""
     return next((lora.down.shape[1] for name, lora in loras.items() if name.endswith("attn2.to_k")), None)
@@ -108,10 +113,8 @@ def find_trainer(args, loras):
     width = text_width(loras)
     family = {768: "sd", 1024: "sd", 2048: "sdxl"}.get(width)
     if args.family != "auto" and family not in (None, args.family):
-        raise UnusableInput(
-            f"--family {args.family}: the LoRA's attention reads text of width {width}, which {family} "
-            "models have; leave the flag out"
-        )
+        fault = f"the LoRA's attention reads text of width {width}, which {family} models have"
+        raise UnusableInput(f"--family {args.family}: {fault}; leave the flag out")
     path = sd15.lora_file(args.input)
     with safe_open(path, framework="pt") as file:
         header = file.metadata() or {}
@@ -150,7 +153,7 @@ def whole_output(output):
                 one.chmod((0o777 if one.is_dir() else 0o666) & ~mask)
             os.replace(path, output)
     except (OSError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = sd15.one_line(error)
         raise UnusableInput(f"--output {output}: cannot be written ({reason}); name another place") from error
 
 
@@ -163,8 +166,7 @@ def kohya_file(args, loras, layers_per_block):
         up = lora.up if lora.alpha == alpha else lora.up.float() * (lora.alpha / alpha)
         state |= {f"{key}.lora_down.weight": lora.down, f"{key}.lora_up.weight": up}
         state[f"{key}.alpha"] = torch.tensor(alpha)
-    rank = max(len(lora.down) for lora in loras.values())
-    flags = SimpleNamespace(lora_rank=rank, lora_alpha=alpha, resolution=None)
+    flags = SimpleNamespace(lora_rank=largest_rank(loras), lora_alpha=alpha, resolution=None)
     header = trainer.kohya_metadata(flags, text_width(loras))
     del header["ss_resolution"]  # a LoRA does not tell
     return state, {} if args.bare_header else header
@@ -215,7 +217,8 @@ def merge(args, loras, path, dtype):
     """
     model = SimpleNamespace(
         pretrained_teacher_model=args.merge_into, teacher_config=args.teacher_config, variant=args.variant,
-        teacher_revision=None, cache_dir=None, prediction_type=None, pretrained_vae_model_name_or_path=None,
+        prediction_type=args.prediction_type, teacher_revision=None, cache_dir=None,
+        pretrained_vae_model_name_or_path=None,
     )  # fmt: skip
     pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
     modules = dict(pipe.unet.named_modules())
@@ -223,10 +226,8 @@ def merge(args, loras, path, dtype):
         delta = lora.alpha / len(lora.down) * (lora.up.flatten(1).float() @ lora.down.flatten(1).float())
         weight = getattr(modules.get(name), "weight", torch.zeros(0))
         if weight.flatten(1 if weight.ndim > 1 else 0).shape != delta.shape:
-            raise UnusableInput(
-                f"--merge_into {args.merge_into}: the LoRA's layer {name} {[*delta.shape]} does not fit; "
-                "name a model of the LoRA's own architecture"
-            )
+            fault = f"the LoRA's layer {name} {[*delta.shape]} does not fit"
+            raise UnusableInput(f"--merge_into {args.merge_into}: {fault}; name a model of its architecture")
         weight += delta.view_as(weight)
     pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
     pipe.to(dtype)
@@ -239,15 +240,14 @@ def merge(args, loras, path, dtype):
 def main(args):
     """Convert or merge what the flags name."""
     loras = sd15.read_lora(args.input)
-    largest = max(len(lora.down) for lora in loras.values())
     dtype = DTYPES["no" if args.dtype == "fp32" else args.dtype]
     with whole_output(args.output) as path:
-        if args.rank and args.rank > largest:
-            raise UnusableInput(f"--rank {args.rank}: must be at most the LoRA's own, {largest}")
+        if args.rank and args.rank > largest_rank(loras):
+            raise UnusableInput(f"--rank {args.rank}: must be at most the LoRA's own, {largest_rank(loras)}")
         if args.rank:
             loras = {name: sd15.reduce_rank(lora, args.rank) for name, lora in loras.items()}
         (merge if args.merge_into else write_lora)(args, loras, path, dtype)
-    print(f"{args.output}: {len(loras)} layers of rank {max(len(lora.down) for lora in loras.values())}")
+    print(f"{args.output}: {len(loras)} layers of rank {largest_rank(loras)}")
 
 
 if __name__ == "__main__":

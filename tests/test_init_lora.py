@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import flags, launch, one_family
 from diffusers import DiffusionPipeline
+from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
@@ -97,6 +98,21 @@ def test_the_alpha_of_each_layer_counts(script, teacher, tmp_path):
         state |= {name: torch.tensor(2.0), up: state[up] * 4}
     save_file(state, path)
     unet = with_lora(script, teacher, 4, 4)
+    script.load_init_lora(unet, path)
+    torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", ["diffusers", "peft"])
+def test_rank_patterns_alpha_patterns_and_rslora_count(script, teacher, keys, tmp_path):
+    trained = DiffusionPipeline.from_pretrained(teacher).unet
+    config = LoraConfig(
+        r=4, lora_alpha=8, use_rslora=True, target_modules=["to_q", "to_k", "conv1"], init_lora_weights=False,
+        rank_pattern={"to_q": 6}, alpha_pattern={"to_q": 3, "up_blocks.0.resnets.0.conv1": 1},
+    )  # fmt: skip
+    trained.add_adapter(config)
+    path = write(script, trained, keys, tmp_path, None)
+    unet = with_lora(script, teacher, 6, 4)
+    assert (output(unet) - output(trained)).abs().max() > 0.01
     script.load_init_lora(unet, path)
     torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
 
