@@ -29,7 +29,6 @@ from conftest import (
     finish,
     flags,
     free_port,
-    launch,
     load_script,
     picture_bytes,
     read_log,
@@ -309,7 +308,7 @@ def test_what_only_one_process_meets_is_said(script, teacher, tmp_path, rank):
 
     def has_no_sample(seed):
         args = script.parse_args(flags(teacher, folder, tmp_path / "out", seed=seed))
-        return "error" in next(iter(script.ShardStream(script.list_shards([str(folder)]), args, 2, rank)))
+        return "error" in next(iter(script.ShardStream(script.list_shards([str(folder)]), args, 2, rank, 1)))
 
     seed = next(filter(has_no_sample, range(99)))
     run = Run(script, flags(teacher, folder, tmp_path / "out", seed=seed), tmp_path / "said", processes=2)
@@ -329,25 +328,44 @@ def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
     assert any("v_prediction" in line and "zero terminal SNR" in line for line in said)
 
 
+TWICE = """
+import shutil
+import sys
+from pathlib import Path
+sys.path[:0] = [{tests!r}]
+from accelerate.state import AcceleratorState, GradientState, PartialState
+from conftest import load_script
+
+script, (whole, broken) = load_script({script!r}), map(Path, {folders!r})
+for out in (whole, broken):
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._shared_state.clear()
+    code = script.run(script.parse_args([*sys.argv[1:], "--output_dir", str(out)]))
+    if code:
+        sys.exit(code)
+    if out == whole:  # and as it was after its second update
+        shutil.copytree(whole, broken)
+        shutil.rmtree(broken / "checkpoint-4")
+        (broken / script.WEIGHTS_NAME).unlink()
+"""
+
+
 def test_other_arithmetic_trains_and_resumes(script, teacher, shards, tmp_path):
-    wide = tmp_path / "wide"
-    shutil.copytree(teacher, wide)
-    tiny_unet(block_out_channels=(8, 64)).save_pretrained(wide / "unet")
+    """In a process of its own: bf16 kernels do not outlive a fork."""
+    shutil.copytree(teacher, tmp_path / "wide")
+    tiny_unet(block_out_channels=(8, 64)).save_pretrained(tmp_path / "wide" / "unet")
     changes = {"mixed_precision": "bf16", "use_8bit_adam": True, "use_4bit_base": True, "lora_rank": 64}
-    unbroken, resumed = tmp_path / "unbroken", tmp_path / "resumed"
-    for out in (unbroken, resumed):
-        line = flags(wide, shards, out, **changes)
-        # a process of its own: bf16 kernels do not outlive a fork
-        done = launch(line, Path(script.__file__).name)
-        assert done.returncode == 0, done.stderr[-2000:]
-        if out == unbroken:  # and as it was after its second update
-            shutil.copytree(unbroken, resumed)
-            shutil.rmtree(resumed / "checkpoint-4")
-            (resumed / "pytorch_lora_weights.safetensors").unlink()
-    assert "resuming from" in done.stdout + done.stderr
-    assert_same(resumed, unbroken)
+    line = flags(tmp_path / "wide", shards, "unused", validation_steps=-1, **changes)
+    folders = [str(tmp_path / name) for name in ("whole", "broken")]
+    program = TWICE.format(tests=str(ROOT / "tests"), script=os.path.basename(script.__file__), folders=folders)
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, line)], capture_output=True, text=True, env=ENVIRONMENT, timeout=240
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert "resuming from" in done.stderr
+    assert_same(*folders)
     for folder in ("checkpoint-2", "checkpoint-4"):
-        weights = load_file(resumed / folder / "unet" / "adapter_model.safetensors")
+        weights = load_file(tmp_path / "broken" / folder / "unet" / "adapter_model.safetensors")
         assert {value.dtype for value in weights.values()} == {torch.float32}
 
 
@@ -392,9 +410,9 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     assert len(pictures) == 8 and {Image.open(path).size for path in pictures} == {(32, 32)}
 
 
-def windows(script):
+def become_windows(script):
     """Take away what Windows lacks, and load the script there; also, files opened to read cannot be synced."""
-    for module, name in ((signal, "SIGUSR1"), (signal, "SIGCHLD"), (os, "sched_getaffinity"), (os, "killpg")):
+    for module, name in ((signal, "SIGUSR1"), (os, "sched_getaffinity"), (os, "killpg")):
         delattr(module, name)
     sys.platform, fsync = "win32", os.fsync
 
@@ -410,7 +428,7 @@ def windows(script):
 
 def test_a_machine_without_linuxs_signals_trains(script, teacher, shards, tmp_path):
     line = flags(teacher, shards, tmp_path / "out", max_train_steps=2, dataloader_num_workers=1)
-    finish(script, line, tmp_path / "said", hook=windows)
+    finish(script, line, tmp_path / "said", hook=become_windows)
     assert checkpoints(tmp_path / "out") == {"checkpoint-2"}
 
 
@@ -594,10 +612,10 @@ def unusable(script, teacher, teachers, tmp_path_factory):
 
 REAL = {  # flag and value to change, what the last line has to name
     "empty teacher folder": ("pretrained_teacher_model", "{}/empty", r"--pretrained_teacher_model {}/empty"),
-    "garbage shard": ("train_shards_path_or_url", "{}/garbage.tar", "picture cannot be decoded: 8"),
     "truncated shard": ("train_shards_path_or_url", "{}/cut.tar", "shard {}/cut.tar: is truncated"),
 }
 IN_PROCESS = {
+    "garbage shard": ("train_shards_path_or_url", "{}/garbage.tar", "picture cannot be decoded: 8"),
     "inpainting teacher": ("pretrained_teacher_model", "{}/inpainting", "inpainting"),
     "other family": ("pretrained_teacher_model", "{}/other-family", "use train_lcm_lora_"),
     "truncated UNet": ("pretrained_teacher_model", "{}/cut-unet", "{}/cut-unet"),
@@ -747,6 +765,6 @@ def test_a_lora_trained_for_a_minute_draws_better_at_4_steps_than_none(script, t
         distance = frechet(features, reference.flatten(0, 1).double())
         results.append((distance, (read == labels).double().mean().item()))
     floor = frechet(reference[:96, 0].double(), reference.flatten(0, 1).double())
-    print(results, floor)
     (without, guessed), (distance, accuracy) = results
+    # Measured: 182 without, 70 with the LoRA, over a floor of 23; 89% and 99% of the attributes.
     assert distance - floor < (without - floor) / 2 and accuracy > guessed
