@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from lib.benchmark import sweep, table
 from lib.benchmark.sweep import KNOWN_MODELS, REAL_MODELS, RECIPES
 
-TRAIN_HELP = """Measure training steps: samples/s, seconds per part, peak memory, share of the matmul rate.
+TRAIN_HELP = """Measure training steps: samples/s, peak memory, share of the matmul rate.
 
 `ours` is the training script's own step. `reference` is the recipe in common use, written plainly in
 lib/benchmark/reference_recipe.py. Flags that are not listed here go to the training script, for both. Weights of
@@ -75,7 +75,7 @@ def add_train(commands):
 def add_loader(commands):
     cli = commands.add_parser("loader", description=LOADER_HELP)
     add = cli.add_argument
-    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json and loader.md")
+    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json")
     cases = [(512, 512), (768, 512), (1024, 512), (1024, 1024)]
     text = "side of the pictures and training resolution, px (default: 512:512 768:512 1024:512 1024:1024)"
     add("--cases", nargs="+", default=cases, type=loader_case, metavar="SIDE:RESOLUTION", help=text)

@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from lib.benchmark import sweep, table
 
 FIGURES = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
-PARTS = {"data", "VAE", "text", "teacher", "target", "student forward", "backward", "optimizer"}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,6 @@ def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
         assert report["ratios"][name] == [pytest.approx(ours / reference)]
         assert name in run.stdout
     for each in figures.values():
-        assert set(each["seconds_per_part"]) == PARTS
-        assert sum(each["seconds_per_part"].values()) <= each["seconds_per_step"]
         assert len(each["losses"]) == 3 and len(set(each["losses"])) == 3
     assert report["loss_difference"] < 1e-4  # float32; the third loss follows two updates
 
@@ -111,7 +108,7 @@ class Worker:
             self.returncode = 1
             return "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate"
         figures = dict.fromkeys(sweep.PRINTED, 2.0 if "ours" in words else 1.0)
-        return json.dumps(figures | {"device": "GPU", "torch": "2", "cuda": "13", "seconds_per_part": {}}) + "\n", ""
+        return json.dumps(figures | {"device": "GPU", "torch": "2", "cuda": "13"}) + "\n", ""
 
     def kill(self):
         self.killed = True
