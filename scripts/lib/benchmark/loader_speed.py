@@ -1,65 +1,24 @@
-#!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Measure the loader on one core: pictures a second from shards to batches, beside plain JPEG decoding.
+"""Pictures a CPU second from shards to batches, beside Pillow's decoding of the same JPEGs."""
 
-    python scripts/benchmark_loader.py --output_dir outputs/benchmark-loader
-
-Shards of JPEGs are made on the spot (noise at every scale, as a photograph has detail at every scale; quality
-90). Measured are `ShardStream` with its shuffle, filters, crop and batches, in one process without loader
-workers, and, over the same bytes, `Image.open(...).convert("RGB")` and nothing else: the limit of a loader
-that decodes with Pillow at full size. (JPEGs of twice the training size or more are decoded at half their
-size, so there the loader can be faster.) The two take turns; the table has medians and the range. Time is the
-CPU time of the process, so that other work on the machine counts for little.
-Output: loader.json, loader.md. Exit codes: 0 done, 2 wrong usage, 1 anything else.
-"""
-
-import argparse
 import io
 import json
 import statistics
-import sys
 import tempfile
 import time
 from collections import deque
-from itertools import chain, cycle, islice
-from pathlib import Path
-
-
-def parse_args():
-    """Return the command line; a wrong one exits with 2."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = cli.add_argument
-    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json and loader.md")
-    cases = ["512:512", "768:512", "1024:512", "1024:1024"]
-    text = "side of the pictures and training resolution, px (default: %(default)s)"
-    add("--cases", nargs="+", default=cases, metavar="SIDE:RESOLUTION", help=text)
-    add("--pictures", type=int, default=64, metavar="N", help="of one measurement (default: %(default)s)")
-    add("--repeats", type=int, default=7, metavar="N", help="of each measurement (default: %(default)s)")
-    args = cli.parse_args()
-    try:
-        args.cases = [tuple(int(part) for part in case.split(":")) for case in args.cases]
-        if min(args.pictures, args.repeats, *chain(*args.cases)) < 1 or {len(c) for c in args.cases} != {2}:
-            raise ValueError
-    except ValueError:
-        cli.error("--cases, --pictures, --repeats: give SIDE:RESOLUTION, and numbers of 1 or more")
-    return args
-
-
-if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports below, which take seconds
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
+from itertools import cycle, islice
 
 import numpy as np
 import torch
 import webdataset as wds
 from PIL import Image
 
-import train_lcm_lora_sd15 as trainer
+from lib.trainers import sd15
 
 
 def make_jpeg(side, seed):
-    """Return a JPEG of side x side px: noise summed over octaves, little weaker towards the fine ones."""
+    """Return a JPEG of side x side px with detail at every scale, as a photograph has."""
     rng, total = np.random.default_rng(seed), np.zeros((side, side, 3), np.float32)
     cells = 2
     while cells <= side:
@@ -78,7 +37,7 @@ def decode_all(pictures):
         Image.open(io.BytesIO(data)).convert("RGB")
 
 
-def measure(side, resolution, args):
+def measure_rates(side, resolution, args):
     """Return one case's record: pictures a second of both ways, in turns, over the same JPEGs."""
     pictures = [make_jpeg(side, seed) for seed in range(min(args.pictures, 32))]
     pictures = list(islice(cycle(pictures), args.pictures))
@@ -91,7 +50,8 @@ def measure(side, resolution, args):
                 writer.write(record | {"json": {"original_width": side, "original_height": side}})
         flags = f"--train_shards_path_or_url {shard} --resolution {resolution} --max_train_steps 1 "
         flags += "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16"
-        stream = trainer.ShardStream([shard], trainer.parse_args(flags.split()), 1, 0)
+        flags += " --dataloader_num_workers 0"
+        stream = sd15.ShardStream([shard], sd15.parse_args(flags.split()), 1, 0, 1)
         for _ in range(args.repeats + 1):
             for name, work in (
                 ("decode", lambda: decode_all(pictures)),
@@ -106,7 +66,7 @@ def measure(side, resolution, args):
     return {"side_px": side, "resolution_px": resolution, "jpeg_kb": round(kb, 1), "share": shares} | warm
 
 
-def as_markdown(records):
+def loader_table(records):
     """Return the records as a table: medians, in brackets the range."""
     lines = ["| JPEGs | training | plain decode | loader | loader / decode |", "|---|---|---|---|---|"]
     for record in records:
@@ -116,18 +76,14 @@ def as_markdown(records):
             cells.append(f"{values[0]} ({values[1]} to {values[2]})")
         side, resolution = f"{record['side_px']} px, {record['jpeg_kb']} kB", f"{record['resolution_px']} px"
         lines.append(f"| {side} | {resolution} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", "Pictures a CPU second: median (range). Last column: taken in turns.", ""])
+    return "\n".join([*lines, "", "Pictures per CPU second: median (range). Last column: by round.", ""])
 
 
-def main(args):
+def measure_loader(args):
     """Measure each case, write and print the results."""
     torch.set_num_threads(1)
-    records = [measure(*case, args) for case in args.cases]
+    records = [measure_rates(*case, args) for case in args.cases]
     args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "loader.json").write_text(json.dumps(records, indent=1), encoding="utf-8")
-    (args.output_dir / "loader.md").write_text(as_markdown(records), encoding="utf-8")
-    print(as_markdown(records))
-
-
-if __name__ == "__main__":
-    main(ARGS)
+    (args.output_dir / "loader.md").write_text(loader_table(records), encoding="utf-8")
+    print(loader_table(records))
