@@ -15,6 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+# `lib` comes first, because it silences what the imports below warn of.
+from lib.benchmark.sweep import REAL_MODELS
+
+NUM_SAMPLES = 64  # made-up pictures, read again and again
+CAPTION = "mountains at sunset with clouds and a balloon"
 
 import numpy as np
 import torch
@@ -26,11 +31,7 @@ from tqdm.auto import tqdm
 
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
-from lib.benchmark.sweep import REAL_MODELS
 from lib.trainers import DTYPES, exit_code
-
-NUM_SAMPLES = 64  # made-up pictures, read again and again
-CAPTION = "mountains at sunset with clouds and a balloon"
 
 
 def parse_args(argv=None):
