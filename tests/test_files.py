@@ -156,7 +156,7 @@ def warnings_of_libraries(caplog):
 
 
 @both_families
-def test_the_file_loads_into_a_fresh_pipeline(script, trained, fresh, warnings_of_libraries, recwarn):
+def test_the_file_loads_into_a_fresh_pipeline(trained, fresh, warnings_of_libraries, recwarn):
     """Every layer, with alpha unlike the rank, to the rounding of float16, and without a warning."""
     unet, folder = trained
     pipe = fresh()
@@ -361,4 +361,6 @@ def test_every_file_follows_the_umask(script, args, trained, umask):
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in trained[1].rglob("*") if path.is_file()}
-    assert len(modes) > 8 and {mode & 0o777 for name, mode in modes.items() if name != ".lock"} == {0o666 & ~umask}, modes
+    assert len(modes) > 8 and {mode & 0o777 for name, mode in modes.items() if name != ".lock"} == {0o666 & ~umask}, (
+        modes
+    )
