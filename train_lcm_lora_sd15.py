@@ -101,7 +101,6 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bic
 TRACKERS = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
 )  # fmt: skip
-PACKAGES = "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run starts, 3 do
 STALL_S = 30  # a server that sends nothing for so long is given up
@@ -122,7 +121,6 @@ FOREIGN_FLAGS = {
     "num_inference_steps": "--num_ddim_timesteps", "instance_data_dir": "--train_data_dir",
     "batch_size": "--train_batch_size", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
-DATASET_FLAGS = ("dataset_name", "dataset_config_name", "image_column", "caption_column")
 
 
 class UnusableInput(Exception):
@@ -130,11 +128,11 @@ class UnusableInput(Exception):
 
 
 class OutOfData(UnusableInput):
-    """This process alone has no data left; the other processes know nothing of it."""
+    """This process alone has no data left, so no other process raises this error with it."""
 
 
 class NonFiniteLoss(Exception):
-    """The loss is NaN or infinite; exit code 1."""
+    """Exit code 1."""
 
 
 class StoppedBySignal(Exception):
@@ -164,12 +162,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines and prints the defaults that tell something."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nothing
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def checked(kind, holds, allowed):
@@ -326,15 +320,16 @@ def add_system_args(parser):
 
 
 def build_parser():
-    """Return the parser of all flags."""
     parser = OneLineParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
+        None, None, __doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
     )
-    for add_group in (
-        add_model_args, add_lora_args, add_distillation_args, add_data_args, add_optimizer_args,
-        add_output_args, add_system_args,
-    ):  # fmt: skip
-        add_group(parser)
+    add_model_args(parser)
+    add_lora_args(parser)
+    add_distillation_args(parser)
+    add_data_args(parser)
+    add_optimizer_args(parser)
+    add_output_args(parser)
+    add_system_args(parser)
     return parser
 
 
@@ -342,12 +337,9 @@ def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
     word = word.partition("=")[0]
     name = word.lstrip("-")
-    if name in DATASET_FLAGS:
-        remedy = (
-            "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
-            "shards, then --train_shards_path_or_url shards"
-        )
-        return f"{word}: not a flag here; {remedy}"
+    if name in ("dataset_name", "dataset_config_name", "image_column", "caption_column"):
+        command = "python scripts/make_shards.py --dataset_name NAME --output_dir shards"
+        return f"{word}: not a flag here; make shards first: {command}, then --train_shards_path_or_url shards"
     flags = [flag for action in parser._actions for flag in action.option_strings]
     near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1)), None)
     return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
@@ -381,17 +373,15 @@ def check_paths(args, error):
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
         if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
-    resume = args.resume_from_checkpoint
-    if resume not in ("latest", "none") and not any(path.is_dir() for path in checkpoint_paths(args)):
-        error(
-            f"--resume_from_checkpoint {resume}: no such checkpoint, neither here nor in {args.output_dir}; give "
-            "'latest', 'none' or a checkpoint's folder"
-        )
+    if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
+        where = f"no such checkpoint, neither here nor in {args.output_dir}"
+        error(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {where}; give 'latest', 'none' or its folder")
 
 
-def checkpoint_paths(args):
-    """Return where the checkpoint that --resume_from_checkpoint names may lie."""
-    return Path(args.resume_from_checkpoint), Path(args.output_dir) / args.resume_from_checkpoint
+def named_checkpoints(args):
+    """Return the folders that --resume_from_checkpoint may mean: as given, or in the output folder."""
+    paths = (Path(args.resume_from_checkpoint), Path(args.output_dir) / args.resume_from_checkpoint)
+    return [path for path in paths if path.is_dir()]
 
 
 def parse_args(argv=None):
@@ -438,14 +428,18 @@ def masked(text):
 
 
 def public_flags(args):
-    """Return the flags without secrets: what may be written and logged."""
-    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    for name, value in flags.items():
-        if isinstance(value, str):
-            flags[name] = masked(value)
-        elif isinstance(value, list):
-            flags[name] = [masked(item) for item in value]
-    return flags
+    """Return the flags as they may be written and logged: without secrets."""
+
+    def public(value):
+        return (
+            [public(item) for item in value]
+            if isinstance(value, list)
+            else masked(value)
+            if isinstance(value, str)
+            else value
+        )
+
+    return {name: public(value) for name, value in vars(args).items() if name != "hub_token"}
 
 
 def end_with_parent(number):
@@ -540,33 +534,22 @@ class Schedule:
 
 
 def make_schedule(scheduler_config, args, device):
-    """Return the Schedule of a diffusers scheduler config, with the solver that the flags describe.
-
-    Raises:
-        UnusableInput: the prediction type is unknown, the solver has more steps than the schedule, or the
-            schedule ends in pure noise, from which eps gives no clean latent, nor a clean latent eps.
-    """
+    """Return the Schedule of a diffusers scheduler config, with the solver that the flags describe."""
     scheduler = DDPMScheduler.from_config(scheduler_config)
     prediction_type, num_steps = scheduler.config.prediction_type, args.num_ddim_timesteps
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UnusableInput(f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
-    alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
+    alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
+    # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
     if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
-        raise UnusableInput(
-            "teacher: its schedule ends at zero terminal SNR, where only v_prediction can be distilled, with "
-            "--loss_space sample"
-        )
-    if num_steps > len(alphas_cumprod):
-        raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+        only = "only v_prediction can be distilled, with --loss_space sample"
+        raise UnusableInput(f"teacher: its schedule ends at zero terminal SNR, where {only}")
     k = len(alphas_cumprod) // num_steps
-    return Schedule(
-        alphas=alphas_cumprod.sqrt().to(device),
-        sigmas=(1 - alphas_cumprod).sqrt().to(device),
-        ddim_timesteps=(torch.arange(1, num_steps + 1) * k - 1).to(device),
-        k=k,
-        prediction_type=prediction_type,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
+    if k == 0:
+        raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+    grid = torch.arange(1, num_steps + 1, device=device) * k - 1
+    alphas, sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    return Schedule(alphas, sigmas, grid, k, prediction_type, args.timestep_scaling_factor)
 
 
 def add_noise(schedule, latents, eps, timesteps):
@@ -594,9 +577,8 @@ def ddim_step(schedule, z0, eps, prev_timesteps):
 def boundary_scalings(timesteps, timestep_scaling):
     """Return (c_skip, c_out), each [B,1,1,1]: 1 and 0 at timestep 0 (LCM, sec. 3; as LCMScheduler's)."""
     scaled = timesteps.to(torch.float32).view(-1, 1, 1, 1) * timestep_scaling
-    c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-    c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-    return c_skip, c_out
+    norm = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
 
 
 def distance(pred, target, loss_type, huber_c):
@@ -628,7 +610,9 @@ Image.init()
 PICTURE_FORMATS = [name for name in "JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF TGA".split() if name in Image.OPEN]
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp jpe jfif bmp gif tif tiff ppm pgm pnm tga jp2 j2k jpx avif".split())
 CAPTION_SUFFIXES = ("text", "txt", "caption")  # in the order in which the public LCM scripts look for them
-SHARD_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json", "safetensors")  # nothing else in a shard is read
+# What a file in a shard is, by its suffix; files of other suffixes are not read.
+KINDS = dict.fromkeys(IMAGE_SUFFIXES, "picture") | dict.fromkeys(CAPTION_SUFFIXES, "caption")
+KINDS |= {"json": "json", "safetensors": "tensors"}
 TAR_NAMES = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and describes how they were made
 # Spellings of LAION's and img2dataset's metadata, in lower case.
@@ -639,7 +623,6 @@ METADATA_KEYS = {
     "unsafe": ("punsafe", "unsafe", "unsafe_score"),
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2"),
 }
-CAPTION_KEYS = ("caption", "prompt", "text")
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
 SAMPLES_PER_FOLDER_SHARD = 256
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, compared before a picture is decoded
@@ -651,9 +634,9 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
+    """Counts of what was not used, by cause."""
 
-    dead_shards = 0
+    dead_shards = 0  # remote ones in a row that gave nothing at all
 
 
 class PictureFolder(NamedTuple):
@@ -668,58 +651,40 @@ class PictureFolder(NamedTuple):
 
 
 def is_remote(shard):
-    """Return whether a shard is read through a command or a network address."""
     return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
 
 def list_shards(values):
-    """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones.
-
-    Raises:
-        UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
-    """
+    """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
-            raise UnusableInput(
-                f"{flag} {masked(value)}: {scheme}:// is read through a command; give 'pipe:{program}'"
-            )
-        if is_remote(value) or Path(value).is_file():
-            found = [value] if Path(value).is_file() else expand_braces(flag, value)
+            remedy = f"{scheme}:// is read through a command; give 'pipe:{program}'"
+            raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
+        if is_remote(value):
+            found = []
         elif Path(value).is_dir():
             found = list_folder(Path(value))
         else:
-            found = sorted(glob.glob(value, recursive=True))
-            found = [no_command(name) for name in found] or expand_braces(flag, value)
-        shards += found
+            found = [value] if Path(value).is_file() else sorted(glob.glob(value, recursive=True))
+        # A file that is there must not be taken for a command or an address because of its name.
+        found = [os.path.join(".", name) if is_remote(name) else name for name in found]
+        try:
+            shards += found or braceexpand.braceexpand(value)
+        except ValueError as error:
+            raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
     for shard in shards:
         if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
 
 
-def no_command(name):
-    """Return the name of a file that is there as one that cannot be taken for a command or an address."""
-    return os.path.join(".", name) if is_remote(name) else name
-
-
-def expand_braces(flag, value):
-    try:
-        return list(braceexpand.braceexpand(value))
-    except ValueError as error:
-        raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
-
-
 def list_folder(folder):
-    """Return the tars in a folder, or its pictures as virtual shards.
-
-    Raises:
-        UnusableInput: the folder holds neither.
-    """
-    tars = sorted(no_command(str(path)) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
+    """Return the tars in a folder, or else its pictures as virtual shards."""
+    tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
     samples, keys = {}, {}
@@ -733,16 +698,15 @@ def list_folder(folder):
         raise UnusableInput(
             f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
         )
-    keys = list(keys)
-    parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
-    return [
-        PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*(samples[key] for key in part))))
-        for part in parts
-    ]
+    parts, rest = [], iter(keys)
+    while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
+        files = tuple(chain(*(samples[key] for key in part)))
+        parts.append(PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, files))
+    return parts
 
 
 def check_shard(path):
-    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 2 kB of it."""
+    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it."""
     fault = ""
     try:
         with path.open("rb") as file:
@@ -767,9 +731,6 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
 
     A broken shard is read again, up to `attempts` times, then counted in `skipped` and left. Where `cache` is
     the head of the first shard of a cache, shards cached in another way are counted and left.
-
-    Raises:
-        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -791,10 +752,8 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     skipped[f"shard {name} broke off ({cause})"] += 1
     skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
-        raise UnusableInput(
-            f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
-            "or command, the network and the permissions"
-        )
+        found = f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause})"
+        raise UnusableInput(f"{found}; check the address or command, the network and the permissions")
 
 
 class Member(tarfile.TarInfo):
@@ -802,7 +761,6 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar):
-        """Return the next member; raises ReadError where there is neither a member nor the end mark."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:
@@ -812,14 +770,9 @@ class Member(tarfile.TarInfo):
 
 
 def shard_members(shard):
-    """Yield (name, bytes) of the files in a shard that are data: pictures, captions, json, cached tensors.
-
-    Raises:
-        one of STREAM_ERRORS: the tar cannot be read to its end, or the command that prints it failed.
-    """
+    """Yield (name, bytes) of the files in a shard that are data; raises one of STREAM_ERRORS if it breaks off."""
     if isinstance(shard, PictureFolder):
-        for name in shard.files:
-            yield name, (shard.folder / name).read_bytes()
+        yield from ((name, (shard.folder / name).read_bytes()) for name in shard.files)
         return
     with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
         for member in tar:
@@ -834,29 +787,22 @@ def shard_members(shard):
 
 @contextmanager
 def open_shard(shard):
-    """Yield the byte stream of a shard: a file, or the output of a command (curl for http).
-
-    Raises:
-        OSError: the command failed; the message has its exit code and last words.
-    """
+    """Yield the byte stream of a shard: a file, or the output of a command (curl for http)."""
     if not is_remote(shard):
         with open(shard, "rb") as stream:
             yield stream
         return
-    if shard.startswith("pipe:"):
-        command = shard.removeprefix("pipe:")
-    else:  # curl gives up a server that stalls
-        limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
-        command = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    # curl gives up a server that stalls.
+    limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
+    curl = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
         options["process_group"] = 0
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, **options
-        )
-        failure = None
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words}
+        process, failure = subprocess.Popen(command, shell=True, **options), None
         try:
             try:
                 yield process.stdout
@@ -882,11 +828,8 @@ def last_words(text, shard):
     """Return the end of a command's error output as one line, without what may be secret words of the command."""
     pattern = r"([=:@]|(?:^|\s)-\S+\s+)?['\"]?([^\s'\"=:&?@]+)"
     shown = {word for _, word in re.findall(pattern, masked(shard))}
-    words = {
-        word
-        for lead, word in re.findall(pattern, shard)
-        if len(word) > 3 and (lead or not re.fullmatch("[a-z]+", word))
-    }
+    found = [pair for pair in re.findall(pattern, shard) if len(pair[1]) > 3]
+    words = {word for lead, word in found if lead or not re.fullmatch("[a-z]+", word)}
     text = masked(" ".join(text.split()))
     for word in sorted(words - shown, key=len, reverse=True):
         text = text.replace(word, "***")
@@ -897,73 +840,57 @@ def split_name(name):
     """Return (key, suffix) of a file in a shard; a suffix of "" for a file that is not read."""
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.rpartition(".")
-    suffix = suffix.lower()
-    if suffix not in SHARD_SUFFIXES or base.startswith("."):
+    if suffix.lower() not in KINDS or base.startswith("."):
         return name, ""
     if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
-    return f"{folder}/{stem}" if folder else stem, suffix
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
     A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
-    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
-    until WAITING_BYTES wait.
+    a caption, something to train on, and each kind of file that the shard has had so far. Any other waits for
+    its rest until the end of the shard or until WAITING_BYTES wait.
     """
     waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
 
     def give(key):
+        nonlocal held
         sample = waiting.pop(key)
+        held -= sum(map(len, sample.values()))
         given[key] = frozenset(sample)
         # K.mask.png beside K.png belongs to K and is no sample of its own.
         parents = accumulate(key.split(".")[:-1], "{}.{}".format)
-        is_extra = len(sample) == 2 and any(parent in given or parent in waiting for parent in parents)
-        return [] if is_extra else [sample]
+        is_extra = len(sample) == 1 and any(parent in given or parent in waiting for parent in parents)
+        return [] if is_extra else [{"__key__": key} | sample]
 
     for name, data in members:
         key, suffix = split_name(name)
         if key != last and not key.startswith(f"{last}."):
-            if is_new and last in waiting and is_whole(waiting[last], kinds):
-                held -= size_of(waiting[last])
+            found = {KINDS[suffix] for suffix in waiting.get(last, ())} if is_new else set()
+            if found >= kinds and found & {"caption", "json"} and found & {"picture", "tensors"}:
                 yield from give(last)
             last, is_new = key, key not in waiting
-        kinds.add(kind_of(suffix))
+        kinds.add(KINDS[suffix])
         if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
             lost["file name twice in its shard"] += 1
         elif key in given:
             lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
         else:
-            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            waiting.setdefault(key, {})[suffix] = data
             held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = next(iter(waiting))
-            held -= size_of(waiting[oldest])
-            yield from give(oldest)
+            yield from give(next(iter(waiting)))
     for key in list(waiting):
         yield from give(key)
 
 
-def kind_of(suffix):
-    """Return "picture", "caption", "json" or "safetensors"."""
-    return "picture" if suffix in IMAGE_SUFFIXES else "caption" if suffix in CAPTION_SUFFIXES else suffix
-
-
-def is_whole(sample, kinds):
-    """Return whether a sample has a caption, something to train on, and all kinds of files seen in its shard."""
-    found = {kind_of(suffix) for suffix in sample if suffix != "__key__"}
-    return found >= kinds and bool(found & {"caption", "json"}) and bool(found & {"picture", "safetensors"})
-
-
-def size_of(sample):
-    return sum(len(value) for suffix, value in sample.items() if suffix != "__key__")
-
-
 def metadata_of(sample):
-    """Return the fields of METADATA_KEYS in a sample's json: a float each, or None for what is no number.
+    """Return what a sample's json tells: "caption", "side" in pixels, and a float for each field of METADATA_KEYS.
 
-    A caption in the json is there as "caption".
+    A field that is there and is no finite number is None.
     """
     if "json" not in sample:
         return {}
@@ -976,7 +903,7 @@ def metadata_of(sample):
     for name, spellings in METADATA_KEYS.items():
         for value in (record[spelling] for spelling in spellings if record.get(spelling) not in (None, "")):
             found.setdefault(name, as_number(value))
-    for value in (record.get(name) for name in CAPTION_KEYS):
+    for value in (record.get(name) for name in ("caption", "prompt", "text")):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if texts:
             found.setdefault("caption", texts[0])
@@ -987,11 +914,8 @@ def metadata_of(sample):
 
 def as_number(value):
     """Return a finite number, also one that json holds as text, as a float; None for anything else."""
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    with suppress(ValueError, TypeError, OverflowError):
+        return float(value) if not isinstance(value, bool) and math.isfinite(float(value)) else None
 
 
 def check_metadata(metadata, args):
@@ -1014,12 +938,6 @@ def check_metadata(metadata, args):
             raise SkippedSample(f"filtered by {name}")
 
 
-def check_side(original, metadata, args):
-    """Raise SkippedSample for an original of too few pixels a side, where the metadata does not tell its size."""
-    if "side" not in metadata and min(original) < args.min_image_side_px:
-        raise SkippedSample("filtered by smaller side")
-
-
 def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
@@ -1034,12 +952,9 @@ def caption_of(sample, metadata):
 
 
 def open_picture(data, max_pixels, draft_px=None):
-    """Return (upright RGB picture, original (width, height)) of encoded bytes.
+    """Return (upright RGB picture, original (width, height)) of encoded bytes, or raise SkippedSample.
 
     `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
-
-    Raises:
-        SkippedSample: the picture has more than `max_pixels`, or cannot be decoded.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
@@ -1069,15 +984,13 @@ def to_rgb(picture):
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def crop(picture, args, rng):
     """Return (pixels, array uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
-    side = args.resolution
-    width, height = picture.size
+    side, (width, height) = args.resolution, picture.size
     scale = side / min(width, height)
     size = tuple(max(side, round(length * scale)) for length in (width, height))
     spare = (size[1] - side, size[0] - side)
@@ -1089,17 +1002,15 @@ def crop(picture, args, rng):
         box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
         method = Image.Resampling[args.interpolation_type.removesuffix("_exact").upper()]
         picture = picture.resize((side, side), method, box)
-    pixels = np.asarray(picture)
     if args.random_flip and rng.random() < 0.5:
-        pixels, left = pixels[:, ::-1], spare[1] - left
-    return pixels, (top, left)
+        picture, left = ImageOps.mirror(picture), spare[1] - left
+    return np.array(picture), (top, left)
 
 
 def prepare_sample(sample, args, epoch, cached=False):
-    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key).
+    """Return an undecoded sample as a training sample, or raise SkippedSample.
 
-    Raises:
-        SkippedSample: a filter rejects it, or it cannot be read.
+    Its crop is a function of (seed, epoch, shard, key).
     """
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if image is None and not cached:
@@ -1110,10 +1021,10 @@ def prepare_sample(sample, args, epoch, cached=False):
     if cached:
         tensors = cached_tensors(sample)
         if "time_ids" in tensors:
-            check_side(tensors["time_ids"][:2].tolist(), metadata, args)
+            check_metadata({"side": tensors["time_ids"][:2].min().item()} | metadata, args)
         return tensors | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
-    check_side(original, metadata, args)
+    check_metadata({"side": min(original)} | metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
     pixels, corner = crop(picture, args, rng)
     inputs = size_and_crop(original[::-1], corner, pixels.shape[:2], args)
@@ -1154,7 +1065,6 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.positions = {}  # of its consumers: (epoch, samples read in it)
 
     def raw_samples(self, epoch, consumer, skipped):
-        """Yield the undecoded samples that a consumer reads in an epoch, in order."""
         order = list(range(len(self.shards)))
         random.Random(f"{self.args.seed} {epoch}").shuffle(order)
         turns = self.consumers // math.gcd(self.consumers, len(order))  # parts that a shard is cut into
@@ -1193,53 +1103,32 @@ class ShardStream(torch.utils.data.IterableDataset):
                     return
                 usable += 1
                 if len(batch) == self.args.train_batch_size:
-                    yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
+                    batch = torch.utils.data.default_collate(batch)
+                    if self.cache is None:
+                        batch["ids"] = tokenize(self.tokenizers, batch["caption"])
+                    yield batch | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                     skipped.clear()
                     batch = []
             if not usable and not start:
-                yield {"error": nothing_usable(epoch, skipped)}
+                causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
+                yield {"error": f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"}
                 return
             epoch, start, usable = epoch + 1, 0, 0
-
-    def collate(self, samples):
-        """Return samples as one batch: arrays and tensors stacked, captions as a list, and their token ids."""
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        for name, values in batch.items():
-            if isinstance(values[0], np.ndarray):
-                batch[name] = torch.from_numpy(np.stack(values))
-            elif isinstance(values[0], torch.Tensor):
-                batch[name] = torch.stack(values)
-        return batch if self.cache else batch | {"ids": tokenize(self.tokenizers, batch["caption"])}
-
-
-def nothing_usable(epoch, skipped):
-    """Return the one line that tells why an epoch gave a consumer no sample."""
-    causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-    return f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"
 
 
 def tokenize(tokenizers, captions):
     """Return token ids, a tensor [B,L] for each tokenizer, of captions padded or cut to its length."""
-    return [
-        tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return [each(captions, max_length=each.model_max_length, **options).input_ids for each in tokenizers]
 
 
 def describe(skipped):
     """Return counts by cause as one line, the most frequent first."""
-    counts = Counter({cause: count for cause, count in skipped.items() if count}).most_common()
-    return masked(", ".join(f"{cause}: {count}" for cause, count in counts))
+    return masked(", ".join(f"{cause}: {count}" for cause, count in (+Counter(skipped)).most_common()))
 
 
 def audit(shards, args):
-    """Return (usable samples, report line, head of the cache or None) after reading the first samples.
-
-    Raises:
-        UnusableInput: no sample can be used, with counts by cause; or they are cached for another run.
-    """
+    """Return (usable samples, report line, head of the cache or None) after reading the first samples."""
     skipped, usable, examined, cache = Skipped(), [], 0, None
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
@@ -1273,16 +1162,18 @@ def check_cache(cache, args):
     """Raise UnusableInput where the tensors of a cache were made for another run than the flags describe."""
     remedy = "make it again with scripts/cache_latents.py, or train on the pictures"
     try:
-        made, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
+        head, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
     except (KeyError, ValueError, SafetensorError) as error:
         raise UnusableInput(f"the cache's head cannot be read ({error}); {remedy}") from error
-    changed = [
-        f"{name} was {made.get(name)!r}, is {value!r}"
-        for name, value in cache_identity(args).items()
-        if made.get(name) != value
-    ]
-    if changed:
-        raise UnusableInput(f"the cache was made for another run ({'; '.join(changed)}); {remedy}")
+    identity = cache_identity(args)
+    if changed := differences({name: head.get(name) for name in identity}, identity):
+        raise UnusableInput(f"the cache was made for another run ({changed}); {remedy}")
+
+
+def differences(old, new):
+    """Return "NAME was OLD, is NEW; ..." for what differs between two dicts."""
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
 
 
 def cache_identity(args):
@@ -1303,16 +1194,13 @@ def cache_identity(args):
 def fingerprint(model):
     """Return a checksum of a model file's, or of a folder's VAE's and text encoders', sizes, heads and tails."""
     parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
-    files = sorted(
-        path for part in parts for path in ([part] if part.is_file() else part.rglob("*")) if path.is_file()
-    )
-    checksum = 0
+    paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
+    files, checksum = sorted(path for path in paths if path.is_file()), 0
     for path in files:
-        size = path.stat().st_size
+        size, name = path.stat().st_size, "" if path == model else str(path.relative_to(model))
         with path.open("rb") as file:
             head = file.read(2**20)
             file.seek(max(0, size - 2**20))
-            name = "" if path == model else str(path.relative_to(model))
             checksum = zlib.crc32(f"{name} {size}".encode() + head + file.read(), checksum)
     return f"crc32 {checksum:08x} of {len(files)} files"
 
@@ -1324,28 +1212,18 @@ def count_samples(shards):
         if isinstance(shard, PictureFolder):
             total += len({split_name(name)[0] for name in shard.files})
             continue
-        stats = Path(TAR_NAMES.sub("", str(shard)) + "_stats.json")
-        if is_remote(shard) or not stats.is_file():
-            return None
         try:
-            record = json.loads(stats.read_text(encoding="utf-8"))
+            record = json.loads(Path(TAR_NAMES.sub("", shard) + "_stats.json").read_text(encoding="utf-8"))
             total += int(record.get("samples", record.get("successes")))
-        except (ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
     return total
 
 
 def make_loader(stream, num_workers, device):
-    """Return the DataLoader of a ShardStream, which makes its own batches."""
-    options = {"multiprocessing_context": "fork"} if num_workers and sys.platform == "linux" else {}
-    return torch.utils.data.DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        **options,
-    )
+    options = {"worker_init_fn": start_worker, "pin_memory": device.type == "cuda"}
+    options["multiprocessing_context"] = "fork" if num_workers and sys.platform == "linux" else None
+    return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, **options)
 
 
 def start_worker(_worker):
@@ -2200,8 +2078,7 @@ def find_checkpoint(args, say):
             f"--resume_from_checkpoint none: {args.output_dir} holds checkpoints of an earlier run; "
             "remove them or choose another --output_dir"
         )
-    named = [path for path in checkpoint_paths(args) if path.is_dir()]
-    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named[:1]):
+    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named_checkpoints(args)[:1]):
         manifest, reason = read_manifest(folder)
         if manifest:
             return folder, manifest
@@ -2216,21 +2093,13 @@ def check_resume(folder, manifest, settings, max_train_steps):
     parser = build_parser()
     # A checkpoint written before a flag existed behaved as that flag's default does.
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
-    changed = [
-        f"{name} was {old.get(name)!r}, is {settings.get(name)!r}"
-        for name in sorted(old.keys() | settings.keys())
-        if old.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise UnusableInput(
-            f"{folder} was made with other settings ({'; '.join(changed)}); give the same ones, or start anew in "
-            "another --output_dir"
-        )
-    if manifest["global_step"] > max_train_steps:
-        raise UnusableInput(
-            f"--max_train_steps {max_train_steps}: {folder} is beyond it; give at least {manifest['global_step']}, or "
-            "name an earlier checkpoint"
-        )
+    if changed := differences(old, settings):
+        remedy = "give the same ones, or start anew in another --output_dir"
+        raise UnusableInput(f"{folder} was made with other settings ({changed}); {remedy}")
+    done = manifest["global_step"]
+    if done > max_train_steps:
+        remedy = f"give at least {done}, or name an earlier checkpoint"
+        raise UnusableInput(f"--max_train_steps {max_train_steps}: {folder} is beyond it; {remedy}")
 
 
 # <<< shared: files
@@ -2711,7 +2580,9 @@ def open_output(args, state):
 
 def package_versions():
     versions = {"script": SCRIPT_VERSION}
-    for name in PACKAGES:
+    for (
+        name
+    ) in "accelerate bitsandbytes diffusers peft safetensors torch transformers wandb webdataset xformers".split():
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
