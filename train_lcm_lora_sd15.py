@@ -750,7 +750,8 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
+    is_dead = is_remote(shard) and not done  # the network, not one file
+    skipped.dead_shards = getattr(skipped, "dead_shards", 0) + 1 if is_dead else 0
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         found = f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause})"
         raise UnusableInput(f"{found}; check the address or command, the network and the permissions")

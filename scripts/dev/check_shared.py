@@ -118,9 +118,7 @@ def copy_regions(source, target):
 def main():
     """Compare the scripts; the exit code says whether they agree."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument(
-        "--folder", type=Path, default=Path(__file__).resolve().parents[2], help="where the scripts are"
-    )
+    cli.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2], help="where the scripts are")
     cli.add_argument("--copy_from", choices=SCRIPTS, help="first copy this script's regions to the other")
     args = cli.parse_args()
     first, second = (args.folder / name for name in SCRIPTS)
