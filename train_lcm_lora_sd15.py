@@ -481,7 +481,9 @@ from accelerate.utils import (
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
+    concatenate,
     gather_object,
+    send_to_device,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -1245,13 +1247,10 @@ def load_pipeline(args, dtype, **options):
     """Return the teacher's pipeline in the compute dtype, without a safety checker and its preprocessor."""
     options |= {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
     options |= {"dtype": dtype, "cache_dir": args.cache_dir}
-    if is_single_file(args.pretrained_teacher_model):
-        return diffusers.StableDiffusionPipeline.from_single_file(
-            args.pretrained_teacher_model, config=args.teacher_config, **options
-        )
-    return diffusers.StableDiffusionPipeline.from_pretrained(
-        args.pretrained_teacher_model, revision=args.teacher_revision, variant=args.variant, **options
-    )
+    teacher, family = args.pretrained_teacher_model, diffusers.StableDiffusionPipeline
+    if Path(teacher).is_file() or teacher.startswith(("http://", "https://")):
+        return family.from_single_file(teacher, config=args.teacher_config, **options)
+    return family.from_pretrained(teacher, revision=args.teacher_revision, variant=args.variant, **options)
 
 
 def check_family(pipe):
@@ -1261,7 +1260,6 @@ def check_family(pipe):
 
 
 def size_and_crop(_original, _corner, _target, _args):
-    """Return what the UNet is told of a picture's size and crop: nothing in this family."""
     return {}
 
 
@@ -1271,18 +1269,15 @@ def encode_ids(pipe, ids):
 
 
 def zero_empty(_pipe, embeds, _captions):
-    """Return the embeddings as they are: the empty caption is encoded like any other."""
-    return embeds
+    return embeds  # the empty caption is encoded like any other
 
 
 def unet_inputs(embeds, _batch):
-    """Return what the UNet takes beside z_t and timesteps: embeddings only."""
     return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
 def kohya_name(module, _layers_per_block):
-    """Return kohya's name of a UNet's module: for SD 1.x and 2.x, sd-scripts keeps diffusers' own names."""
-    return "lora_unet_" + module.replace(".", "_")
+    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
 
 
 def kohya_model(text_width):
@@ -1294,8 +1289,6 @@ def kohya_model(text_width):
 
 
 # >>> shared: models
-def is_single_file(teacher):
-    return Path(teacher).is_file() or teacher.startswith(("http://", "https://"))
 
 
 def load_teacher(args, dtype, device, check=True, **parts):
@@ -1303,16 +1296,12 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
     `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded. Without
     `check`, models that can draw and not be distilled are taken too.
-
-    Raises:
-        UnusableInput: it is missing, damaged, of another family, or cannot be distilled.
     """
     given = frozenset(parts)
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
-            parts["vae"] = AutoencoderKL.from_pretrained(
-                args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
-            )
+            options = {"dtype": dtype, "cache_dir": args.cache_dir}
+            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
         pipe = load_pipeline(args, dtype, **parts)
         set_prediction(pipe, args)
         if check:
@@ -1366,12 +1355,10 @@ def weight_names(path):
 def set_prediction(pipe, args):
     """Give the pipeline's scheduler the prediction type of --prediction_type or of a file's marker tensors."""
     names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
-    if "v_pred" in names:
-        changes["prediction_type"] = "v_prediction"
+    if args.prediction_type or "v_pred" in names:
+        changes["prediction_type"] = args.prediction_type or "v_prediction"
     if "ztsnr" in names:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if args.prediction_type:
-        changes["prediction_type"] = args.prediction_type
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
 
@@ -1379,17 +1366,13 @@ def set_prediction(pipe, args):
 def check_parts(pipe):
     """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
     if pipe.unet:
-        config = pipe.unet.config
         check_family(pipe)
+        config = pipe.unet.config
         if config.time_cond_proj_dim is not None:
-            raise UnusableInput(
-                "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
-            )
+            raise UnusableInput("the teacher is guidance-distilled (time_cond_proj_dim); name an undistilled model")
         if config.in_channels != config.out_channels:
-            raise UnusableInput(
-                f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
-                "inpainting models cannot be teachers"
-            )
+            channels = f"{config.in_channels} channels and gives {config.out_channels}"
+            raise UnusableInput(f"the teacher's UNet takes {channels}: inpainting models cannot be teachers")
     for name in TEXT_PARTS:
         if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
             raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or cut")
@@ -1401,31 +1384,21 @@ def quantize_4bit(unet):
     """Turn the linear layers of the attention blocks into bitsandbytes' Linear4bit, packed when they move.
 
     NF4 in blocks of 64 weights (QLoRA, arXiv:2305.14314).
-
-    Raises:
-        UnusableInput: no layer can be packed.
     """
     import bitsandbytes
 
+    linears = {name: layer for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
     # Where a block of 64 weights spans two rows, bitsandbytes 0.50 unpacks it wrongly on CPUs with AVX-512.
-    names = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".attentions." in name and module.in_features % 64 == 0
-    ]
-    if not names:
-        raise UnusableInput(
-            "--use_4bit_base: the teacher has no attention layer of a multiple of 64 inputs; leave it out"
-        )
-    for name in names:
-        linear = unet.get_submodule(name)
-        packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype,
-            compress_statistics=False, quant_type="nf4", device="meta",
-        )  # fmt: skip
-        packed.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
-        )
+    fitting = [name for name, layer in linears.items() if ".attentions." in name and layer.in_features % 64 == 0]
+    if not fitting:
+        lack = "the teacher has no attention layer of a multiple of 64 inputs"
+        raise UnusableInput(f"--use_4bit_base: {lack}; leave it out")
+    options = {"compress_statistics": False, "quant_type": "nf4"}
+    for name in fitting:
+        linear = linears[name]
+        shape = linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
+        packed = bitsandbytes.nn.Linear4bit(*shape, device="meta", **options)
+        packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, module=packed, **options)
         packed.bias = linear.bias
         packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
@@ -1476,30 +1449,24 @@ def factors(layer, dtype):
 
 
 def add_lora(unet, args):
-    """Add the LoRA to the UNet, in float32 whatever the base's dtype, and return its parameters.
-
-    Raises:
-        UnusableInput: a suffix of --lora_target_modules matches no module.
-    """
+    """Add the LoRA to the UNet, in float32 whatever the base's dtype, and return its parameters."""
     targets = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
-    names = [f".{name}" for name, module in unet.named_modules() if isinstance(module, layers)]
+    layers = {torch.nn.Linear: LoraLinear, torch.nn.Conv2d: LoraConv2d}
+    names = [f".{name}" for name, module in unet.named_modules() if isinstance(module, tuple(layers))]
     for target in targets:
         if not any(name.endswith(f".{target}") for name in names):
             raise UnusableInput(f"--lora_target_modules: the teacher has no layer {target!r}; leave it out")
     torch.manual_seed(args.seed)
-    config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets
-    )
+    options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
+    config = LoraConfig(r=args.lora_rank, **options)
     # PEFT's documented way for layers of one's own: peft/docs/source/developer_guides/custom_models.md
-    config._register_custom_module({torch.nn.Linear: LoraLinear, torch.nn.Conv2d: LoraConv2d})
+    config._register_custom_module(layers)
     unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
 def prepare_unet(unet, args):
-    """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1536,18 +1503,13 @@ def make_optimizer(parameters, args, num_processes, max_train_steps):
         lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
     options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options["weight_decay"] = args.adam_weight_decay
-    optimizer = (
-        adam_8bit(parameters, options) if args.use_8bit_adam else torch.optim.AdamW(parameters, fused=True, **options)
-    )
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return optimizer, get_scheduler(
-        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
+    optimizer = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
+    optimizer, warmup = optimizer(parameters, **options), args.lr_warmup_steps
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" and warmup else args.lr_scheduler
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 
-def adam_8bit(parameters, options):
+def adam_8bit(parameters, **options):
     """Return bitsandbytes' AdamW8bit, whose own `step` waits for the GPU after every matrix; this one does not."""
     import bitsandbytes
 
@@ -1560,11 +1522,10 @@ def adam_8bit(parameters, options):
                 self.initialized = True
             for group_number, group in enumerate(self.param_groups):
                 for number, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
-                        continue
-                    if not self.state[parameter]:
-                        self.init_state(group, parameter, group_number, number)
-                    self.update_step(group, parameter, group_number, number)
+                    if parameter.grad is not None:
+                        if not self.state[parameter]:
+                            self.init_state(group, parameter, group_number, number)
+                        self.update_step(group, parameter, group_number, number)
 
     return AdamW8bit(parameters, **options)
 
@@ -1584,11 +1545,7 @@ def lora_file(path):
 
 
 def read_lora(path, layers_per_block=None):
-    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder.
-
-    Raises:
-        UnusableInput: the path holds no LoRA of a UNet, or more than that.
-    """
+    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder."""
     path = lora_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -1634,11 +1591,7 @@ def reduce_rank(one, rank):
 
 @torch.no_grad()
 def load_init_lora(unet, source):
-    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha.
-
-    Raises:
-        UnusableInput: the LoRA has a layer that the adapter lacks, or one of another shape.
-    """
+    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha."""
     layers = {
         name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
         for name, layer in unet.named_modules()
@@ -1657,11 +1610,9 @@ def load_init_lora(unet, source):
         down[:rank] = one.down.view_as(down[:rank])
         up.zero_()[:, :rank] = (one.up.float() * (one.alpha / rank / scale)).view_as(up[:, :rank])
     if misfits:
-        some = ", ".join(misfits[:3])
-        raise UnusableInput(
-            f"--init_lora {source}: {len(misfits)} of {len(loras)} layers do not fit, such as {some}; name an "
-            "LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
-        )
+        found = f"{len(misfits)} of {len(loras)} layers do not fit, such as {', '.join(misfits[:3])}"
+        remedy = "name an LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
+        raise UnusableInput(f"--init_lora {source}: {found}; {remedy}")
 
 
 # <<< shared: models
@@ -1674,8 +1625,6 @@ def load_init_lora(unet, source):
 # >>> shared: step
 @dataclass
 class RunState:
-    """Where a run stands."""
-
     global_step: int = 0  # updates done
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
@@ -1690,8 +1639,6 @@ class RunState:
 
 @dataclass
 class Job:
-    """Everything that a run works with."""
-
     args: argparse.Namespace
     accelerator: Accelerator
     dtype: torch.dtype  # of the arithmetic of UNet, VAE and text encoders
@@ -1731,22 +1678,14 @@ def send(tensor, device):
 def draw(args, shape, global_step, micro_step, process_index, device):
     """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
     key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
-    seed = int(key.generate_state(1, np.uint64)[0] >> 1)
+    seed, batch = int(key.generate_state(1, np.uint64)[0] >> 1), shape[0]
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
-    batch = shape[0]
     posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
     return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
-
-
-def encode(job, batch):
-    """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
-    if "moments" in batch:
-        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
-    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1758,8 +1697,7 @@ def sample_latents(moments, posterior_eps, scaling_factor):
 def condition(uncond_embeds, embeds, batch, empty):
     """Return the UNet's (conditioning, uncond) of a batch, each with B rows.
 
-    `uncond_embeds` are those of the empty caption, one row; captions that are empty or marked by `empty` [B]
-    get them too.
+    Captions that are empty or marked by `empty` [B] get `uncond_embeds`, those of the empty caption, one row.
     """
     empty = empty | torch.tensor([not caption for caption in batch["caption"]])
     uncond, cond = {}, {}
@@ -1775,14 +1713,6 @@ def predict(unet, z_t, timesteps, conditioning, dtype):
     return unet(z_t.to(dtype), timesteps, **conditioning, return_dict=False)[0].float()
 
 
-def join(first, second):
-    """Return two conditionings, dicts of tensors or of such dicts, as one batch."""
-    return {
-        name: join(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
-        for name, value in first.items()
-    }
-
-
 def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
     """Return f(z_t, t) = c_skip z_t + c_out z0 (LCM, eq. 8)."""
     c_skip, c_out = boundary_scalings(timesteps, schedule.timestep_scaling)
@@ -1793,7 +1723,7 @@ def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
 def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
     """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
     twice, z_twice = timesteps.repeat(2), z_t.repeat(2, 1, 1, 1)
-    output = predict(unet, z_twice, twice, join(conditioning, uncond), dtype)
+    output = predict(unet, z_twice, twice, concatenate([conditioning, uncond]), dtype)
     z0, eps = clean_estimate(schedule, output, z_twice, twice)
     (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
     z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
@@ -1828,23 +1758,18 @@ def training_loss(job, latents, conditioning, uncond, draws):
 
 def batch_loss(job, batch, micro_step):
     """Return the loss of one batch from the loader, of pictures or of cached tensors."""
-    args, accelerator = job.args, job.accelerator
-    to_device = partial(move, device=accelerator.device)
-    batch = {name: to_device(value) for name, value in batch.items()}
+    args, device = job.args, job.accelerator.device
+    batch = send_to_device(batch, device, non_blocking=device.type == "cuda")  # the loader has pinned it for CUDA
     with torch.no_grad():
-        moments, embeds = encode(job, batch)
+        if "moments" in batch:
+            moments, embeds = batch["moments"], {name: batch[name] for name in job.uncond_embeds}
+        else:
+            moments, embeds = encode_moments(job.pipe.vae, batch["pixels"], args), encode_ids(job.pipe, batch["ids"])
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        draws = draw(args, shape, job.state.global_step, micro_step, accelerator.process_index, accelerator.device)
+        draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
         conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
     return training_loss(job, latents, conditioning, uncond, draws)
-
-
-def move(value, device):
-    """Return a tensor, or a list that may hold tensors, on the device; the loader has pinned it for CUDA."""
-    if isinstance(value, list):
-        return [move(item, device) for item in value]
-    return value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
 
 
 def update(job, batches):
@@ -1868,12 +1793,7 @@ def update(job, batches):
 
 
 def next_batch(job, batches, positions):
-    """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
-
-    Raises:
-        OutOfData: nothing usable is left.
-        StopWaiting: a signal came while the only process waited.
-    """
+    """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
     state.waits_at = state.global_step
     batch = next(batches)
