@@ -490,7 +490,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_unet_state_dict_to_peft
+from diffusers.utils import convert_unet_state_dict_to_peft, make_image_grid
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -1863,10 +1863,8 @@ def save_lora(unet, path, args):
 def save_for_peft(unet, folder):
     """Write the LoRA in float32 as `PeftModel.from_pretrained(unet, folder)` reads it; resuming reads it too."""
     unet.peft_config["default"].save_pretrained(folder)
-    state = {
-        f"base_model.model.{name}": value.detach().cpu().contiguous()
-        for name, value in get_peft_model_state_dict(unet).items()
-    }
+    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+    state = {f"base_model.model.{name}": value for name, value in state.items()}
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
@@ -1876,31 +1874,21 @@ def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
-    settings |= {
-        "number of shards": num_shards,  # one more or less would move every position
-        "number of processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
+    settings["number of shards"] = num_shards  # one more or less would move every position
+    settings["number of processes"] = accelerator.num_processes
+    settings["mixed_precision"] = accelerator.mixed_precision
     return json.loads(json.dumps(settings))
 
 
 def save_checkpoint(job, settings):
-    """Write `checkpoint-<step>`: under another name first, then renamed, then old ones are removed.
-
-    Raises:
-        UnusableInput: on all processes, where it cannot be written; the last complete checkpoint stays.
-    """
-    parts = gather_object([list(job.state.positions.items())])
-    manifest = {
-        "global_step": job.state.global_step,
-        "script_version": SCRIPT_VERSION,
-        "settings": settings,
-        "positions": dict(item for part in parts for item in part),
-    }
+    """Write `checkpoint-<step>`; one that cannot be written is an error on all processes."""
+    manifest = {"global_step": job.state.global_step, "script_version": SCRIPT_VERSION, "settings": settings}
+    manifest["positions"] = dict(gather_object(list(job.state.positions.items())))
     agree(job.accelerator, write_checkpoint, job, manifest)
 
 
 def write_checkpoint(job, manifest):
+    """Write a checkpoint under another name, then rename it: the earlier ones stay whole whatever happens."""
     args, output_dir = job.args, Path(job.args.output_dir)
     final = output_dir / f"checkpoint-{manifest['global_step']}"
     scratch = output_dir / f".writing-{final.name}"
@@ -1909,9 +1897,7 @@ def write_checkpoint(job, manifest):
         (scratch / "unet").mkdir(parents=True)
         save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
         save_for_peft(job.student_unet, scratch / "unet")
-        scaler = job.accelerator.scaler
-        parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": scaler}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        states = {name: part.state_dict() for name, part in stateful_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
             torch.save(states, file)
             os.fsync(file.fileno())
@@ -1923,26 +1909,24 @@ def write_checkpoint(job, manifest):
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UnusableInput(
-            f"{final} cannot be written ({' '.join(str(error).split())[:200]}); earlier checkpoints are whole; make "
-            "room or name another --output_dir, then give the same command again"
-        ) from error
+        remedy = "make room or name another --output_dir, then give the same command again"
+        cause = f"{final} cannot be written ({one_line(error)})"
+        raise UnusableInput(f"{cause}; earlier checkpoints are whole; {remedy}") from error
+
+
+def stateful_parts(job):
+    parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": job.accelerator.scaler}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_checkpoint(job, folder):
-    """Load LoRA, optimizer, schedule and loss scaler of a checkpoint, through the CPU."""
     weights = load_file(folder / "unet" / "adapter_model.safetensors")
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     set_peft_model_state_dict(job.student_unet, weights)
     cast_training_params(job.student_unet, dtype=torch.float32)
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    for name, part in (
-        ("optimizer", job.optimizer),
-        ("lr_schedule", job.lr_schedule),
-        ("scaler", job.accelerator.scaler),
-    ):
-        if part is not None:
-            part.load_state_dict(states[name])
+    for name, part in stateful_parts(job).items():
+        part.load_state_dict(states[name])
 
 
 def list_checkpoints(output_dir):
@@ -1954,51 +1938,35 @@ def list_checkpoints(output_dir):
 
 def prune_checkpoints(output_dir, limit):
     """Remove the checkpoints written first, over the limit, and what interrupted writes left."""
-
-    def written(folder):
-        manifest = folder / MANIFEST_NAME
-        return manifest.stat().st_mtime_ns if manifest.exists() else 0
-
-    for path in output_dir.glob(".writing-checkpoint-*"):
-        shutil.rmtree(path)
-    for path in sorted(list_checkpoints(output_dir), key=written)[:-limit] if limit else []:
+    manifests = [(folder / MANIFEST_NAME, folder) for folder in list_checkpoints(output_dir)]
+    written = sorted((path.stat().st_mtime_ns if path.exists() else 0, folder) for path, folder in manifests)
+    spare = [folder for _, folder in written[:-limit]] if limit else []
+    for path in chain(output_dir.glob(".writing-checkpoint-*"), spare):
         shutil.rmtree(path)
 
 
 def read_manifest(folder):
-    """Return (manifest, ""), or (None, reason) where the checkpoint cannot be resumed from.
-
-    Raises:
-        UnusableInput: another version of the script wrote it.
-    """
+    """Return (manifest, ""), or (None, reason) where the checkpoint cannot be resumed from."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         if "seal" in manifest:
+            old = f"version {manifest.get('script_version')} of this script, in a form that version {SCRIPT_VERSION}"
+            remedy = "finish that run with its own copy of the script (in its output folder)"
             raise UnusableInput(
-                f"{folder} was written by version {manifest.get('script_version')} of this script, in a form that "
-                f"version {SCRIPT_VERSION} cannot resume; finish that run with its own copy of the script (in its "
-                "output folder), or choose another --output_dir"
+                f"{folder} was written by {old} cannot resume; {remedy}, or choose another --output_dir"
             )
-        for name, size in manifest["sizes"].items():
-            if (folder / name).stat().st_size != size:
-                return None, f"{name} is damaged"
-        return manifest, ""
+        damaged = [name for name, size in manifest["sizes"].items() if (folder / name).stat().st_size != size]
+        return (None, f"{damaged[0]} is damaged") if damaged else (manifest, "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return None, f"{getattr(error, 'filename', None) or MANIFEST_NAME} is missing or cannot be read"
 
 
 def find_checkpoint(args, say):
-    """Return (folder, manifest) to resume from, or (None, None) to start afresh.
-
-    Raises:
-        UnusableInput: the named one is incomplete, or 'none' would overwrite an earlier run's checkpoints.
-    """
+    """Return (folder, manifest) to resume from, or (None, None) to start afresh."""
     wanted, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if wanted == "none" and existing:
-        raise UnusableInput(
-            f"--resume_from_checkpoint none: {args.output_dir} holds checkpoints of an earlier run; "
-            "remove them or choose another --output_dir"
-        )
+        found = f"{args.output_dir} holds checkpoints of an earlier run"
+        raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
     for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named_checkpoints(args)[:1]):
         manifest, reason = read_manifest(folder)
         if manifest:
@@ -2041,15 +2009,13 @@ class Log:
         self.path = Path(job.args.output_dir) / "log.jsonl"
         self.rows = []  # (step, loss, gradient norm, learning rate) of updates since the last flush
         self.skipped_updates = 0
-        self.started = time.monotonic()
-        self.bar = tqdm(
-            total=job.max_train_steps, initial=job.state.global_step, unit="update", desc="distilling",
-            mininterval=1.0, disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        if self.accelerator.is_main_process:
+        self.started = time.monotonic()  # the clock of training alone
+        last, is_main = job.state.global_step, self.accelerator.is_main_process
+        options = {"unit": "update", "desc": "distilling", "mininterval": 1.0, "disable": not is_main}
+        self.bar = tqdm(total=job.max_train_steps, initial=last, **options)
+        if is_main and self.path.exists():
             # Lines after the update that the run resumes from go, and one that a kill cut short.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            last = job.state.global_step
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
             write_atomically(self.path, "".join(kept))
 
@@ -2059,92 +2025,70 @@ class Log:
         self.bar.update()
 
     def flush(self):
-        """Average the noted losses over processes, check them, and write them everywhere.
-
-        Raises:
-            NonFiniteLoss: a loss or a gradient is NaN or infinite, or the loss scale has collapsed.
-        """
+        """Average the noted losses over processes, write them everywhere, and raise NonFiniteLoss on a bad one."""
         if not self.rows:
             return
-        lines, error = self.checked(self.read())
+        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
+        values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
+        samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
+        speed, lines, error = samples / (time.monotonic() - self.started), [], None
+        for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True):
+            if error := self.fault(step, loss, norm):
+                break
+            norm = norm if math.isfinite(norm) else None
+            lines.append({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed})
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
-                numbers = {
-                    f"train/{name}": value for name, value in line.items() if name != "step" and value is not None
-                }
-                self.accelerator.log(numbers, step=line["step"])
+                numbers = [pair for pair in line.items() if pair[0] != "step" and pair[1] is not None]
+                self.accelerator.log({f"train/{name}": value for name, value in numbers}, step=line["step"])
         if error:
             raise NonFiniteLoss(error)
         if torch.cuda.is_available():
             peak_gib = torch.cuda.max_memory_allocated() / 2**30
             self.accelerator.log({"train/peak_memory_gib": peak_gib}, step=lines[-1]["step"])
-        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{lines[-1]['samples_per_second']:.2f}")
+        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
         self.rows = []
 
-    def read(self):
-        """Return the noted updates as lines of log.jsonl; waits for the device and for the other processes."""
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
-        values = self.accelerator.reduce(values, "mean").tolist()
-        elapsed = time.monotonic() - self.started
-        speed = len(self.rows) * samples_per_update(self.job.args, self.accelerator) / elapsed
-        return [
-            {
-                "step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
-                "samples_per_second": speed,
-            }
-            for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
-        ]  # fmt: skip
-
-    def checked(self, lines):
-        """Return (lines before the first bad one, error or None)."""
-        has_scaler = self.accelerator.scaler is not None  # skips updates that overflow; elsewhere they ruin weights
-        for number, line in enumerate(lines):
-            self.skipped_updates = self.skipped_updates + 1 if line["grad_norm"] is None else 0
-            is_bad = not math.isfinite(line["loss"]) or self.skipped_updates and not has_scaler
-            if is_bad or self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
-                cause = f"loss {line['loss']}, gradient norm {line['grad_norm'] or 'inf'}"
-                if not is_bad:
-                    cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
-                return lines[:number], (
-                    f"{cause} at update {line['step']}; the last checkpoint is untouched. Lower --learning_rate or "
-                    "use --mixed_precision bf16 or no; a VAE may overflow in fp16"
-                )
-        return lines, None
-
-    def restart_clock(self):
-        """Measure speed from now on: what was done since the last flush was not training."""
-        self.started = time.monotonic()
+    def fault(self, step, loss, norm):
+        """Return why training must end after an update, or None."""
+        self.skipped_updates = 0 if math.isfinite(norm) else self.skipped_updates + 1
+        # The loss scaler of fp16 skips updates that overflow; without a scaler they ruin the weights.
+        if not math.isfinite(loss) or self.skipped_updates and self.accelerator.scaler is None:
+            cause = f"loss {loss}, gradient norm {norm}"
+        elif self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
+            cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
+        else:
+            return None
+        remedy = "Lower --learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
+        return f"{cause} at update {step}; the last checkpoint is untouched. {remedy}"
 
 
+@torch.no_grad()
 def validate(job):
-    """Draw every prompt at 1, 2, 4 and 8 steps with the LoRA, and give the pictures to every tracker.
+    """Return {steps: [picture of each prompt]} at 1, 2, 4 and 8 steps, and give them to every tracker.
 
-    Returns the pictures as {steps: [picture of each prompt]}; they are also in `validation/` as one grid.
+    They are also in `validation/` as one grid.
     """
     args, pipe = job.args, job.pipe
     if not pipe.vae:  # a run on cached latents needs it only here
         parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
         pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-    scheduler = pipe.scheduler
-    pipe.scheduler = LCMScheduler.from_config(
-        scheduler.config,
-        original_inference_steps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
-    was_training = pipe.unet.training
+    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    scheduler, was_training = pipe.scheduler, pipe.unet.training
+    pipe.scheduler = LCMScheduler.from_config(scheduler.config, **options)
     pipe.unet.eval()
+    options = {"guidance_scale": 1.0, "height": args.resolution, "width": args.resolution, "output_type": "latent"}
     drawn = {steps: [] for steps in VALIDATION_STEPS}
     pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
     for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
         embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
         generator = torch.Generator().manual_seed(args.seed + number)
-        latents = pipe(
-            **embeds, num_inference_steps=steps, guidance_scale=1.0, generator=generator,
-            height=args.resolution, width=args.resolution, output_type="latent",
-        ).images  # fmt: skip
-        drawn[steps] += decode(pipe, latents)
+        latents = pipe(**embeds, num_inference_steps=steps, generator=generator, **options).images
+        # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        drawn[steps] += pipe.image_processor.postprocess(decoded.float())
     pipe.scheduler = scheduler
     pipe.unet.train(was_training)
     folder = Path(args.output_dir) / "validation"
@@ -2155,23 +2099,13 @@ def validate(job):
     return drawn
 
 
-@torch.no_grad()
-def decode(pipe, latents):
-    """Return latents [B,C,h,w] as pictures, decoded in the VAE's own dtype: SDXL's overflows in float16."""
-    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.float())
-
-
 def log_pictures(tracker, drawn, prompts, global_step):
     """Give validation pictures to one tracker, with step count and, where the tracker takes one, caption."""
     if tracker.name == "wandb":
         import wandb
 
-        captioned = [
-            wandb.Image(picture, caption=f"{prompt} ({steps} steps)")
-            for steps, pictures in drawn.items()
-            for prompt, picture in zip(prompts, pictures, strict=True)
-        ]
+        pairs = [(steps, *pair) for steps, row in drawn.items() for pair in zip(prompts, row, strict=True)]
+        captioned = [wandb.Image(picture, caption=f"{prompt} ({steps} steps)") for steps, prompt, picture in pairs]
         tracker.log({"validation": captioned}, step=global_step)
     elif hasattr(tracker, "log_images"):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -2181,14 +2115,12 @@ def log_pictures(tracker, drawn, prompts, global_step):
 
 def grid_of(drawn):
     """Return pictures {steps: [picture of each prompt]} as one: a column a step count, a row a prompt."""
-    side, head = next(iter(drawn.values()))[0].width, 20
-    rows = max(len(pictures) for pictures in drawn.values())
-    sheet = Image.new("RGB", (len(drawn) * side, head + rows * side), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (steps, pictures) in enumerate(drawn.items()):
-        pen.text((column * side + 4, 3), f"{steps} steps", fill="black", font=ImageFont.load_default(12))
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture, (column * side, head + row * side))
+    rows = list(zip(*drawn.values(), strict=True))
+    grid = make_image_grid(list(chain(*rows)), len(rows), len(drawn))
+    sheet = ImageOps.expand(grid, (0, 20, 0, 0), "white")
+    for column, steps in enumerate(drawn):
+        place = (column * grid.width // len(drawn) + 4, 3)
+        ImageDraw.Draw(sheet).text(place, f"{steps} steps", fill="black", font=ImageFont.load_default(12))
     return sheet
 
 
@@ -2247,11 +2179,7 @@ def repository_name(args):
 
 
 def make_repository(args):
-    """Make the Hub repository, if it is not there, before any GPU hour is spent.
-
-    Raises:
-        UnusableInput: the Hub refuses. One that cannot be reached is reported, and tried again at the end.
-    """
+    """Make the Hub repository, if it is not there, before any GPU hour is spent; a Hub out of reach is reported."""
     try:
         create_repo(repository_name(args), private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
     except (HTTPError, OSError, ValueError) as error:
@@ -2271,20 +2199,17 @@ def one_line(error):
 def push(args, folder):
     """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run."""
     name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
+    options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
             create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
-            address = upload_folder(
-                repo_id=name, folder_path=folder, token=args.hub_token, commit_message="LCM-LoRA", allow_patterns=files
-            )
+            address = upload_folder(repo_id=name, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
             time.sleep(2)
-    include = " ".join(shlex.quote(pattern) for pattern in files)
-    tqdm.write(
-        f"not uploaded; publish the files later with: hf upload {name} {folder} --include {include}", file=sys.stderr
-    )
+    command = f"hf upload {name} {folder} --include {shlex.join(files)}"
+    tqdm.write(f"not uploaded; publish the files later with: {command}", file=sys.stderr)
 
 
 # <<< shared: log
