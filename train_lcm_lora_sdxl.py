@@ -1231,8 +1231,8 @@ def make_loader(stream, num_workers, device):
 
 def start_worker(_worker):
     """Let a loader process outlive the signals that ask the run to save and stop, and end with the run."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
 
 
@@ -2179,13 +2179,13 @@ def write_card(job, drawn):
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = masked(args.pretrained_teacher_model)
-    from_hub = not Path(teacher).exists()
+    from_hub, teachers_card = not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
-    training = "\n".join(
-        f"| {flag} | {getattr(args, flag)} |"
-        for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
+    flags = (
+        "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
+    training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags)
     description = f"""# LCM-LoRA
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2210,15 +2210,11 @@ file: sampler LCM, CFG 1 to 2. Pictures above: 4 steps, guidance 1. The LoRA inh
 {training}
 | processes | {job.accelerator.num_processes} |
 """
-    card = Path(teacher) / "README.md"
+    gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
     data = ModelCardData(
-        base_model=teacher if from_hub else None,
-        license=ModelCard.load(card).data.get("license") if card.is_file() else None,
-        pipeline_tag="text-to-image",
-        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
-        if drawn
-        else None,
-    )
+        base_model=teacher if from_hub else None, pipeline_tag="text-to-image", widget=gallery if drawn else None,
+        license=ModelCard.load(teachers_card).data.get("license") if teachers_card.is_file() else None,
+    )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
 
@@ -2269,7 +2265,9 @@ def push(args, folder):
 
 
 # >>> shared: run
-STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+STOP_SIGNALS = [
+    getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)
+]  # some not on Windows
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
@@ -2282,27 +2280,21 @@ MEMORY_SAVERS = {  # in the order of what they save for what they cost
 
 
 def start(args):
-    """Return the Accelerator.
-
-    Raises:
-        UnusableInput: accelerate cannot start, or the launch or the device is not supported.
-    """
+    """Return the Accelerator; a launch or a device that is not supported is an error."""
     # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # A plugin, because accelerate's environment variable would win over the plain argument.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload meanwhile
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            # The plugin, because accelerate's environment variable would win over the plain argument.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                args.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rank 0 may upload meanwhile
-        )
+            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, project_config=folders,
+            log_with=None if args.report_to == "none" else args.report_to, kwargs_handlers=[patience],
+        )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
     if args.report_to not in ("none", "all") and not accelerator.log_with:
@@ -2324,17 +2316,13 @@ def check_launch(accelerator):
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UnusableInput(f"{kind} is not supported; launch with one or several GPUs or CPUs (DDP)")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise UnusableInput(
-            f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; on CPUs set "
-            "ACCELERATE_USE_CPU=true and start them with torchrun"
-        )
+        remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
+        raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; {remedy}")
     if precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
     if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        raise UnusableInput(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} only emulates bfloat16, because its compute "
-            "capability is below 8.0; use fp16"
-        )
+        cause = "only emulates bfloat16, because its compute capability is below 8.0"
+        raise UnusableInput(f"--mixed_precision bf16: {torch.cuda.get_device_name()} {cause}; use fp16")
     if str(accelerator.state.dynamo_plugin.backend).upper().rpartition(".")[2] != "NO":
         raise UnusableInput("accelerate's dynamo settings would rename the LoRA's weights; unset them, use --compile")
 
@@ -2350,28 +2338,22 @@ def check_xformers(accelerator):
         query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=accelerator.device)
         xformers.ops.memory_efficient_attention(query, query, query)
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
-        raise UnusableInput(
-            f"{flag}: the kernels of xformers do not run with torch {torch.__version__} here "
-            f"({one_line(error)[:120]}); {remedy}, or install a pair made for each other, such as torch 2.10 for "
-            "CUDA 12.8 with xformers 0.0.35"
-        ) from error
+        cause = f"the kernels of xformers do not run with torch {torch.__version__} here ({one_line(error)[:120]})"
+        pair = "install a pair made for each other, such as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
+        raise UnusableInput(f"{flag}: {cause}; {remedy}, or {pair}") from error
 
 
 def describe_device(accelerator):
     """Return what a run computes on, with a warning where a GPU is there and not used."""
-    device, processes = accelerator.device, accelerator.num_processes
+    device, processes, precision = accelerator.device, accelerator.num_processes, accelerator.mixed_precision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    line = (
-        f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {accelerator.mixed_precision}"
-    )
-    if device.type == "cuda" and accelerator.mixed_precision == "no":
+    line = f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {precision}"
+    if device.type == "cuda" and precision == "no":
         line += "; --mixed_precision fp16 or bf16 would halve the memory"
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
-        line += (
-            f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
-            "driver 580 or later: update it, or install torch for an older CUDA"
-        )
+        line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
+        line += "driver 580 or later: update it, or install torch for an older CUDA"
     return line
 
 
@@ -2380,17 +2362,14 @@ def describe_data(shards, report, args, accelerator, workers):
     lines, total = [f"data: {report}"], count_samples(shards)
     updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
     if total:
-        lines.append(
-            f"data: {total} samples; {updates} updates of {together} are {updates * together / total:.2g} epochs"
-        )
+        epochs = updates * together / total
+        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs:.2g} epochs")
     if total and together > total:
         lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
     needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2
     if workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < needed:
-        lines.append(
-            f"warning: loader processes may need {needed >> 20} MiB in /dev/shm, which has less; start the container "
-            "with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
-        )
+        remedy = "start the container with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
+        lines.append(f"warning: loader processes may need {needed >> 20} MiB in /dev/shm, which has less; {remedy}")
     return "\n".join(lines)
 
 
@@ -2398,30 +2377,24 @@ def describe_models(job, samples):
     """Return the lines that tell what is distilled: parameters, prediction type, schedule, captions cut."""
     config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
     ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
-    frozen, trainable = job.teacher_unet.num_parameters(), job.student_unet.num_parameters(only_trainable=True)
-    lines = [
-        f"teacher: {frozen:,} parameters, {schedule.prediction_type}, {config.beta_schedule} {ends}; LoRA: "
-        f"{trainable:,} trainable parameters"
-    ]
+    teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
+    trainable = job.student_unet.num_parameters(only_trainable=True)
+    lines = [f"teacher: {teacher} {ends}; LoRA: {trainable:,} trainable parameters"]
     if tokenizer:
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
         lines += [f"captions cut at {limit} tokens: {cut} of the first {len(samples)}"] * bool(cut)
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        lines.append(
-            "the teacher's own VAE overflows in fp16 and computes in float32, slowly; give "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        )
+        remedy = "give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        lines.append(f"the teacher's own VAE overflows in fp16 and computes in float32, slowly; {remedy}")
     return "\n".join(lines)
 
 
 def samples_per_update(args, accelerator):
-    """Return how many samples all processes together put into one update."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def count_updates(args, accelerator):
-    """Return the length of the run in updates."""
     if args.max_train_steps:
         return args.max_train_steps
     return math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
@@ -2453,11 +2426,7 @@ def agree(accelerator, function, *arguments):
 
 
 def open_output(args, state):
-    """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script.
-
-    Raises:
-        UnusableInput: the folder cannot be written, or another run is using it.
-    """
+    """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script."""
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -2484,20 +2453,14 @@ def package_versions():
 
 
 def start_trackers(args, accelerator):
-    """Start the trackers with the flags and the packages' versions as their configuration.
-
-    Raises:
-        UnusableInput: a tracker does not start, such as wandb without a key.
-    """
+    """Start the trackers with the flags and the packages' versions as their configuration."""
     config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
     config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
     try:
         accelerator.init_trackers(args.tracker_project_name, config, {"wandb": {"dir": args.output_dir}})
     except Exception as error:  # each tracker has errors of its own
-        raise UnusableInput(
-            f"--report_to {args.report_to} cannot start: {one_line(error)}; log in (wandb login), set "
-            "WANDB_MODE=offline, or choose another tracker"
-        ) from error
+        remedy = "log in (wandb login), set WANDB_MODE=offline, or choose another tracker"
+        raise UnusableInput(f"--report_to {args.report_to} cannot start: {one_line(error)}; {remedy}") from error
 
 
 def listen(state):
@@ -2526,7 +2489,7 @@ def listen(state):
             signal.signal(signal.SIGALRM, lambda *_: update == state.waits_at and leave(name, number))
             signal.alarm(10)
 
-    return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
+    return {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
 
 def kill_children():
@@ -2544,10 +2507,9 @@ def stop_if_asked(job, save):
     asked = torch.tensor(float(job.state.stop_signal is not None), device=job.accelerator.device)
     if job.accelerator.reduce(asked, "sum").item():
         save()
-        raise StoppedBySignal(
-            f"stopped by {job.state.stop_signal or 'a signal to another process'}; "
-            f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
-        )
+        cause = job.state.stop_signal or "a signal to another process"
+        saved = f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
+        raise StoppedBySignal(f"stopped by {cause}; {saved}")
 
 
 def train(job, loader, save):
@@ -2576,7 +2538,7 @@ def train(job, loader, save):
                 validate(job)
             accelerator.wait_for_everyone()
         if not log.rows:
-            log.restart_clock()
+            log.started = time.monotonic()  # what was done since the last flush was not training
     state.is_training, state.is_saved = False, True
     log.bar.close()
 
@@ -2647,17 +2609,9 @@ def make_job(args, accelerator, samples, cache, state):
 def make_stream(job, shards, workers, manifest, cache):
     """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
     accelerator, state, each = job.accelerator, job.state, max(1, workers)
-    names = [] if cache else [name for name in TEXT_PARTS if name.startswith("tokenizer")]
-    first = accelerator.process_index * each
-    stream = ShardStream(
-        shards,
-        job.args,
-        accelerator.num_processes * each,
-        first,
-        each,
-        [getattr(job.pipe, name) for name in names],
-        cache,
-    )
+    tokenizers = [getattr(job.pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer") and not cache]
+    consumers, first = accelerator.num_processes * each, accelerator.process_index * each
+    stream = ShardStream(shards, job.args, consumers, first, each, tokenizers, cache)
     if manifest:
         state.global_step = manifest["global_step"]
         mine = range(first, first + each)
@@ -2745,17 +2699,15 @@ def run(args):
     except BaseException as error:
         is_agreed = False
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            code = 2
-            printed = (
-                f"error: --output_dir {args.output_dir}: {error.strerror}; make room, then give the command again"
-            )
+            code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
+            printed = f"error: {cause}; make room, then give the command again"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
         tqdm.write(printed, file=sys.stderr)  # clears a progress bar
     kill_children()
-    for name, handler in handlers.items():
-        signal.signal(getattr(signal, name), handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.
     if torch.distributed.is_initialized() and is_agreed:
         torch.distributed.destroy_process_group()
