@@ -320,9 +320,8 @@ def add_system_args(parser):
 
 
 def build_parser():
-    parser = OneLineParser(
-        None, None, __doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
-    )
+    options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
+    parser = OneLineParser(description=__doc__, **options)
     add_model_args(parser)
     add_lora_args(parser)
     add_distillation_args(parser)
@@ -429,17 +428,13 @@ def masked(text):
 
 def public_flags(args):
     """Return the flags as they may be written and logged: without secrets."""
-
-    def public(value):
-        return (
-            [public(item) for item in value]
-            if isinstance(value, list)
-            else masked(value)
-            if isinstance(value, str)
-            else value
-        )
-
-    return {name: public(value) for name, value in vars(args).items() if name != "hub_token"}
+    flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
+    for name, value in flags.items():
+        if isinstance(value, str):
+            flags[name] = masked(value)
+        elif isinstance(value, list):
+            flags[name] = [masked(item) for item in value]
+    return flags
 
 
 def end_with_parent(number):
@@ -697,9 +692,8 @@ def list_folder(folder):
         if suffix in IMAGE_SUFFIXES:
             keys[key] = True  # in order
     if not keys:
-        raise UnusableInput(
-            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
-        )
+        found = "holds no .tar file and no picture"
+        raise UnusableInput(f"--train_shards_path_or_url {folder}: {found}; name one that does")
     parts, rest = [], iter(keys)
     while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
         files = tuple(chain(*(samples[key] for key in part)))
@@ -891,10 +885,7 @@ def group_members(members, lost):
 
 
 def metadata_of(sample):
-    """Return what a sample's json tells: "caption", "side" in pixels, and a float for each field of METADATA_KEYS.
-
-    A field that is there and is no finite number is None.
-    """
+    """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
     if "json" not in sample:
         return {}
     try:
@@ -1011,10 +1002,7 @@ def crop(picture, args, rng):
 
 
 def prepare_sample(sample, args, epoch, cached=False):
-    """Return an undecoded sample as a training sample, or raise SkippedSample.
-
-    Its crop is a function of (seed, epoch, shard, key).
-    """
+    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key)."""
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     if image is None and not cached:
         raise SkippedSample("no picture")
@@ -1430,10 +1418,7 @@ def check_parts(pipe):
 
 
 def quantize_4bit(unet):
-    """Turn the linear layers of the attention blocks into bitsandbytes' Linear4bit, packed when they move.
-
-    NF4 in blocks of 64 weights (QLoRA, arXiv:2305.14314).
-    """
+    """Turn attention's linear layers into bitsandbytes' NF4 ones (arXiv:2305.14314), packed when they move."""
     import bitsandbytes
 
     linears = {name: layer for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
@@ -1454,10 +1439,8 @@ def quantize_4bit(unet):
 
 
 def make_twin(unet):
-    """Return a frozen UNet on the very weights of `unet`: the teacher, whatever is added to `unet` later.
-
-    The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
-    """
+    """Return the teacher: a frozen UNet on the very weights of `unet`, free of what is added to `unet` later."""
+    # The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
     shared = {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())}
     for module in unet.modules():  # the scales of packed weights are no buffers
         if getattr(module, "quant_state", None) is not None:
@@ -1465,7 +1448,7 @@ def make_twin(unet):
     return copy.deepcopy(unet, shared).requires_grad_(False).eval()
 
 
-class LoraLinear(lora.Linear):
+class LoraForward:
     """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A and B, computed in the dtype of x.
 
     PEFT's own forward pass computes the LoRA's branch in float32 where there is no autocast.
@@ -1474,27 +1457,21 @@ class LoraLinear(lora.Linear):
     def forward(self, x):
         if self.disable_adapters:
             return super().forward(x)
-        down, up = factors(self, x.dtype)
-        hidden = functional.linear(self.lora_dropout["default"](x), down)
-        return self.base_layer(x) + functional.linear(hidden, up)
+        down, up, scaling = (part["default"] for part in (self.lora_A, self.lora_B, self.scaling))
+        up = up.weight if scaling == 1 else up.weight * scaling
+        apply, base, options = functional.linear, self.base_layer, ()
+        if isinstance(base, torch.nn.Conv2d):  # A has the kernel, B a kernel of one pixel
+            apply, options = functional.conv2d, (None, base.stride, base.padding)
+        hidden = apply(self.lora_dropout["default"](x), down.weight.to(x.dtype), *options)
+        return base(x) + apply(hidden, up.to(x.dtype))
 
 
-class LoraConv2d(lora.Conv2d):
-    """LoraLinear's counterpart for a convolution: A has its kernel, B a kernel of one pixel."""
-
-    def forward(self, x):
-        if self.disable_adapters:
-            return super().forward(x)
-        down, up = factors(self, x.dtype)
-        options = self.base_layer.stride, self.base_layer.padding
-        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
-        return self.base_layer(x) + functional.conv2d(hidden, up)
+class LoraLinear(LoraForward, lora.Linear):
+    pass
 
 
-def factors(layer, dtype):
-    """Return (A, scaling B) of a LoRA layer in a dtype; their float32 parameters get the gradients."""
-    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    return down.weight.to(dtype), (up.weight if scaling == 1 else up.weight * scaling).to(dtype)
+class LoraConv2d(LoraForward, lora.Conv2d):
+    pass
 
 
 def add_lora(unet, args):
@@ -1641,19 +1618,17 @@ def reduce_rank(one, rank):
 @torch.no_grad()
 def load_init_lora(unet, source):
     """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha."""
-    layers = {
-        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
-        for name, layer in unet.named_modules()
-        if isinstance(layer, lora.LoraLayer)
-    }
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, lora.LoraLayer)}
     loras, misfits = read_lora(source, unet.config.layers_per_block), []
     for name, one in loras.items():
-        down, up, scale = layers.get(name, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
-        if (one.down[0].numel(), len(one.up)) != (down[0].numel(), len(up)):
-            misfits.append(f"{name} ({one.down[0].numel()} x {len(one.up)})")
+        layer, sizes = layers.get(name), (one.down[0].numel(), len(one.up))
+        parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight) if layer else ()
+        if not parts or sizes != (parts[0][0].numel(), len(parts[1])):
+            misfits.append(f"{name} ({sizes[0]} x {sizes[1]})")
             continue
+        down, up = parts
         one = reduce_rank(one, len(down))
-        rank = len(one.down)
+        rank, scale = len(one.down), layer.scaling["default"]
         # Rows of A beyond the LoRA's rank keep their random start: B's zeros leave the output as it is, and
         # zeros in both would never get a gradient.
         down[:rank] = one.down.view_as(down[:rank])
@@ -1864,10 +1839,8 @@ def next_batch(job, batches, positions):
 
 # >>> shared: files
 def write_atomically(path, data):
-    """Write text or bytes so that the file is there whole or not at all; its mode follows the umask.
-
-    safetensors' own `save_file` leaves files that only their owner can read.
-    """
+    """Write text or bytes so that the file is there whole or not at all."""
+    # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
     scratch = path.with_name(f".writing-{path.name}")
     with scratch.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -2001,9 +1974,8 @@ def read_manifest(folder):
         if "seal" in manifest:
             old = f"version {manifest.get('script_version')} of this script, in a form that version {SCRIPT_VERSION}"
             remedy = "finish that run with its own copy of the script (in its output folder)"
-            raise UnusableInput(
-                f"{folder} was written by {old} cannot resume; {remedy}, or choose another --output_dir"
-            )
+            remedy = f"{remedy}, or choose another --output_dir"
+            raise UnusableInput(f"{folder} was written by {old} cannot resume; {remedy}")
         damaged = [name for name, size in manifest["sizes"].items() if (folder / name).stat().st_size != size]
         return (None, f"{damaged[0]} is damaged") if damaged else (manifest, "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
@@ -2116,10 +2088,7 @@ class Log:
 
 @torch.no_grad()
 def validate(job):
-    """Return {steps: [picture of each prompt]} at 1, 2, 4 and 8 steps, and give them to every tracker.
-
-    They are also in `validation/` as one grid.
-    """
+    """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`."""
     args, pipe = job.args, job.pipe
     if not pipe.vae:  # a run on cached latents needs it only here
         parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
@@ -2265,9 +2234,8 @@ def push(args, folder):
 
 
 # >>> shared: run
-STOP_SIGNALS = [
-    getattr(signal, n) for n in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, n)
-]  # some not on Windows
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
@@ -2298,9 +2266,8 @@ def start(args):
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
     if args.report_to not in ("none", "all") and not accelerator.log_with:
-        raise UnusableInput(
-            f"--report_to {args.report_to}: its package is not installed; install it or choose another"
-        )
+        remedy = "its package is not installed; install it or choose another"
+        raise UnusableInput(f"--report_to {args.report_to}: {remedy}")
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
@@ -2443,10 +2410,9 @@ def open_output(args, state):
 
 
 def package_versions():
+    names = "accelerate bitsandbytes diffusers peft safetensors torch transformers wandb webdataset xformers".split()
     versions = {"script": SCRIPT_VERSION}
-    for (
-        name
-    ) in "accelerate bitsandbytes diffusers peft safetensors torch transformers wandb webdataset xformers".split():
+    for name in names:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
@@ -2557,10 +2523,7 @@ def finish(job):
 
 
 def load_models(args, dtype, device, samples, cache):
-    """Return {pipe, scaling_factor, uncond_embeds, prompts, prompt_embeds} of a Job.
-
-    From a cache, VAE and text encoders stay away; prompts to draw need the encoders for a moment.
-    """
+    """Return {pipe, scaling_factor, uncond_embeds, prompts, prompt_embeds} of a Job."""
     chosen = samples[:: max(1, len(samples) // 4)][:4]  # spread over what the audit read
     given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else ())  # captions may be private
     prompts = list(given) or [sample["caption"] for sample in chosen]
@@ -2569,7 +2532,7 @@ def load_models(args, dtype, device, samples, cache):
             pipe = load_teacher(args, dtype, device)
             uncond_embeds, prompt_embeds = (encode_prompts(pipe, texts, device) for texts in ([""], prompts))
             scaling_factor = pipe.vae.config.scaling_factor
-        else:
+        else:  # VAE and text encoders stay away; prompts to draw need the encoders for a moment
             uncond_embeds = load_tensors(cache["safetensors"])
             scaling_factor = json.loads(cache["json"])["scaling_factor"]
             prompt_embeds = {name: torch.stack([sample[name] for sample in chosen]) for name in uncond_embeds}
