@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import time
 import traceback
 from pathlib import Path
@@ -172,6 +173,17 @@ def write_shard(path, samples):
                 for name, value in sample.items()
             }  # fmt: skip
             writer.write({"__key__": f"{path.stem}-{number:05d}", **encoded})
+    return path
+
+
+def write_tar(path, files, **options):
+    """Write (name, bytes) pairs as one tar, in their order, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
     return path
 
 

@@ -211,9 +211,7 @@ def test_a_checkpoint_older_than_a_flag_has_its_default(again, unbroken, script,
 
 def test_more_steps_go_on_from_the_last(script, teacher, shards, tmp_path):
     for steps in (2, 3):
-        said = finish(
-            script, flags(teacher, shards, tmp_path / "out", max_train_steps=steps), tmp_path / "said"
-        )
+        said = finish(script, flags(teacher, shards, tmp_path / "out", max_train_steps=steps), tmp_path / "said")
     assert any("resuming from" in text and text.endswith("checkpoint-2") for text in said)
     finish(script, flags(teacher, shards, tmp_path / "once", max_train_steps=3), tmp_path / "said")
     assert_same(tmp_path / "out", tmp_path / "once")
@@ -230,7 +228,12 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     said = finish(
         script, flags(teacher, shards, out, max_train_steps=6, logging_steps=3), tmp_path / "nan", expected=1
     )
-    assert said[-1].startswith("error: ") and "loss nan" in said[-1] and "update 3" in said[-1] and "--learning_rate" in said[-1]
+    assert (
+        said[-1].startswith("error: ")
+        and "loss nan" in said[-1]
+        and "update 3" in said[-1]
+        and "--learning_rate" in said[-1]
+    )
     assert not any("Traceback" in line for line in said)
     assert checkpoints(out) == {"checkpoint-2"} and contents(out / "checkpoint-2") == before
     assert [row["step"] for row in read_log(out)] == [1, 2]

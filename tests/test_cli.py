@@ -218,7 +218,7 @@ def test_flags_come_from_files_too(script, tmp_path):
     """Several words a line, comments, quotes; what comes later wins."""
     (tmp_path / "card.txt").write_text(
         "# for a card of 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
-        '--validation_prompts "sea at dawn" \'a # in a prompt\'\n'
+        "--validation_prompts \"sea at dawn\" 'a # in a prompt'\n"
     )
     line = flags("owner/name", "pipe:cat 0.tar", "unused", train_batch_size=None, mixed_precision=None)
     args = script.parse_args([f"@{tmp_path / 'card.txt'}", *line, "--train_batch_size", "8"])

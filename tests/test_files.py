@@ -361,4 +361,6 @@ def test_every_file_follows_the_umask(script, args, trained, umask):
     finally:
         os.umask(before)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in trained[1].rglob("*") if path.is_file()}
-    assert len(modes) > 8 and {mode & 0o777 for name, mode in modes.items() if name != ".lock"} == {0o666 & ~umask}, modes
+    assert len(modes) > 8 and {mode & 0o777 for name, mode in modes.items() if name != ".lock"} == {0o666 & ~umask}, (
+        modes
+    )

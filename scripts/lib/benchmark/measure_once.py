@@ -228,7 +228,7 @@ def measure(own, words, folder):
     if on_cuda:  # the parts' clocks empty the queue: updates of their own
         parts.wrap_step(trainer, job)
         run(own.steps)
-    batch = trainer.next_batch(batches, job.state, {})
+    batch = trainer.next_batch(job, batches, {})
     side = batch["moments"].shape[-1] if "moments" in batch else args.resolution // job.pipe.vae_scale_factor
     num_samples = trainer.samples_per_update(args, job.accelerator) * own.steps
     wall, rate = whole.seconds["step"], matmul_rate(job.dtype, device)
