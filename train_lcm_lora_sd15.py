@@ -60,9 +60,7 @@ from typing import NamedTuple
 
 SCRIPT_VERSION = "0.2.0"
 
-# ----------------------------------------------------------------------------------------------------------
-# What is particular to this model family
-# ----------------------------------------------------------------------------------------------------------
+# ---- What is particular to this model family -------------------------------------------------------------
 
 FAMILY = "Stable Diffusion 1.x / 2.x"
 OTHER_SCRIPT = "train_lcm_lora_sdxl.py"
@@ -145,9 +143,7 @@ class StopWaiting(BaseException):
 
 # <<< shared: constants
 
-# ----------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------
+# ---- Arguments -------------------------------------------------------------------------------------------
 
 
 # >>> shared: arguments
@@ -456,7 +452,7 @@ if __name__ == "__main__":
         end_with_parent(signal.SIGTERM)
     print("loading libraries", file=sys.stderr, flush=True)
 
-# >>> shared: imports
+# >>> shared: data
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of parts that are not used here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked loader processes
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
@@ -505,14 +501,9 @@ from transformers.utils import logging as transformers_logging
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# <<< shared: imports
-
-# ----------------------------------------------------------------------------------------------------------
-# Schedule and consistency mathematics: pure functions of float32 tensors
-# ----------------------------------------------------------------------------------------------------------
+# ---- Schedule and consistency mathematics: pure functions of float32 tensors -----------------------------
 
 
-# >>> shared: mathematics
 @dataclass(frozen=True)
 class Schedule:
     """The teacher's noise schedule and the solver's grid on it."""
@@ -594,14 +585,8 @@ def loss_between(schedule, pred, target, timesteps, args):
     return distance(pred, target, args.loss_type, args.huber_c)
 
 
-# <<< shared: mathematics
+# ---- Data: shards -> samples -> batches ------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------
-# Data: shards -> samples -> batches
-# ----------------------------------------------------------------------------------------------------------
-
-
-# >>> shared: data
 # Pillow's names. An allowlist: some of Pillow's other readers start programs (EPS runs Ghostscript).
 Image.init()
 PICTURE_FORMATS = [name for name in "JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF TGA".split() if name in Image.OPEN]
@@ -1226,9 +1211,7 @@ def start_worker(_worker):
 
 # <<< shared: data
 
-# ----------------------------------------------------------------------------------------------------------
-# Models: teacher, student, conditioning
-# ----------------------------------------------------------------------------------------------------------
+# ---- Models: teacher, student, conditioning --------------------------------------------------------------
 
 
 def load_pipeline(args, dtype, **options):
@@ -1592,9 +1575,7 @@ def load_init_lora(unet, source):
 
 # <<< shared: models
 
-# ----------------------------------------------------------------------------------------------------------
-# One training step: draw, encode, condition, loss, update
-# ----------------------------------------------------------------------------------------------------------
+# ---- One training step: draw, encode, condition, loss, update --------------------------------------------
 
 
 # >>> shared: step
@@ -1661,6 +1642,13 @@ def draw(args, shape, global_step, micro_step, process_index, device):
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
     return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
+
+
+def encode(job, batch):
+    """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
+    if "moments" in batch:
+        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
+    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1736,10 +1724,7 @@ def batch_loss(job, batch, micro_step):
     args, device = job.args, job.accelerator.device
     batch = send_to_device(batch, device, non_blocking=device.type == "cuda")  # the loader has pinned it for CUDA
     with torch.no_grad():
-        if "moments" in batch:
-            moments, embeds = batch["moments"], {name: batch[name] for name in job.uncond_embeds}
-        else:
-            moments, embeds = encode_moments(job.pipe.vae, batch["pixels"], args), encode_ids(job.pipe, batch["ids"])
+        moments, embeds = encode(job, batch)
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
         draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
@@ -1783,12 +1768,10 @@ def next_batch(job, batches, positions):
 
 # <<< shared: step
 
-# ----------------------------------------------------------------------------------------------------------
-# Files: LoRA weights and checkpoints
-# ----------------------------------------------------------------------------------------------------------
+# ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
 
-# >>> shared: files
+# >>> shared: run
 def write_atomically(path, data):
     """Write text or bytes so that the file is there whole or not at all."""
     # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
@@ -1963,14 +1946,9 @@ def check_resume(folder, manifest, settings, max_train_steps):
         raise UnusableInput(f"--max_train_steps {max_train_steps}: {folder} is beyond it; {remedy}")
 
 
-# <<< shared: files
-
-# ----------------------------------------------------------------------------------------------------------
-# Log, validation pictures, model card, upload
-# ----------------------------------------------------------------------------------------------------------
+# ---- Log, validation pictures, model card, upload --------------------------------------------------------
 
 
-# >>> shared: log
 class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
@@ -2177,14 +2155,8 @@ def push(args, folder):
     tqdm.write(f"not uploaded; publish the files later with: {command}", file=sys.stderr)
 
 
-# <<< shared: log
+# ---- The run ---------------------------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------------
-
-
-# >>> shared: run
 STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
