@@ -195,11 +195,9 @@ def add_model_args(parser):
     add("--pretrained_teacher_model", help="Hub id, diffusers folder, or single .safetensors/.ckpt file; required")
     add("--teacher_revision", help="Hub branch, tag or commit of the teacher")
     add("--variant", help="variant of the teacher's files, such as fp16")
-    add("--teacher_config",
-        help="diffusers folder or Hub id that describes a single-file teacher; default: fetched from the Hub")
+    add("--teacher_config", help="folder or Hub id that describes a single-file teacher; default: from the Hub")
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"),
-        help="what the teacher's UNet predicts; default: as its files state, epsilon for a single file without "
-        "a v_pred marker")
+        help="what the teacher's UNet predicts; default: as its files state, without a statement epsilon")
     add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE to use in place of the teacher's own")
     add("--cache_dir", help="where files from the Hub are kept")
     for name, reason in FLAGS_WITHOUT_EFFECT.items():
@@ -212,11 +210,9 @@ def add_lora_args(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=COUNT, default=64, help="rank of every LoRA matrix")
     add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
-    add("--lora_dropout", type=FRACTION, default=0.0,
-        help="dropout on the LoRA's input; the target is computed without it")
+    add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
-    add("--init_lora", metavar="PATH",
-        help="LCM-LoRA to start from: a .safetensors file or a run's folder, of any rank and alpha")
+    add("--init_lora", metavar="PATH", help="LCM-LoRA of any rank to start from: a .safetensors file or run's folder")
 
 
 def add_distillation_args(parser):
@@ -465,12 +461,9 @@ import numpy as np
 import psutil
 import torch
 import webdataset as wds
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
     broadcast_object_list,
     concatenate,
     gather_object,
@@ -481,8 +474,7 @@ from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_unet_state_dict_to_peft, make_image_grid
-from diffusers.utils import logging as diffusers_logging
+from diffusers.utils import convert_unet_state_dict_to_peft, logging as diffusers_logging, make_image_grid
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
@@ -492,9 +484,7 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import load as load_tensors, load_file, save as tensors_to_bytes
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
@@ -1008,7 +998,7 @@ def prepare_sample(sample, args, epoch, cached=False):
 
 
 def cached_tensors(sample):
-    """Return a cached sample's tensors: moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
+    """Return moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
     if "safetensors" not in sample:
         raise SkippedSample("no cached tensors")
     try:
@@ -1233,7 +1223,6 @@ def load_pipeline(args, dtype, **options):
 
 
 def check_family(pipe):
-    """Raise UnusableInput where the teacher is not of this script's family."""
     if pipe.unet.config.addition_embed_type != "text_time":
         raise UnusableInput(f"the teacher is not {FAMILY}: its UNet takes no size and crop; use {OTHER_SCRIPT}")
     if pipe.text_encoder_2 and not pipe.text_encoder:
@@ -1340,7 +1329,6 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
 
 def loading_error(args, error):
-    """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     causes = [str(each) for each in (error, error.__cause__ or error.__context__) if each]
     path, reason = Path(args.pretrained_teacher_model), " ".join(" ".join(causes).split())
     name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
@@ -1384,7 +1372,6 @@ def set_prediction(pipe, args):
 
 
 def check_parts(pipe):
-    """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
     if pipe.unet:
         check_family(pipe)
         config = pipe.unet.config
@@ -1769,7 +1756,6 @@ def training_loss(job, latents, conditioning, uncond, draws):
 
 
 def batch_loss(job, batch, micro_step):
-    """Return the loss of one batch from the loader, of pictures or of cached tensors."""
     args, device = job.args, job.accelerator.device
     batch = send_to_device(batch, device, non_blocking=device.type == "cuda")  # the loader has pinned it for CUDA
     with torch.no_grad():
@@ -1982,7 +1968,6 @@ def find_checkpoint(args, say):
 
 
 def check_resume(folder, manifest, settings, max_train_steps):
-    """Raise UnusableInput where a checkpoint's settings differ from the flags, or it is beyond --max_train_steps."""
     parser = build_parser()
     # A checkpoint written before a flag existed behaved as that flag's default does.
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
@@ -2096,7 +2081,6 @@ def validate(job):
 
 
 def log_pictures(tracker, drawn, prompts, global_step):
-    """Give validation pictures to one tracker, with step count and, where the tracker takes one, caption."""
     if tracker.name == "wandb":
         import wandb
 
@@ -2228,11 +2212,11 @@ def start(args):
     transformers_logging.disable_progress_bar()
     # A plugin, because accelerate's environment variable would win over the plain argument.
     accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
-    folders = ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir))
+    folder = Path(args.output_dir) / args.logging_dir
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload meanwhile
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, project_config=folders,
+            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, project_dir=str(folder),
             log_with=None if args.report_to == "none" else args.report_to, kwargs_handlers=[patience],
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
@@ -2267,7 +2251,6 @@ def check_launch(accelerator):
 
 
 def check_xformers(accelerator):
-    """Raise UnusableInput, before any model loads, where xformers cannot compute attention."""
     flag, remedy = "--enable_xformers_memory_efficient_attention", "leave it out: PyTorch's SDPA computes the same"
     if accelerator.device.type != "cuda":
         raise UnusableInput(f"{flag} needs a CUDA GPU; {remedy}")
@@ -2297,7 +2280,6 @@ def describe_device(accelerator):
 
 
 def describe_data(shards, report, args, accelerator, workers):
-    """Return the lines that tell what a run trains on, for how long, and what may be wrong with that."""
     lines, total = [f"data: {report}"], count_samples(shards)
     updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
     if total:
@@ -2313,7 +2295,6 @@ def describe_data(shards, report, args, accelerator, workers):
 
 
 def describe_models(job, samples):
-    """Return the lines that tell what is distilled: parameters, prediction type, schedule, captions cut."""
     config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
     ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
     teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
@@ -2451,7 +2432,6 @@ def stop_if_asked(job, save):
 
 
 def train(job, loader, save):
-    """Update the LoRA until the last update, logging, saving and drawing on the way."""
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
@@ -2482,7 +2462,6 @@ def train(job, loader, save):
 
 
 def finish(job):
-    """Write the LoRA, the last pictures and the model card, and upload them where asked."""
     args, accelerator, path = job.args, job.accelerator, Path(job.args.output_dir) / WEIGHTS_NAME
     total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
@@ -2518,7 +2497,6 @@ def load_models(args, dtype, device, samples, cache):
 
 
 def make_job(args, accelerator, samples, cache, state):
-    """Return the Job of a run from its start: models, LoRA, optimizer."""
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
@@ -2557,7 +2535,7 @@ def make_stream(job, shards, workers, manifest, cache):
 
 
 def is_finished(args, manifest, max_train_steps):
-    """Return whether a run has done all its updates and written its last file, the model card."""
+    """Return whether a run has done all its updates and written its last files after its last checkpoint."""
     files = [Path(args.output_dir) / name for name in ("README.md", WEIGHTS_NAME)]
     newest = max((folder.stat().st_mtime for folder in list_checkpoints(args.output_dir)), default=0)
     is_written = all(path.exists() and path.stat().st_mtime >= newest for path in files)
@@ -2565,7 +2543,6 @@ def is_finished(args, manifest, max_train_steps):
 
 
 def main(args, state):
-    """Distil the LoRA that the flags describe."""
     accelerator = start(args)
 
     def say(message):
