@@ -1069,10 +1069,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                     return
                 usable += 1
                 if len(batch) == self.args.train_batch_size:
-                    batch = torch.utils.data.default_collate(batch)
-                    if self.cache is None:
-                        batch["ids"] = tokenize(self.tokenizers, batch["caption"])
-                    yield batch | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
+                    yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                     skipped.clear()
                     batch = []
             if not usable and not start:
@@ -1080,6 +1077,10 @@ class ShardStream(torch.utils.data.IterableDataset):
                 yield {"error": f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"}
                 return
             epoch, start, usable = epoch + 1, 0, 0
+
+    def collate(self, samples):
+        batch = torch.utils.data.default_collate(samples)
+        return batch if self.cache else batch | {"ids": tokenize(self.tokenizers, batch["caption"])}
 
 
 def tokenize(tokenizers, captions):
@@ -1226,10 +1227,6 @@ def size_and_crop(_original, _corner, _target, _args):
 def encode_ids(pipe, ids):
     """Return the text embeddings [B,L,D] of token ids, by the pipeline's name for them."""
     return {"prompt_embeds": pipe.text_encoder(ids[0])[0]}
-
-
-def zero_empty(_pipe, embeds, _captions):
-    return embeds  # the empty caption is encoded like any other
 
 
 def unet_inputs(embeds, _batch):
@@ -1429,7 +1426,12 @@ def encode_prompts(pipe, captions, device):
     """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
     tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
     ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
-    return zero_empty(pipe, encode_ids(pipe, ids), captions)
+    embeds = encode_ids(pipe, ids)
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # as SDXL has it
+        kept = torch.tensor([caption != "" for caption in captions], device=device)
+        shapes = {name: (-1, *[1] * (value.ndim - 1)) for name, value in embeds.items()}
+        embeds = {name: torch.where(kept.view(shapes[name]), value, 0) for name, value in embeds.items()}
+    return embeds
 
 
 def encode_moments(vae, pixels, args):
@@ -2025,7 +2027,12 @@ def validate(job):
     pipe.unet.train(was_training)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    grid_of(drawn).save(folder / f"step-{job.state.global_step:07d}.png")
+    rows = list(zip(*drawn.values(), strict=True))  # a row a prompt, a column a step count
+    grid = ImageOps.expand(make_image_grid(list(chain(*rows)), len(rows), len(drawn)), (0, 20, 0, 0), "white")
+    for column, steps in enumerate(drawn):
+        place = (column * grid.width // len(drawn) + 4, 3)
+        ImageDraw.Draw(grid).text(place, f"{steps} steps", fill="black", font=ImageFont.load_default(12))
+    grid.save(folder / f"step-{job.state.global_step:07d}.png")
     for tracker in job.accelerator.trackers:
         log_pictures(tracker, drawn, job.prompts, job.state.global_step)
     return drawn
@@ -2042,17 +2049,6 @@ def log_pictures(tracker, drawn, prompts, global_step):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         for steps, pictures in drawn.items():
             tracker.log_images({f"validation/{steps} steps": np.stack(pictures)}, step=global_step, **options)
-
-
-def grid_of(drawn):
-    """Return pictures {steps: [picture of each prompt]} as one: a column a step count, a row a prompt."""
-    rows = list(zip(*drawn.values(), strict=True))
-    grid = make_image_grid(list(chain(*rows)), len(rows), len(drawn))
-    sheet = ImageOps.expand(grid, (0, 20, 0, 0), "white")
-    for column, steps in enumerate(drawn):
-        place = (column * grid.width // len(drawn) + 4, 3)
-        ImageDraw.Draw(sheet).text(place, f"{steps} steps", fill="black", font=ImageFont.load_default(12))
-    return sheet
 
 
 def write_card(job, drawn):
