@@ -548,8 +548,7 @@ def clean_estimate(schedule, model_output, z_t, timesteps):
 
 def ddim_step(schedule, z0, eps, prev_timesteps):
     """Return the deterministic DDIM step to prev_timesteps (arXiv:2010.02502, eq. 12, sigma = 0)."""
-    alpha_prev, sigma_prev = schedule.at(prev_timesteps)
-    return alpha_prev * z0 + sigma_prev * eps
+    return add_noise(schedule, z0, eps, prev_timesteps)
 
 
 def boundary_scalings(timesteps, timestep_scaling):
@@ -999,10 +998,10 @@ def prepare_sample(sample, args, epoch, cached=False):
 
 def cached_tensors(sample):
     """Return moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
-    if "safetensors" not in sample:
-        raise SkippedSample("no cached tensors")
     try:
         tensors = load_tensors(sample["safetensors"])
+    except KeyError:
+        raise SkippedSample("no cached tensors") from None
     except SafetensorError as error:
         raise SkippedSample("cached tensors cannot be read") from error
     if not {"moments", "prompt_embeds"} <= tensors.keys():
@@ -1341,13 +1340,9 @@ def loading_error(args, error):
 
 def weight_names(path):
     """Return the names of the tensors in a single .safetensors file, none of anything else."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return set()
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError):
-        return set()
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return set(file.keys())
+    return set()
 
 
 def set_prediction(pipe, args):
@@ -2491,10 +2486,10 @@ def load_models(args, dtype, device, samples, cache):
             if given:
                 prompt_embeds = encode_prompts(load_teacher(args, dtype, device, unet=None, vae=None), prompts, device)
             pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
-    embeds = {"uncond_embeds": uncond_embeds, "prompt_embeds": prompt_embeds}
-    for kind, values in embeds.items():
-        embeds[kind] = {name: value.to(device, dtype) for name, value in values.items()}
-    return {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts} | embeds
+    loaded = {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts}
+    loaded["uncond_embeds"] = {name: value.to(device, dtype) for name, value in uncond_embeds.items()}
+    loaded["prompt_embeds"] = {name: value.to(device, dtype) for name, value in prompt_embeds.items()}
+    return loaded
 
 
 def make_job(args, accelerator, samples, cache, state):
