@@ -356,7 +356,6 @@ def check_args(args, error):
 
 
 def check_paths(args, error):
-    """Call `error` with the flag and the path where a local path leads nowhere."""
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
@@ -419,7 +418,6 @@ def masked(text):
 
 
 def public_flags(args):
-    """Return the flags as they may be written and logged: without secrets."""
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
     for name, value in flags.items():
         if isinstance(value, str):
@@ -887,7 +885,6 @@ def as_number(value):
 
 
 def check_metadata(metadata, args):
-    """Raise SkippedSample where the filters reject a sample."""
     rules = (
         ("smaller side", "side", args.min_image_side_px or None, operator.ge),
         ("watermark", "watermark", args.max_watermark, operator.le),
@@ -1125,7 +1122,6 @@ def audit(shards, args):
 
 
 def check_cache(cache, args):
-    """Raise UnusableInput where the tensors of a cache were made for another run than the flags describe."""
     remedy = "make it again with scripts/cache_latents.py, or train on the pictures"
     try:
         head, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
@@ -1996,7 +1992,6 @@ class Log:
             write_atomically(self.path, "".join(kept))
 
     def add(self, step, loss, grad_norm, lr):
-        """Note one update; tensors are kept as they are."""
         self.rows.append((step, loss.detach(), grad_norm, lr))
         self.bar.update()
 
@@ -2154,7 +2149,6 @@ def make_repository(args):
 
 
 def one_line(error):
-    """Return an error's text as one line without secrets."""
     return masked(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
@@ -2191,7 +2185,6 @@ MEMORY_SAVERS = {  # in the order of what they save for what they cost
 
 
 def start(args):
-    """Return the Accelerator; a launch or a device that is not supported is an error."""
     # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     diffusers_logging.set_verbosity_error()
@@ -2253,7 +2246,6 @@ def check_xformers(accelerator):
 
 
 def describe_device(accelerator):
-    """Return what a run computes on, with a warning where a GPU is there and not used."""
     device, processes, precision = accelerator.device, accelerator.num_processes, accelerator.mixed_precision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
     line = f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {precision}"
@@ -2470,7 +2462,6 @@ def finish(job):
 
 
 def load_models(args, dtype, device, samples, cache):
-    """Return {pipe, scaling_factor, uncond_embeds, prompts, prompt_embeds} of a Job."""
     chosen = samples[:: max(1, len(samples) // 4)][:4]  # spread over what the audit read
     given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else ())  # captions may be private
     prompts = list(given) or [sample["caption"] for sample in chosen]
