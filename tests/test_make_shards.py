@@ -667,8 +667,12 @@ def forked(tool, arguments, prepare=lambda: None):
     """Start the tool in a child of this process, which spares the imports; return the child's number."""
     child = os.fork()
     if not child:
-        prepare()
-        os._exit(tool.exit_code(tool.main, tool.parse_args([str(word) for word in arguments])))
+        code = 1
+        try:
+            prepare()
+            code = tool.exit_code(tool.main, tool.parse_args([str(word) for word in arguments]))
+        finally:
+            os._exit(code)
     return child
 
 
