@@ -503,7 +503,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
@@ -1046,13 +1046,13 @@ def open_picture(data, max_pixels, draft_px=None):
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original = picture.size
+        # Pictures stored on their side; Pillow gives the size of a TIFF upright already.
+        is_turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        original = picture.size[::-1] if is_turned else picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
-        stored = picture.size
         ImageOps.exif_transpose(picture, in_place=True)
-        # Not by the orientation: the size of a TIFF is the upright one before and after.
-        return to_rgb(picture), original if picture.size == stored else original[::-1]
+        return to_rgb(picture), original
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -2040,6 +2040,8 @@ def next_batch(job, batches, positions):
     """
     state = job.state
     state.waits_at = state.global_step
+    if state.stop_signal and state.is_alone:  # it came between two waits
+        raise StopWaiting
     batch = next(batches)
     state.waits_at = None
     if "error" in batch:
@@ -2534,9 +2536,10 @@ def push(args, folder):
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
             time.sleep(2)
-    include = " ".join(shlex.quote(pattern) for pattern in files)
+    include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in files)
     tqdm.write(
-        f"not uploaded; publish the files later with: hf upload {name} {folder} --include {include}", file=sys.stderr
+        f"not uploaded; publish the files later with: hf upload {name} {shlex.quote(str(folder))} {include}",
+        file=sys.stderr,
     )
 
 
@@ -2790,6 +2793,17 @@ def listen(state):
         kill_children()
         os._exit(3 if state.is_saved else 128 + number)
 
+    def watch(name, number, update):
+        """End the run where it waits 10 s for an update's data: the other processes cannot be asked meanwhile."""
+
+        def look(*_):
+            if state.waits_at is not None and state.waits_at == update:
+                leave(name, number)
+            watch(name, number, state.waits_at)
+
+        signal.signal(signal.SIGALRM, look)
+        signal.alarm(10)
+
     def note(number, _frame):
         name = signal.Signals(number).name
         if not state.is_training or name == "SIGINT" and state.is_interrupted:
@@ -2798,10 +2812,8 @@ def listen(state):
         if state.waits_at is not None and state.is_alone:
             state.waits_at = None
             raise StopWaiting
-        if state.waits_at is not None and hasattr(signal, "alarm"):  # the other processes cannot be asked meanwhile
-            update = state.waits_at
-            signal.signal(signal.SIGALRM, lambda *_: update == state.waits_at and leave(name, number))
-            signal.alarm(10)
+        if not state.is_alone and hasattr(signal, "alarm"):
+            watch(name, number, None)
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
 

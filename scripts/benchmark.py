@@ -21,7 +21,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 from lib.benchmark import sweep, table
 from lib.benchmark.sweep import KNOWN_MODELS, REAL_MODELS, RECIPES
 
-TRAIN_HELP = """Measure training steps: samples/s, seconds per part, peak memory, share of the matmul rate.
+TRAIN_HELP = """Measure training steps: samples/s, peak memory, share of the matmul rate.
 
 `ours` is the training script's own step. `reference` is the recipe in common use, written plainly in
 lib/benchmark/reference_recipe.py. Flags that are not listed here go to the training script, for both. Weights of
@@ -46,12 +46,18 @@ guidance 1 and one. A cell is the median of --repeats runs after two that do not
 compiles). Rows are appended to --json."""
 
 
+class OneLineErrors(argparse.ArgumentParser):
+    """A parser of the tool or of one command, with its text as it is written and errors of one line."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False, **options)
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+
 def add_train(commands):
-    """Add the command `train`."""
-    cli = commands.add_parser(
-        "train", description=TRAIN_HELP, help="training steps", allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    cli = commands.add_parser("train", description=TRAIN_HELP)
     add = cli.add_argument
     add("--model", default="demo", help=f"{', '.join(KNOWN_MODELS)}, or a diffusers folder (default: demo)")
     add("--recipe", nargs="+", choices=RECIPES, default=RECIPES, help="what to measure (default: both)")
@@ -67,28 +73,20 @@ def add_train(commands):
 
 
 def add_loader(commands):
-    """Add the command `loader`."""
-    cli = commands.add_parser(
-        "loader", description=LOADER_HELP, help="the data loader",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    cli = commands.add_parser("loader", description=LOADER_HELP)
     add = cli.add_argument
-    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json and loader.md")
-    cases = ["512:512", "768:512", "1024:512", "1024:1024"]
-    text = "side of the pictures and training resolution, px (default: %(default)s)"
+    add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json")
+    cases = [(512, 512), (768, 512), (1024, 512), (1024, 1024)]
+    text = "side of the pictures and training resolution, px (default: 512:512 768:512 1024:512 1024:1024)"
     add("--cases", nargs="+", default=cases, type=loader_case, metavar="SIDE:RESOLUTION", help=text)
     add("--pictures", type=positive, default=64, metavar="N", help="of one measurement (default: %(default)s)")
     add("--repeats", type=positive, default=7, metavar="N", help="of each measurement (default: %(default)s)")
 
 
 def add_inference(commands):
-    """Add the command `inference`."""
     from lib.cli import add_model_flags
 
-    cli = commands.add_parser(
-        "inference", description=INFERENCE_HELP, help="drawing",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
+    cli = commands.add_parser("inference", description=INFERENCE_HELP)
     add = add_model_flags(cli, required=False)
     add("--random_weights", choices=REAL_MODELS, help="in place of a model: its architecture, random weights")
     add("--lora", metavar="PATH", help="LCM-LoRA of --pretrained_teacher_model (default: a random one)")
@@ -107,8 +105,7 @@ def add_inference(commands):
 
 
 def add_table(commands):
-    """Add the command `table`."""
-    cli = commands.add_parser("table", help="write the GPU table of README.md and docs/performance.md")
+    cli = commands.add_parser("table", description="Write the GPU table of README.md and docs/performance.md.")
     text = "JSON of `train --all`; none: the places read `not measured`"
     cli.add_argument("figures", type=Path, nargs="?", metavar="FILE", help=text)
 
@@ -160,18 +157,11 @@ def check_inference(args, error):
 
 def parse_args(argv=None):
     """Return (checked flags, words for the training script); wrong flags exit with 2 and one line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = OneLineErrors(description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_train, add_loader, add_inference, add_table):
         add(commands)
-
-    def error(message):
-        parser.exit(2, f"error: {message}\n")
-
-    for each in (parser, *commands.choices.values()):
-        each.error = error
+    error = parser.error
     args, words = parser.parse_known_args(argv)
     if args.command != "train" and words:
         error(f"unrecognized arguments: {' '.join(words)}")

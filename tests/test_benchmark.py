@@ -14,7 +14,6 @@ sys.path.insert(0, str(ROOT / "scripts"))
 from lib.benchmark import sweep, table
 
 FIGURES = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
-PARTS = {"data", "VAE", "text", "teacher", "target", "student forward", "backward", "optimizer"}
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +48,6 @@ def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
         assert report["ratios"][name] == [pytest.approx(ours / reference)]
         assert name in run.stdout
     for each in figures.values():
-        assert set(each["seconds_per_part"]) == PARTS
-        assert sum(each["seconds_per_part"].values()) <= each["seconds_per_step"]
         assert len(each["losses"]) == 3 and len(set(each["losses"])) == 3
     assert report["loss_difference"] < 1e-4  # float32; the third loss follows two updates
 
@@ -111,7 +108,7 @@ class Worker:
             self.returncode = 1
             return "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate"
         figures = dict.fromkeys(sweep.PRINTED, 2.0 if "ours" in words else 1.0)
-        return json.dumps(figures | {"device": "GPU", "torch": "2", "cuda": "13", "seconds_per_part": {}}) + "\n", ""
+        return json.dumps(figures | {"device": "GPU", "torch": "2", "cuda": "13"}) + "\n", ""
 
     def kill(self):
         self.killed = True
@@ -177,12 +174,15 @@ def test_the_documents_have_a_place_for_the_table():
         assert len(table.PLACE.findall(path.read_text())) == 1, path
 
 
-def test_the_loader_is_measured(tmp_path):
-    run = benchmark("loader", "--output_dir", tmp_path / "out", "--cases", "64:32", "--pictures", 4, "--repeats", 1)
-    assert run.returncode == 0, run.stderr
+def test_the_loader_is_measured(tmp_path, capsys):
+    from lib.benchmark import loader_speed
+
+    tool = load_script("scripts/benchmark.py")
+    line = ["loader", "--output_dir", str(tmp_path / "out"), "--cases", "64:32", "--pictures", "4", "--repeats", "1"]
+    loader_speed.measure_loader(tool.parse_args(line)[0])
     (record,) = json.loads((tmp_path / "out" / "loader.json").read_text())
     assert record["share"][0] == pytest.approx(record["loader"][0] / record["decode"][0]) and record["loader"][0] > 0
-    assert re.search(r"\| 64 px, [\d.]+ kB \| 32 px \| [\d.]+ \(", run.stdout)
+    assert re.search(r"\| 64 px, [\d.]+ kB \| 32 px \| [\d.]+ \(", capsys.readouterr().out)
 
 
 @pytest.fixture(scope="module")
@@ -249,15 +249,14 @@ def test_random_weights_have_the_real_sizes(drawing, family, millions, lora):
 def test_a_real_model_is_made_in_half_precision(monkeypatch):
     from lib.benchmark import real_models
 
-    made = []
+    made, plain = [], real_models.build_unet
 
-    def build_unet(_model):
+    def build_unet(model):
         made.append((torch.get_default_dtype(), torch.empty(1).device.type))
-        return torch.nn.Linear(2, 2)
+        return plain(model)
 
     monkeypatch.setattr(real_models, "build_unet", build_unet)
-    args = argparse.Namespace(seed=0)
     parts = dict.fromkeys(("vae", "text_encoder", "tokenizer"))
-    pipe = real_models.build_teacher("sd15", args, torch.bfloat16, torch.device("meta"), **parts)
-    assert made == [(torch.bfloat16, "meta")] and pipe.unet.weight.dtype == torch.bfloat16
+    pipe = real_models.build_teacher("sd15", argparse.Namespace(seed=0), torch.bfloat16, torch.device("meta"), **parts)
+    assert made == [(torch.bfloat16, "meta")] and pipe.unet.dtype == torch.bfloat16
     assert torch.get_default_dtype() == torch.float32

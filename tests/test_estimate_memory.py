@@ -41,7 +41,7 @@ def test_what_the_flags_change(tool):
     assert peaks["teacher"] < peaks["student"] and peaks["teacher"] < peaks["backward"]
     words = "--train_batch_size 4 --gradient_checkpointing --use_8bit_adam --use_4bit_base --lora_rank 4 --cached"
     small_fixed, small = figures(tool, *words.split())
-    assert "text_encoder" not in small_fixed and small["VAE, text"] < peaks["VAE, text"] / 10
+    assert "text_encoder" not in small_fixed and "VAE, text" in peaks and "VAE, text" not in small
     assert small["validation"] == pytest.approx(peaks["validation"], rel=0.01)
     assert small_fixed["optimizer"] / small_fixed["LoRA"] == pytest.approx(2.03 / 4, rel=0.01)
     assert small["teacher"] == pytest.approx(peaks["teacher"], rel=0.02)

@@ -156,7 +156,7 @@ def warnings_of_libraries(caplog):
 
 
 @both_families
-def test_the_file_loads_into_a_fresh_pipeline(script, trained, fresh, warnings_of_libraries, recwarn):
+def test_the_file_loads_into_a_fresh_pipeline(trained, fresh, warnings_of_libraries, recwarn):
     """Every layer, with alpha unlike the rank, to the rounding of float16, and without a warning."""
     unet, folder = trained
     pipe = fresh()

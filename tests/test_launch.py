@@ -581,7 +581,7 @@ GOOD = [{"png": picture_bytes(number), "txt": "sea"} for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def unusable(script, teacher, teachers, tmp_path_factory):
+def unusable(teacher, teachers, tmp_path_factory):
     """Return a folder with teachers and shards that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("unusable")
     (folder / "empty").mkdir()

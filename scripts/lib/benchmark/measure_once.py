@@ -10,7 +10,6 @@ import argparse
 import json
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -32,10 +31,6 @@ from lib.trainers import DTYPES, exit_code
 
 NUM_SAMPLES = 64  # made-up pictures, read again and again
 CAPTION = "mountains at sunset with clouds and a balloon"
-PARTS = {
-    "next_batch": "data", "encode_moments": "VAE", "encode_ids": "text", "teacher_step": "teacher",
-    "consistency": None,
-}  # fmt: skip
 
 
 def parse_args(argv=None):
@@ -73,42 +68,15 @@ def write_cache(trainer, args, accelerator, source, target):
         cache_latents.cache_shard(trainer, pipe, head, shards[0], target / "00000.tar", args, own, bar)
 
 
-class Clock:
-    """Seconds and CPU seconds (all threads) by part of a step."""
-
-    def __init__(self, device):
-        self.seconds, self.cpu_seconds, self.cuda = {}, {}, device.type == "cuda"
-
-    @contextmanager
-    def part(self, name):
-        """Add the time of a block to a part; on CUDA the queue is emptied before and after."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
-
-    def wrap(self, owner, function, name):
-        """Time every call of `owner.function` as a part."""
-        plain = getattr(owner, function)
-
-        def timed(*args, **kwargs):
-            with self.part(name or ("student forward" if torch.is_grad_enabled() else "target")):
-                return plain(*args, **kwargs)
-
-        setattr(owner, function, timed)
-
-    def wrap_step(self, trainer, job):
-        """Time the parts of the training script's update."""
-        for function, name in PARTS.items():
-            self.wrap(trainer, function, name)
-        self.wrap(reference_recipe.PlainRecipe, "teacher_step", "teacher")
-        self.wrap(job.accelerator, "backward", "backward")
-        self.wrap(job.accelerator, "clip_grad_norm_", "optimizer")
-        self.wrap(job.optimizer, "step", "optimizer")
+def timed(device, function):
+    """Return (seconds, CPU seconds of all threads) of a function; on CUDA the queue is emptied before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def resident_gib(name):
@@ -169,13 +137,7 @@ def matmul_rate(dtype, device):
     """Return the FLOP/s of a large square matrix product: the best of several."""
     side = 8192 if device.type == "cuda" else 1024
     left, right = torch.randn(2, side, side, device=device).to(dtype)
-    seconds = []
-    for _ in range(8):
-        clock = Clock(device)
-        with clock.part("product"):
-            left @ right
-        seconds.append(clock.seconds["product"])
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / min(timed(device, lambda: left @ right)[0] for _ in range(8))
 
 
 def make_recipe_job(own, trainer, args, folder):
@@ -219,25 +181,16 @@ def measure(own, words, folder):
             losses.append(loss.item() if own.recipe == "reference" else loss)
 
     run(own.warmup_steps)
-    whole, parts, on_cuda = Clock(device), Clock(device), device.type == "cuda"
-    if not on_cuda:
-        parts.wrap_step(trainer, job)
-    with whole.part("step"):
-        run(own.steps)
+    wall, cpu = timed(device, lambda: run(own.steps))
     peaks = peak_memory(device, before)
-    if on_cuda:  # the parts' clocks empty the queue: updates of their own
-        parts.wrap_step(trainer, job)
-        run(own.steps)
     batch = trainer.next_batch(job, batches, {})
     side = batch["moments"].shape[-1] if "moments" in batch else args.resolution // job.pipe.vae_scale_factor
     num_samples = trainer.samples_per_update(args, job.accelerator) * own.steps
-    wall, rate = whole.seconds["step"], matmul_rate(job.dtype, device)
+    rate = matmul_rate(job.dtype, device)
     model_rate = count_flops(trainer, job, side) * num_samples / wall
     return machine(device) | peaks | {
         "samples_per_second": num_samples / wall, "seconds_per_step": wall / own.steps,
-        "cpu_seconds_per_step": whole.cpu_seconds["step"] / own.steps,
-        "seconds_per_part": {name: seconds / own.steps for name, seconds in parts.seconds.items()},
-        "cpu_seconds_per_part": {name: seconds / own.steps for name, seconds in parts.cpu_seconds.items()},
+        "cpu_seconds_per_step": cpu / own.steps,
         "model_tflop_per_second": model_rate / 1e12, "matmul_tflop_per_second": rate / 1e12,
         "share_of_matmul_rate": model_rate / rate, "losses": [float(loss) for loss in losses],
         "dtype": str(job.dtype).removeprefix("torch."),

@@ -22,7 +22,6 @@ COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "a
 PRINTED = (
     *COMPARED, "reserved_gib", "model_tflop_per_second", "matmul_tflop_per_second", "share_of_matmul_rate"
 )  # fmt: skip
-PARTS_OF_TIME = ("seconds_per_part", "cpu_seconds_per_part")
 OPTIONS = {
     "checkpointing": "--gradient_checkpointing", "8-bit": "--use_8bit_adam", "4-bit": "--use_4bit_base",
     "compile": "--compile", "cached": "--cached",
@@ -87,9 +86,6 @@ def show_rounds(report):
         print(f"\n{recipe} ({figures['device']}, {figures['dtype']}), median and range of {len(rounds)} rounds")
         for name in PRINTED:
             print(f"  {name:26}{spread([each[recipe][name] for each in rounds])}")
-        for name in figures["seconds_per_part"]:
-            parts = [[each[recipe][kind][name] for each in rounds] for kind in PARTS_OF_TIME]
-            print(f"    {name:24}{median(parts[0]):.4f} s, {median(parts[1]):.4f} CPU s")
     for name, values in report["ratios"].items():
         print(f"ours / reference, {name:26}{spread(values)}")
     if "loss_difference" in report:
@@ -150,7 +146,7 @@ class Sweep:
             return {"failed": "out of memory" if "out of memory" in errors else last[:200]}
         figures = json.loads(output.splitlines()[-1])
         self.report["machine"] = {name: figures[name] for name in ("device", "torch", "cuda")}
-        return {name: figures[name] for name in (*PRINTED, "seconds_per_part")}
+        return {name: figures[name] for name in PRINTED}
 
     def write(self):
         """Write what there is, as JSON and Markdown."""

@@ -32,13 +32,9 @@ def ratio(row, name):
 
 def heading(report):
     """Return one sentence that names the machine."""
-    machine = report["machine"]
-    kind = "the demo teachers at 64 px in bf16: a trial of the command" if is_tiny(report) else "random weights"
+    machine, tiny = report["machine"], any(row["tiny"] for row in report["rows"])
+    kind = "the demo teachers at 64 px in bf16: a trial of the command" if tiny else "random weights"
     return f"Measured on {machine.get('device')}, torch {machine.get('torch')}, {kind}."
-
-
-def is_tiny(report):
-    return any(row["tiny"] for row in report["rows"])
 
 
 def settings(row):
@@ -48,10 +44,9 @@ def settings(row):
     return TITLES_OF_MODELS[row["model"]], f"{side} px x {row['batch']}", row["precision"], options
 
 
-def markdown(columns, rows):
-    """Return a Markdown table."""
+def markdown(report, columns, rows):
     lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{heading(report)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
 def full_table(report):
@@ -70,7 +65,7 @@ def full_table(report):
             f"{estimated:.2f}" if estimated else "–", number(plain, "allocated_gib", 2),
             ratio(row, "allocated_gib"), number(ours, "share_of_matmul_rate", 3),
         ])  # fmt: skip
-    return f"{heading(report)}\n\n{markdown(columns, rows)}\n"
+    return markdown(report, columns, rows)
 
 
 def short_table(report):
@@ -87,7 +82,7 @@ def short_table(report):
             ])  # fmt: skip
     columns = ["model", "pictures", "precision", "flags", "GiB", "samples/s"]
     columns += ["times the plain recipe's speed", "of its memory"]
-    return f"{heading(report)}\n\n{markdown(columns, rows)}\n"
+    return markdown(report, columns, rows)
 
 
 def write_tables(figures, root=ROOT):
