@@ -10,8 +10,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = re.compile(r"(<!-- gpu table: (short|full) -->\n).*?(<!-- end of gpu table -->)", re.DOTALL)
 NOT_MEASURED = (
-    "Not measured yet. `python scripts/benchmark.py train --all --json gpu.json` measures a machine with a GPU,\n"
-    "`python scripts/benchmark.py table gpu.json` then writes the table here."
+    "Not measured yet, because no GPU was at hand. `python scripts/benchmark.py train --all --json gpu.json`\n"
+    "measures one, and `python scripts/benchmark.py table gpu.json` writes the table here."
 )
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024}
 TITLES_OF_MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
