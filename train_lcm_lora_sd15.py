@@ -515,7 +515,7 @@ def make_schedule(scheduler_config, args, device):
     prediction_type, num_steps = scheduler.config.prediction_type, args.num_ddim_timesteps
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UnusableInput(f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
-    alphas_cumprod = scheduler.alphas_cumprod.to(device, torch.float32)
+    alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
     # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
     if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
         only = "only v_prediction can be distilled, with --loss_space sample"
@@ -523,8 +523,8 @@ def make_schedule(scheduler_config, args, device):
     k = len(alphas_cumprod) // num_steps
     if k == 0:
         raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
-    grid = torch.arange(1, num_steps + 1, device=device) * k - 1
-    alphas, sigmas = alphas_cumprod.sqrt(), (1 - alphas_cumprod).sqrt()
+    grid = (torch.arange(1, num_steps + 1) * k - 1).to(device)
+    alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
     return Schedule(alphas, sigmas, grid, k, prediction_type, args.timestep_scaling_factor)
 
 
@@ -2362,9 +2362,12 @@ def kill_children():
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended
-            if "wandb" not in child.name():
-                child.kill()
+        with suppress(psutil.Error, OSError):  # it has ended
+            if "wandb" in child.name():
+                continue
+            if os.name == "posix" and os.getpgid(child.pid) == child.pid:  # a command's group, which no fork escapes
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
 
 
 def stop_if_asked(job, save):
