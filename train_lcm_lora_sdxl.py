@@ -1777,7 +1777,7 @@ def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
     state.waits_at = state.global_step
-    if state.stop_signal and state.is_alone:  # it came between two waits
+    if state.stop_signal and state.is_alone and not positions:  # it came between two waits
         raise StopWaiting
     batch = next(batches)
     state.waits_at = None
@@ -2394,7 +2394,7 @@ def listen(state):
             state.waits_at = None
             raise StopWaiting
         if not state.is_alone and hasattr(signal, "alarm"):
-            watch(name, number, None)
+            watch(name, number, state.waits_at)
 
     return {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
