@@ -23,7 +23,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import SCRIPTS, finish, flags, load_script, picture_bytes, read_log, write_tar
+from conftest import SCRIPTS, finish, flags, load_script, picture_bytes, read_log, write_shards, write_tar
 from PIL import Image, PngImagePlugin
 
 JPG, PNG = picture_bytes(0, suffix="JPEG"), picture_bytes(0)
