@@ -16,10 +16,12 @@ The same command again resumes from the newest complete checkpoint in --output_d
 Input: webdataset shards (`KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`), or a folder of pictures with captions
 beside them. Output: `pytorch_lora_weights.safetensors` for diffusers, ComfyUI, A1111 and Forge, checkpoints,
 pictures at 1, 2, 4 and 8 steps, `log.jsonl`, `args.json`, a model card.
-Exit codes: 0 done; 2 wrong usage or unusable input; 3 stopped by a signal with a checkpoint saved; 1 anything
-else, such as a loss that is not finite. `accelerate launch` and torchrun turn each but 0 into 1.
+Exit codes: 0 done; 2 wrong usage, unusable input or a full disk; 3 stopped by a signal with a checkpoint saved
+(128 + the signal's number where nothing had to be saved); 1 anything else, such as a loss that is not finite.
+`accelerate launch` and torchrun turn each but 0 into 1.
 
-The file reads downhill: arguments, mathematics, data, models, step, files, log, run.
+The file reads downhill: arguments, mathematics, data, models, step, files, log, run. Blocks between `>>> shared`
+and `<<< shared` are equal in the scripts for SD 1.5 and for SDXL.
 Sources: LCM = Latent Consistency Models, arXiv:2310.04378; LCM-LoRA, arXiv:2311.05556.
 """
 
@@ -104,7 +106,7 @@ DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run s
 STALL_S = 30  # a server that sends nothing for so long is given up
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
-# Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
+# Flags that may differ when a run is resumed; every other one must stay the same.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
     "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
@@ -158,8 +160,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nothing
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        tells_nothing = action.default is None or action.default is False  # 0 equals False, and tells something
+        return action.help if tells_nothing else super()._get_help_string(action)
 
 
 def checked(kind, holds, allowed):
@@ -239,7 +242,7 @@ def add_data_args(parser):
     add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
     add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
-    add("--random_flip", action="store_true", help="mirror every other picture")
+    add("--random_flip", action="store_true", help="mirror each picture with probability 1/2")
     add("--use_fix_crop_and_size", action="store_true",
         help="SDXL only: condition on the training resolution and a zero crop offset in place of each picture's own")
     add("--dataloader_num_workers", type=WHOLE,
@@ -257,7 +260,7 @@ def add_data_args(parser):
 def add_optimizer_args(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=COUNT, default=16, help="samples of one process in one forward pass")
-    add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes summed into one update")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes averaged into one update")
     add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs and --max_train_samples")
     add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, to set the updates")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="peak learning rate")
@@ -276,7 +279,7 @@ def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-lora", help="folder for everything the run leaves")
     add("--resume_from_checkpoint", default="latest",
-        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': start afresh")
+        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': there must be none")
     add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
@@ -498,7 +501,7 @@ class Schedule:
 
     alphas: torch.Tensor  # [T] f32; alphas^2 + sigmas^2 = 1
     sigmas: torch.Tensor  # [T] f32
-    ddim_timesteps: torch.Tensor  # [N] int64, ascending: k-1, 2k-1, ..., T-1 (trailing)
+    ddim_timesteps: torch.Tensor  # [N] int64, ascending: k-1, 2k-1, ..., Nk-1 (trailing)
     k: int
     prediction_type: str
     timestep_scaling: float
@@ -518,7 +521,7 @@ def make_schedule(scheduler_config, args, device):
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
     # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
     if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
-        only = "only v_prediction can be distilled, with --loss_space sample"
+        only = "only v_prediction and sample can be distilled, with --loss_space sample"
         raise UnusableInput(f"teacher: its schedule ends at zero terminal SNR, where {only}")
     k = len(alphas_cumprod) // num_steps
     if k == 0:
@@ -1042,6 +1045,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         """Yield batches: pixels uint8 [B,R,R,3] and token ids, or cached tensors; captions; the position; skips."""
         info = torch.utils.data.get_worker_info()
+        # The DataLoader begins with its worker 0, which takes the part of the worker whose turn is next.
         worker = ((info.id if info else 0) + self.num_batches) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.positions.get(str(consumer), (0, 0))
@@ -1144,7 +1148,7 @@ def cache_identity(args):
         "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
         "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
     )
-    identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags}
+    identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags if name not in FLAGS_WITHOUT_EFFECT}
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
@@ -1443,8 +1447,8 @@ def make_optimizer(parameters, args, num_processes, max_train_steps):
         lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
     options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options["weight_decay"] = args.adam_weight_decay
-    optimizer = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
-    optimizer, warmup = optimizer(parameters, **options), args.lr_warmup_steps
+    make = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
+    optimizer, warmup = make(parameters, **options), args.lr_warmup_steps
     name = "constant_with_warmup" if args.lr_scheduler == "constant" and warmup else args.lr_scheduler
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
@@ -1807,7 +1811,8 @@ def save_for_peft(unet, folder):
 
 def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
-    settings = {name: value for name, value in public_flags(args).items() if name not in FREE_FLAGS}
+    free = FREE_FLAGS | FLAGS_WITHOUT_EFFECT.keys()
+    settings = {name: value for name, value in public_flags(args).items() if name not in free}
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
@@ -2060,7 +2065,7 @@ def write_card(job, drawn):
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
 
-<Gallery />
+{"<Gallery />" if drawn else ""}
 
 ```python
 import torch
@@ -2073,7 +2078,7 @@ picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
 Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: sampler LCM, CFG 1 to 2. Pictures above: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+file: sampler LCM, CFG 1 to 2. Pictures shown: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
@@ -2116,8 +2121,8 @@ def push(args, folder):
     options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
-            create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
-            address = upload_folder(repo_id=name, folder_path=folder, **options)
+            made = create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
+            address = upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
@@ -2386,7 +2391,7 @@ def train(job, loader, save):
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
     while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
-        with suppress(StopWaiting):
+        with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
             loss, grad_norm = update(job, batches)
             log.add(state.global_step, loss, grad_norm, lr)
         last = state.global_step == job.max_train_steps
@@ -2397,6 +2402,8 @@ def train(job, loader, save):
                 stop_if_asked(job, save)
         if is_due:
             save()
+            if last:
+                stop_if_asked(job, lambda: None)
             if args.push_checkpoints_to_hub and accelerator.is_main_process and not last:
                 push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
@@ -2513,7 +2520,7 @@ def main(args, state):
     say(describe_data(shards, report, args, accelerator, workers))
     if manifest:
         check_resume(folder, manifest, settings, max_train_steps)
-        if is_finished(args, manifest, max_train_steps):
+        if agree(accelerator, is_finished, args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; a greater --max_train_steps goes on")
             return
         say(f"resuming from {folder}")
