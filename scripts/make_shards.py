@@ -155,11 +155,7 @@ def make_sample(entry, data, args):
 
 
 def write_shard(target, pairs, args, bar):
-    """Write the samples of (number, entry, picture) as one tar, whole or not at all.
-
-    The key of a sample is its entry's number. Returns (number of samples, what was left out and why); a tar
-    without samples is not kept.
-    """
+    """Write (number, entry, picture) as one tar, whole or not at all; return (samples, what was left out and why)."""
     samples, left_out, scratch = 0, [], target.with_name(f".writing-{target.name}")
     with tarfile.open(scratch, "w") as tar:
         for number, (entry, data) in pairs:
