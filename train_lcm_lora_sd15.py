@@ -1923,7 +1923,7 @@ def check_resume(folder, manifest, settings, max_train_steps):
     # A checkpoint written before a flag existed behaved as that flag's default does.
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
     if changed := differences(old, settings):
-        remedy = "give the same ones, or start anew in another --output_dir"
+        remedy = f"give the same ones, or start from its LoRA in another --output_dir with --init_lora {folder}"
         raise UnusableInput(f"{folder} was made with other settings ({changed}); {remedy}")
     done = manifest["global_step"]
     if done > max_train_steps:
