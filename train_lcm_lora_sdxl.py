@@ -1781,7 +1781,7 @@ def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
     state.waits_at = state.global_step
-    if state.stop_signal and state.is_alone and not positions:  # it came between two waits
+    if state.stop_signal and state.is_alone:  # it came between two waits; a half-done update is given up
         raise StopWaiting
     batch = next(batches)
     state.waits_at = None
@@ -2395,6 +2395,8 @@ def listen(state):
         if not state.is_training or name == "SIGINT" and state.is_interrupted:
             leave(name, number)
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader process that ends must not raise while one saves
         if state.waits_at is not None and state.is_alone:
             state.waits_at = None
             raise StopWaiting
