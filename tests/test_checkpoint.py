@@ -113,7 +113,7 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     said = again(3, at_call("draw", 2, send(signal.SIGTERM)))
     assert said[-1].startswith("stopped: ") and "SIGTERM" in said[-1] and "checkpoint-3" in said[-1]
     losses_agree(3)
-    said = again(3, at_call("draw", 1, send(signal.SIGINT)))
+    said = again(3, at_call("draw", 2, send(signal.SIGINT)))
     assert said[-1].startswith("stopped: ") and "SIGINT" in said[-1] and "checkpoint-4" in said[-1]
     said = again(3, at_call("draw", 2, send(signal.SIGUSR1)))
     assert said[-1].startswith("stopped: ") and "SIGUSR1" in said[-1] and "checkpoint-5" in said[-1]
