@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -168,7 +169,7 @@ def test_4_an_error_in_the_final_pictures(out_of, tmp_path, processes):
 
 def test_4_an_upload_error(out_of):
     def refuse(script):
-        script.create_repo = lambda *_args, **_kwargs: None
+        script.create_repo = lambda name, **_kwargs: SimpleNamespace(repo_id=name)
         script.upload_folder = lambda **_kwargs: fail(OSError("the connection broke"))()
 
     codes, said = out_of(refuse, max_train_steps=1, push_to_hub=True, **WORKERS)
@@ -235,7 +236,7 @@ def test_18_5_a_second_ctrl_c_ends_at_once(out_of, tmp_path, first):
 @pytest.mark.parametrize("place", ["finish", "validate", "push"])
 def test_4_a_signal_after_training(out_of, name, place):
     def hook(script):
-        script.create_repo = lambda *_args, **_kwargs: None
+        script.create_repo = lambda name, **_kwargs: SimpleNamespace(repo_id=name)
         at_call(place, 1, send(getattr(signal, name)))(script)
 
     codes, said = out_of(hook, max_train_steps=1, validation_steps=0, push_to_hub=True, **WORKERS)
