@@ -2583,7 +2583,11 @@ def main(args, state):
     if manifest:
         load_checkpoint(job, folder)
     loader = make_loader(make_stream(job, shards, workers, manifest, cache), workers, accelerator.device)
-    train(job, loader, partial(save_checkpoint, job, settings))
+    try:
+        train(job, loader, partial(save_checkpoint, job, settings))
+    except BaseException:
+        kill_children()  # before the loader is deleted, which waits 5 s for each process that a stalled shard holds
+        raise
     finish(job)
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
