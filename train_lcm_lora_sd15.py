@@ -2221,6 +2221,15 @@ def describe_device(accelerator):
     return line
 
 
+def without_effect(args):
+    """Return a line for each flag or variable of the user's that changes nothing."""
+    lines = [f"--{flag} has no effect: {why}" for flag, why in FLAGS_WITHOUT_EFFECT.items() if getattr(args, flag)]
+    name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps
+    if os.environ.get(name, str(steps)) != str(steps):
+        lines.append(f"{name}={os.environ[name]} is ignored: --gradient_accumulation_steps counts")
+    return lines
+
+
 def describe_data(shards, report, args, accelerator, workers):
     lines, total = [f"data: {report}"], count_samples(shards)
     updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
@@ -2507,11 +2516,8 @@ def main(args, state):
             tqdm.write(message, file=sys.stderr)
 
     say(describe_device(accelerator))
-    for flag in [flag for flag in FLAGS_WITHOUT_EFFECT if getattr(args, flag)]:
-        say(f"--{flag} has no effect: {FLAGS_WITHOUT_EFFECT[flag]}")
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    if steps not in (None, str(args.gradient_accumulation_steps)):
-        say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is ignored: --gradient_accumulation_steps counts")
+    for line in without_effect(args):
+        say(line)
     # What cannot be trained on is an error before any model loads.
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
