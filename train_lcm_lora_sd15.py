@@ -679,6 +679,8 @@ def list_folder(folder):
 def check_shard(path):
     """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it."""
     fault = ""
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UnusableInput(f"shard {path}: is no regular file; name a tar, or give 'pipe:cat {path}' for a stream")
     try:
         with path.open("rb") as file:
             head, size = file.read(512), path.stat().st_size
