@@ -947,9 +947,10 @@ def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, np.float32)
-        if picture.mode == "F":  # float pictures are in [0, 1] or, if they go beyond, in [0, 255]
-            values = values * (255 if values.max(initial=0) <= 1 else 1)
-        elif picture.mode != "I" or values.max(initial=0) > 255:
+        top = values.max(initial=0)
+        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
+            values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
+        elif picture.mode != "I" or top > 255:
             values = values / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -1298,6 +1299,9 @@ def load_teacher(args, dtype, device, check=True, **parts):
     `check`, models that can draw and not be distilled are taken too.
     """
     given = frozenset(parts)
+    if "://" in args.pretrained_teacher_model and not args.prediction_type:
+        remedy = "download the file and name it, or give --prediction_type"
+        raise UnusableInput(f"{masked(args.pretrained_teacher_model)}: its prediction type is unknown; {remedy}")
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
             options = {"dtype": dtype, "cache_dir": args.cache_dir}
@@ -1341,9 +1345,15 @@ def loading_error(args, error):
 
 
 def weight_names(path):
-    """Return the names of the tensors in a single .safetensors file, none of anything else."""
-    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        return set(file.keys())
+    """Return the names of the tensors in a single file; "v_pred" too where its header has that prediction type."""
+    with suppress(Exception):  # what cannot be read here fails, with its reason, when it is loaded
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                kind = (file.metadata() or {}).get("modelspec.prediction_type", "")
+                return {*file.keys(), *(["v_pred"] if kind.startswith("v") else [])}
+        if path.is_file():
+            state = torch.load(path, map_location="meta", weights_only=True)
+            return set(state.get("state_dict", state))
     return set()
 
 

@@ -21,6 +21,7 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from conftest import SCRIPTS, cases, finish, flags, load_script, picture_bytes, read_log, write_shards, write_tar
@@ -763,3 +764,19 @@ def test_20_a_tracker_that_is_not_installed_is_one_line(script, teacher, shards,
     line = flags(teacher, shards, tmp_path / "out", report_to="comet_ml")
     said = finish(script, line, tmp_path / "said", 2)
     assert said[-1].startswith("error: ") and "comet" in said[-1] and not any("Traceback" in text for text in said)
+
+
+@pytest.mark.parametrize(("value", "top"), [(0.5, 1.02), (128.0, 260.0), (32896.0, 65535.0)])
+def test_9_float_pictures_may_overshoot_their_range(script, value, top):
+    values = np.full((40, 60), value, np.float32)
+    values[0, 0] = top
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "TIFF")
+    picture, _ = script.open_picture(data.getvalue(), 10**8)
+    assert abs(picture.getpixel((9, 9))[0] - 128) <= 1
+
+
+def test_4_what_is_no_regular_file_is_refused_at_once(script, tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(script.UnusableInput, match="is no regular file"):
+        script.list_shards([str(tmp_path)])
