@@ -1324,8 +1324,9 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
 
 def loading_error(args, error):
-    causes = [str(each) for each in (error, error.__cause__ or error.__context__) if each]
-    path, reason = Path(args.pretrained_teacher_model), " ".join(" ".join(causes).split())
+    path, reason, each = Path(args.pretrained_teacher_model), "", error
+    while each:  # the first cause is often the telling one
+        reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
     name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):

@@ -334,11 +334,16 @@ def test_push_uploads_lora_pictures_and_card_only(script, args, trained, monkeyp
     for name in ("log.jsonl", "logs/events.out", "validation/step-4.png", "checkpoint-4/image_0.png", "wandb/a.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    monkeypatch.setattr(script, "create_repo", lambda name, **options: made.append((name, options["private"])))
+
+    def create_repo(name, **options):
+        made.append((name, options["private"]))
+        return SimpleNamespace(repo_id=f"me/{name}")
+
+    monkeypatch.setattr(script, "create_repo", create_repo)
     monkeypatch.setattr(script, "upload_folder", lambda **options: uploads.append(options))
     args.hub_token = TOKEN
     script.push(args, folder)
-    assert uploads[0]["repo_id"] == "run" and uploads[0]["token"] == TOKEN and made == [("run", True)]
+    assert uploads[0]["repo_id"] == "me/run" and uploads[0]["token"] == TOKEN and made == [("run", True)]
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     sent = filter_repo_objects(files, allow_patterns=uploads[0]["allow_patterns"])
     # fnmatch's * also matches "/"

@@ -27,6 +27,7 @@ from conftest import (
     Run,
     at_call,
     build_teacher,
+    cases,
     finish,
     flags,
     free_port,
@@ -673,7 +674,7 @@ def test_unusable_input_ends_a_real_process_with_one_line(refused, name):
     assert last.startswith("error: ") and named in last
 
 
-@pytest.mark.parametrize("name", IN_PROCESS)
+@cases("name", IN_PROCESS)
 def test_unusable_input_is_named(script, teacher, shards, unusable, tmp_path, capsys, monkeypatch, name):
     for state in (AcceleratorState, GradientState, PartialState):
         monkeypatch.setattr(state, "_shared_state", {})

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, cases, load_script
+from conftest import ROOT, SCRIPTS, load_script
 
 OPEN, CLOSE = "# >>> shared: step\n", "# <<< shared: step\n"
 
@@ -99,7 +99,7 @@ def test_the_scripts_of_the_repository_agree():
     assert not done.stderr and "the same" in done.stdout
 
 
-@cases("name", IN_ONE)
+@pytest.mark.parametrize("name", IN_ONE)
 def test_a_difference_is_named(check, tmp_path, name):
     edit, named = IN_ONE[name]
     change(tmp_path, SCRIPTS[1:], edit)

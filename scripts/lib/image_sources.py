@@ -144,7 +144,7 @@ def open_rows(path, args):
     rows = itertools.chain([first], rows)
     if isinstance(first[0], str):
         if path is None or path.is_dir():
-            what = f"its pictures are addresses or paths, such as {first[0][:60]!r}"
+            what = f"its pictures are addresses or paths, such as {sd15.masked(first[0])[:60]!r}"
             raise UnusableInput(f"{path or args.dataset_name}: {what}; download them with img2dataset")
         return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
     entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
@@ -164,14 +164,14 @@ def cell_entry(number, cell, caption, is_remote):
     place = cell if isinstance(cell, dict) else {"bytes": cell}
     path = place.get("path") or ""
     is_wrong = place.get("bytes") is None and bool(HUB_FILE.fullmatch(path)) != is_remote
-    name = f"row {number} {path.rpartition('/')[2]}".strip()
+    name = sd15.masked(f"row {number} {path.rpartition('/')[2]}".strip())
     return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
 
 
 def file_entry(cell, caption, folder):
     """Return the entry of a table's row whose cell is a path, seen from the table's folder."""
     if "://" in (cell or ""):
-        return Entry(cell, caption, None, "picture is an address; download it with img2dataset")
+        return Entry(sd15.masked(cell), caption, None, "picture is an address; download it with img2dataset")
     path = Path(os.path.normpath(folder / (cell or "")))
     return Entry(relative_name(path, folder), caption, path)
 
