@@ -399,7 +399,7 @@ def parse_args(argv=None):
 SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
 SECRETS = (  # pattern, replacement; in this order
     (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
-    (r"(\w+:/+[^\s'\"?#]*)[?#]\S+", r"\1?***"),
+    (r"(\w+:/+[^\s'\"?#;]*)[?#;]\S+", r"\1?***"),
     (r"(?i)\b(authorization|cookie)[\"']?\s*:.*", r"\1: ***"),
     (rf"(?i)({SECRET_NAMES}[\"']?\s*[=:]\s*)([\"'][^\"']*[\"']|\S+)", r"\1***"),
     (rf"(?i)(--?(?:[\w-]*{SECRET_NAMES}|u|user|header)\s+)([\"'][^\"']*[\"']|\S+)", r"\1***"),
@@ -659,16 +659,28 @@ def list_folder(folder):
     tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
-    samples, keys = {}, {}
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    samples, keys, unread, seen = {}, {}, Counter(), set()
+    found = []
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:  # linked folders count once, and a loop of links ends
+            folders.clear()
+            continue
+        seen.add(real)
+        found += [path for path in (Path(parent, name) for name in names) if path.is_file()]
+    for path in sorted(found):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
         samples.setdefault(key, []).append(name)
         if suffix in IMAGE_SUFFIXES:
             keys[key] = True  # in order
+        elif not suffix and path.name[0] != ".":
+            unread[path.suffix.lower() or path.name] += 1
+    if unread:
+        tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     if not keys:
-        found = "holds no .tar file and no picture"
-        raise UnusableInput(f"--train_shards_path_or_url {folder}: {found}; name one that does")
+        raise UnusableInput(
+            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
+        )
     parts, rest = [], iter(keys)
     while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
         files = tuple(chain(*(samples[key] for key in part)))
@@ -2342,7 +2354,8 @@ def start_trackers(args, accelerator):
     try:
         accelerator.init_trackers(args.tracker_project_name, config, {"wandb": {"dir": args.output_dir}})
     except Exception as error:  # each tracker has errors of its own
-        remedy = "log in (wandb login), set WANDB_MODE=offline, or choose another tracker"
+        is_wandb = args.report_to in ("wandb", "all") and not isinstance(error, OSError)
+        remedy = "log in (wandb login), set WANDB_MODE=offline, or " * is_wandb + "choose another tracker or folder"
         raise UnusableInput(f"--report_to {args.report_to} cannot start: {one_line(error)}; {remedy}") from error
 
 
@@ -2593,6 +2606,9 @@ def run(args):
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
             printed = f"error: {cause}; make room, then give the command again"
+        elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            remedy = "memory may be short: use fewer --dataloader_num_workers or less --shuffle_buffer_samples"
+            printed = f"error: a loader process was killed; {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
