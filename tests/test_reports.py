@@ -780,3 +780,17 @@ def test_4_what_is_no_regular_file_is_refused_at_once(script, tmp_path):
     os.mkfifo(tmp_path / "a.tar")
     with pytest.raises(script.UnusableInput, match="is no regular file"):
         script.list_shards([str(tmp_path)])
+
+
+def test_14_a_folders_links_are_followed_once_and_unread_files_are_counted(script, tmp_path, capsys):
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    for folder, name in ((inside, "a"), (outside, "z")):
+        folder.mkdir()
+        (folder / f"{name}.png").write_bytes(PNG)
+        (folder / f"{name}.txt").write_text("sea")
+    (inside / "link").symlink_to(outside)
+    (outside / "loop").symlink_to(inside)
+    (inside / "b.HEIC").write_bytes(b"x")
+    (shard,) = script.list_shards([str(inside)])
+    assert [sample["__key__"] for sample in script.read_shard(shard, Counter())] == ["a", "link/z"]
+    assert "files that are not read: .heic: 1" in capsys.readouterr().err
