@@ -278,7 +278,14 @@ def test_2_no_file_of_a_run_has_a_secret(script, teacher, shards, server, tmp_pa
 
     out = tmp_path / "out"
     line = flags(
-        address, data, out, max_train_steps=2, report_to="tensorboard", hub_token=f"{SECRET}10", train_batch_size=50
+        address,
+        data,
+        out,
+        max_train_steps=2,
+        report_to="tensorboard",
+        hub_token=f"{SECRET}10",
+        train_batch_size=50,
+        prediction_type="epsilon",  # of an address it has to be given
     )
     said = finish(script, line, tmp_path / "said", hook=hook)
     assert any("exit code 3" in text for text in said), "the shard that fails is named"
