@@ -36,6 +36,10 @@ from diffusers import (
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+# A child's first call renews torch's thread pool; two of its threads at once (transformers loads weights in several)
+# can find none: "Invalid thread pool!". So each child makes this call before it has threads.
+os.register_at_fork(after_in_child=lambda: torch.set_num_threads(torch.get_num_threads()))
+
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ["train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"]
 FAMILIES = ["sd15", "sdxl"]  # as the tests are named
