@@ -255,9 +255,13 @@ def impatient(_script):
     signal.alarm = lambda seconds: alarm(seconds // 5)
 
 
-def stalls(run):
-    """Return whether a command of the run is asleep."""
-    return any("3333" in process.cmdline() for process in processes_of(run.pids) if process.is_running())
+def stalls(run, commands=1):
+    """Return whether so many commands of the run are asleep."""
+    asleep = 0
+    for process in processes_of(run.pids):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            asleep += "3333" in process.cmdline()
+    return asleep >= commands
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -304,7 +308,7 @@ def test_4_sigterm_to_two_processes_whose_shards_stall(out_of, tmp_path):
     """No update can be finished, so none is saved: they have to end all the same."""
 
     def act(run):
-        until(lambda: sum("3333" in process.cmdline() for process in processes_of(run.pids)) >= 2)
+        until(lambda: stalls(run, commands=2))
         for pid in run.pids:
             os.killpg(pid, signal.SIGTERM)
 
