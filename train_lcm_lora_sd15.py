@@ -55,7 +55,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, islice, product
+from itertools import accumulate, chain, groupby, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -361,6 +361,8 @@ def check_args(args, error):
 def check_paths(args, error):
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
+    if args.init_lora and not Path(args.init_lora).exists():
+        error(f"--init_lora {args.init_lora}: no such file or folder; download the LoRA and name its file")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -996,7 +998,8 @@ def prepare_sample(sample, args, epoch, cached=False):
     if image is None and not cached:
         raise SkippedSample("no picture")
     metadata = metadata_of(sample)
-    check_metadata(metadata, args)
+    unmeasured = {} if cached else {"side": math.inf}  # where the metadata lacks it, the picture tells below
+    check_metadata(unmeasured | metadata, args)
     caption = caption_of(sample, metadata)
     if cached:
         tensors = cached_tensors(sample)
@@ -1031,8 +1034,8 @@ class ShardStream(torch.utils.data.IterableDataset):
     (seed, epoch), lie end to end, and consumer c reads the c-th of as many equal parts. Four shards and three
     consumers:
 
-        shards     |  3   3   3 |  0   0   0 |  2   2   2 |  1   1   1 |     each cut into `turns` = 3
-        consumers  |  a   a   a    a |  b   b    b   b |  c    c   c   c |   each gets `units` = 4 of them
+        shards     |  3   3   3 |  0   0   0 |  2   2   2 |  1   1   1 |     each cut into 3 parts
+        consumers  |  a   a   a    a |  b   b    b   b |  c    c   c   c |   each gets 4 of them
 
     A shard that two consumers share is read by both, sample by sample in turns; so one shard serves any number.
     """
@@ -1047,14 +1050,13 @@ class ShardStream(torch.utils.data.IterableDataset):
     def raw_samples(self, epoch, consumer, skipped):
         order = list(range(len(self.shards)))
         random.Random(f"{self.args.seed} {epoch}").shuffle(order)
-        turns = self.consumers // math.gcd(self.consumers, len(order))  # parts that a shard is cut into
-        units = len(order) * turns // self.consumers
-        first, last = consumer * units, (consumer + 1) * units
-        for place in range(first // turns, -(-last // turns)):
-            mine = range(max(first - place * turns, 0), min(last - place * turns, turns))
-            shard = self.shards[order[place]]
-            for number, sample in enumerate(read_shard(shard, skipped, cache=self.cache)):
-                if number % turns in mine:
+        parts_per_shard = self.consumers // math.gcd(self.consumers, len(order))
+        parts_per_consumer = len(order) * parts_per_shard // self.consumers
+        parts = range(consumer * parts_per_consumer, (consumer + 1) * parts_per_consumer)
+        for shard, of_shard in groupby(parts, lambda part: order[part // parts_per_shard]):
+            mine = {part % parts_per_shard for part in of_shard}
+            for number, sample in enumerate(read_shard(self.shards[shard], skipped, cache=self.cache)):
+                if number % parts_per_shard in mine:
                     yield sample
 
     def __iter__(self):
@@ -1132,8 +1134,9 @@ def audit(shards, args):
             "caption in KEY.json; loosen the filters or mend the data"
         )
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
-    kind = "shards of cached tensors" if cache else "shards"
-    report = f"{len(shards)} {kind}; of the first {examined} samples {len(usable)} can be used"
+    kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
+    number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
+    report = f"{number}; of the first {examined} samples {len(usable)} can be used"
     for sample in usable:
         sample.pop("pixels", None)  # other processes need only captions and their embeddings
     causes = describe(skipped)
@@ -1291,6 +1294,17 @@ def load_teacher(args, dtype, device, check=True, **parts):
         raise UnusableInput(loading_error(args, error)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_teacher(args):
+    """Raise UnusableInput where a folder or a Hub repository holds no pipeline; reads its `model_index.json` alone."""
+    teacher = args.pretrained_teacher_model
+    if Path(teacher).is_file() or "://" in teacher:
+        return
+    try:
+        diffusers.DiffusionPipeline.load_config(teacher, cache_dir=args.cache_dir, revision=args.teacher_revision)
+    except Exception as error:
+        raise UnusableInput(loading_error(args, error)) from error
 
 
 def loading_error(args, error):
@@ -1599,6 +1613,7 @@ class RunState:
     waits_at: int | None = None  # the update whose data it waits for
     is_alone: bool = True  # the only process; several have to agree before they save
     is_saved: bool = False  # all updates are in a checkpoint
+    repository: str = ""  # on the Hub, with its owner
     lock: object = None  # on the output folder, for as long as the process lives
 
 
@@ -1765,6 +1780,7 @@ def next_batch(job, batches, positions):
     state = job.state
     state.waits_at = state.global_step
     if state.stop_signal and state.is_alone:  # it came between two waits; a half-done update is given up
+        state.waits_at = None  # a further signal must not raise where the loop saves
         raise StopWaiting
     batch = next(batches)
     state.waits_at = None
@@ -1839,7 +1855,7 @@ def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     free = FREE_FLAGS | FLAGS_WITHOUT_EFFECT.keys()
     settings = {name: value for name, value in public_flags(args).items() if name not in free}
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
-    if args.lr_scheduler not in ("constant", "constant_with_warmup"):
+    if args.lr_scheduler not in SCHEDULES_WITHOUT_END:
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
     settings["number of shards"] = num_shards  # one more or less would move every position
     settings["number of processes"] = accelerator.num_processes
@@ -1886,7 +1902,8 @@ def stateful_parts(job):
     return {name: part for name, part in parts.items() if part is not None}
 
 
-def load_checkpoint(job, folder):
+def load_checkpoint(job, folder, manifest):
+    job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
     weights = load_file(folder / "unet" / "adapter_model.safetensors")
     weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
     set_peft_model_state_dict(job.student_unet, weights)
@@ -1962,7 +1979,7 @@ def check_resume(folder, manifest, settings, max_train_steps):
 class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
-    MAX_SKIPPED_UPDATES = 20  # in a row; the loss scaler of fp16 has then halved the scale a million times
+    MAX_SKIPPED_UPDATES = 20  # in a row; the loss scaler of fp16 has then shrunk the scale a million-fold
 
     def __init__(self, job):
         self.job, self.accelerator = job, job.accelerator
@@ -2079,8 +2096,13 @@ def write_card(job, drawn):
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = masked(args.pretrained_teacher_model)
-    from_hub, teachers_card = not Path(teacher).exists(), Path(teacher) / "README.md"
+    from_hub, teachers_card = not Path(teacher).exists() and "://" not in teacher, Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
+    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    if args.prediction_type:
+        options["prediction_type"] = args.prediction_type
+    usual = LCMScheduler().config
+    changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
         "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
@@ -2097,8 +2119,8 @@ import torch
 from diffusers import DiffusionPipeline, LCMScheduler
 pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}", torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
-pipe.load_lora_weights("{repository_name(args)}", adapter_name="lcm")
+pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config{changed})
+pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
@@ -2124,9 +2146,13 @@ def repository_name(args):
 
 
 def make_repository(args):
-    """Make the Hub repository, if it is not there, before any GPU hour is spent; a Hub out of reach is reported."""
+    """Make the Hub repository, if it is not there, before any GPU hour is spent; return its name with the owner's.
+
+    A Hub out of reach is reported, and the name returned as it was given.
+    """
     try:
-        create_repo(repository_name(args), private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
+        options = {"private": not args.hub_public_repo, "exist_ok": True, "token": args.hub_token}
+        return create_repo(repository_name(args), **options).repo_id
     except (HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
@@ -2134,6 +2160,7 @@ def make_repository(args):
         if refused or isinstance(error, (ValueError, LocalTokenNotFoundError)):
             raise UnusableInput(f"{message}; log in with `hf auth login`, or leave the flag out") from error
         tqdm.write(f"{message}; training goes on, the upload is tried again later", file=sys.stderr)
+        return repository_name(args)
 
 
 def one_line(error):
@@ -2146,8 +2173,8 @@ def push(args, folder):
     options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
-            made = create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
-            address = upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
+            name = create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token).repo_id
+            address = upload_folder(repo_id=name, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
@@ -2159,6 +2186,7 @@ def push(args, folder):
 
 # ---- The run ---------------------------------------------------------------------------------------------
 
+SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
 STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
@@ -2367,8 +2395,7 @@ def listen(state):
     """
 
     def leave(name, number):
-        saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
-        print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
+        print(f"\nstopped by {name}{saved_line(state) if state.is_saved else ''}", file=sys.stderr, flush=True)
         kill_children()
         os._exit(3 if state.is_saved else 128 + number)
 
@@ -2399,6 +2426,10 @@ def listen(state):
     return {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
 
+def saved_line(state):
+    return f"; checkpoint-{state.global_step} is saved, --resume_from_checkpoint latest (the default) goes on from it"
+
+
 def kill_children():
     """End loader processes and the commands that they read from; wandb's service ends by itself."""
     if hasattr(signal, "SIGCHLD"):
@@ -2418,8 +2449,7 @@ def stop_if_asked(job, save):
     if job.accelerator.reduce(asked, "sum").item():
         save()
         cause = job.state.stop_signal or "a signal to another process"
-        saved = f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
-        raise StoppedBySignal(f"stopped by {cause}; {saved}")
+        raise StoppedBySignal(f"stopped by {cause}{saved_line(job.state)}")
 
 
 def train(job, loader, save):
@@ -2511,19 +2541,23 @@ def make_job(args, accelerator, samples, cache, state):
     )  # fmt: skip
 
 
-def make_stream(job, shards, workers, manifest, cache):
-    """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
+def make_stream(job, shards, workers, cache):
+    """Return the ShardStream of this process, at its start or where a checkpoint left it."""
     accelerator, state, each = job.accelerator, job.state, max(1, workers)
     tokenizers = [getattr(job.pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer") and not cache]
     consumers, first = accelerator.num_processes * each, accelerator.process_index * each
     stream = ShardStream(shards, job.args, consumers, first, each, tokenizers, cache)
-    if manifest:
-        state.global_step = manifest["global_step"]
-        mine = range(first, first + each)
-        state.positions = {name: place for name, place in manifest["positions"].items() if int(name) in mine}
-        stream.num_batches = state.global_step * job.args.gradient_accumulation_steps
-        stream.positions = dict(state.positions)
+    mine = range(first, first + each)  # each process saves the positions of its own consumers
+    state.positions = {name: place for name, place in state.positions.items() if int(name) in mine}
+    stream.num_batches = state.global_step * job.args.gradient_accumulation_steps
+    stream.positions = dict(state.positions)
     return stream
+
+
+def how_to_go_on(args, folder):
+    if args.lr_scheduler in SCHEDULES_WITHOUT_END:
+        return "a greater --max_train_steps goes on"
+    return f"to go on, name another --output_dir with --init_lora {folder}"
 
 
 def is_finished(args, manifest, max_train_steps):
@@ -2545,6 +2579,7 @@ def main(args, state):
     for line in without_effect(args):
         say(line)
     # What cannot be trained on is an error before any model loads.
+    agree(accelerator, check_teacher, args)
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
@@ -2555,7 +2590,9 @@ def main(args, state):
     if manifest:
         check_resume(folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
-            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; a greater --max_train_steps goes on")
+            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
+            if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
+                push(args, args.output_dir)
             return
         say(f"resuming from {folder}")
     elif args.resume_from_checkpoint == "latest":
@@ -2565,14 +2602,14 @@ def main(args, state):
         return
     agree(accelerator, open_output, args, state)
     if args.push_to_hub:
-        agree(accelerator, make_repository, args)
+        state.repository = agree(accelerator, make_repository, args)
     start_trackers(args, accelerator)
     say("loading the models")
     job = make_job(args, accelerator, samples, cache, state)
     say(describe_models(job, samples))
     if manifest:
-        load_checkpoint(job, folder)
-    loader = make_loader(make_stream(job, shards, workers, manifest, cache), workers, accelerator.device)
+        load_checkpoint(job, folder, manifest)
+    loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
     try:
         train(job, loader, partial(save_checkpoint, job, settings))
     except BaseException:

@@ -289,8 +289,37 @@ def test_a_finished_run_started_again_ends_at_once(again, unbroken, tmp_path):
     shutil.copytree(unbroken, tmp_path / "out")
     before = contents(tmp_path / "out")
     said = again()
-    assert "this run is finished" in said[-1] and "--max_train_steps" in said[-1] and str(tmp_path) in said[-1]
+    assert said[-1].startswith("this run is finished: ") and str(tmp_path / "out" / WEIGHTS) in said[-1]
+    assert said[-1].endswith(f"--init_lora {tmp_path / 'out' / 'checkpoint-6'}"), "its schedule has ended"
     assert not any("loading the models" in line for line in said) and contents(tmp_path / "out") == before
+
+
+def test_a_finished_run_is_uploaded_when_asked_later(again, unbroken, tmp_path):
+    def stub(script):
+        script.push = lambda _args, folder: script.tqdm.write(f"pushed {folder}")
+
+    shutil.copytree(unbroken, tmp_path / "out")
+    assert again(hook=stub)[-1].startswith("this run is finished")
+    assert again(hook=stub, push_to_hub=True)[-1] == f"pushed {tmp_path / 'out'}"
+
+
+def test_a_finished_run_of_a_constant_rate_names_the_flag_that_goes_on(script, teacher, shards, tmp_path):
+    line = flags(teacher, shards, tmp_path / "out", max_train_steps=1)
+    finish(script, line, tmp_path / "first")
+    assert finish(script, line, tmp_path / "again")[-1].endswith("; a greater --max_train_steps goes on")
+
+
+def test_a_second_signal_while_the_first_ones_checkpoint_is_written(script, teacher, shards, tmp_path):
+    """The first one comes between two micro steps, whose update is given up."""
+
+    def hook(script):
+        at_call("draw", 3, send(signal.SIGUSR1))(script)
+        at_call("write_checkpoint", 1, send(signal.SIGTERM))(script)
+
+    line = flags(teacher, shards, tmp_path / "out", gradient_accumulation_steps=2, checkpointing_steps=50)
+    said = finish(script, line, tmp_path / "said", 3, hook=hook)
+    assert "SIGUSR1" in said[-1] and "checkpoint-1 is saved" in said[-1]
+    assert checkpoints(tmp_path / "out") == {"checkpoint-1"}
 
 
 def test_a_run_stopped_after_its_last_update_writes_what_is_missing(again, unbroken, tmp_path):
@@ -347,7 +376,8 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch):
     for name in ("load_file", "set_peft_model_state_dict", "cast_training_params"):
         monkeypatch.setattr(script, name, lambda *_given, **_named: {})
     with pytest.raises(FileNotFoundError):
-        script.load_checkpoint(mock.MagicMock(student_unet=torch.nn.Identity()), Path("/nowhere"))
+        manifest = {"global_step": 1, "positions": {}}
+        script.load_checkpoint(mock.MagicMock(student_unet=torch.nn.Identity()), Path("/nowhere"), manifest)
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True
 
 

@@ -606,8 +606,10 @@ def test_side_filter(script, prefix):
     record = {f"{prefix}width": 500, f"{prefix}height": 99}
     assert outcome(script, record, min_image_side_px=100) == "filtered by smaller side"
     assert outcome(script, record, min_image_side_px=99)["caption"] == "sea"
-    assert outcome(script, {}, min_image_side_px=SIDE)["caption"] == "sea", "the picture's own side"
-    assert outcome(script, {}, min_image_side_px=SIDE + 1) == "filtered by smaller side"
+    for require_metadata in (None, True):  # the picture's own side will do
+        options = {"require_metadata": require_metadata}
+        assert outcome(script, {}, min_image_side_px=SIDE, **options)["caption"] == "sea"
+        assert outcome(script, {}, min_image_side_px=SIDE + 1, **options) == "filtered by smaller side"
 
 
 def test_size_before_resizing_by_img2dataset_counts(script):

@@ -137,7 +137,7 @@ class Handler(BaseHTTPRequestHandler):
 
 # Repository -> changes of its run.
 RUNS = {
-    "flaky": {"max_train_steps": 4, "validation_prompts": None}, "full": {"hub_public_repo": True}, "down": {},
+    "flaky": {"max_train_steps": 4, "validation_prompts": None}, "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {},
     "forbidden": {},
 }  # fmt: skip
 
@@ -154,8 +154,8 @@ def train_and_publish(folder, teacher, shards):
     for name, changes in RUNS.items():
         changes = {"max_train_steps": 2, "push_to_hub": True, "push_checkpoints_to_hub": True} | changes
         line = flags(
-            teacher, shards, folder / name, hub_token=TOKEN, hub_model_id=f"me/{name}",
-            lora_target_modules="to_q,conv1", **changes,
+            teacher, shards, folder / name, hub_token=TOKEN, lora_target_modules="to_q,conv1",
+            **{"hub_model_id": f"me/{name}"} | changes,
         )  # fmt: skip
         run = Run(script, line, folder / f"{name}.txt", hook=wait_less)
         results[name] = {"code": run.wait()[0], "said": run.said.read_text()}
@@ -192,6 +192,7 @@ def test_captions_of_the_data_do_not_become_public(hub):
     card = server.files("flaky")["README.md"].decode()
     prompts = load_script("train_lcm_lora_sd15.py").NEUTRAL_PROMPTS
     assert all(prompt in card for prompt in prompts) and "sea 1" not in card and len(prompts) == 4
+    assert 'load_lora_weights("me/full"' in (hub[1] / "full" / "README.md").read_text(), "the Hub adds the owner"
     kinds = {"flaky": "private", "full": "public", "down": "private", "forbidden": "private"}
     assert server.visibility.items() >= kinds.items()
 

@@ -412,9 +412,9 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     assert len(pictures) == 8 and {Image.open(path).size for path in pictures} == {(32, 32)}
 
 
-def become_windows(script):
+def become_windows(script, *also):
     """Take away what Windows lacks, and load the script there; also, files opened to read cannot be synced."""
-    for module, name in ((signal, "SIGUSR1"), (os, "sched_getaffinity"), (os, "killpg")):
+    for module, name in ((signal, "SIGUSR1"), (os, "sched_getaffinity"), (os, "killpg"), *also):
         delattr(module, name)
     sys.platform, fsync = "win32", os.fsync
 
@@ -432,6 +432,16 @@ def test_a_machine_without_linuxs_signals_trains(script, teacher, shards, tmp_pa
     line = flags(teacher, shards, tmp_path / "out", max_train_steps=2, dataloader_num_workers=1)
     finish(script, line, tmp_path / "said", hook=become_windows)
     assert checkpoints(tmp_path / "out") == {"checkpoint-2"}
+
+
+def test_a_machine_without_linuxs_signals_saves_when_it_is_stopped(script, teacher, shards, tmp_path):
+    def hook(script):
+        become_windows(script, (signal, "SIGCHLD"), (signal, "SIGALRM"), (signal, "alarm"))
+        at_call("draw", 2, send(signal.SIGTERM))(script)
+
+    line = flags(teacher, shards, tmp_path / "out", dataloader_num_workers=0)  # torch's loader has its own SIGCHLD
+    said = finish(script, line, tmp_path / "said", 3, hook=hook)
+    assert "SIGTERM" in said[-1] and checkpoints(tmp_path / "out") == {"checkpoint-2"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -689,6 +699,7 @@ def test_unusable_input_is_named(script, teacher, shards, unusable, tmp_path, ca
     said = capsys.readouterr().err.splitlines()
     assert code == 2 and said[-1].startswith("error: ") and named in said[-1]
     assert not any("Traceback" in text for text in said)
+    assert name != "no teacher" or not any("reading the first samples" in text for text in said)
 
 
 # ----------------------------------------------------------------------------------------------------------
