@@ -223,20 +223,25 @@ def main(args):
     run = describe_run(args, source)
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
     total = len(source.entries) if isinstance(source.entries, list) else None
-    targets = []
+    targets, kept = [], 0
     with writing_to(args.output_dir):  # before the teacher of --prompts_file loads
         check_output(args.output_dir, run)
     with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
         for part, numbered in groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard):
             target = args.output_dir / f"{part:05d}.tar"
             targets.append(target)
-            if part % processes != rank or finished(target, digest):
+            if record := finished(target, digest):
+                kept += bool(record["samples"])
+                continue
+            if part % processes != rank:
                 continue
             pairs = zip(count(part * args.samples_per_shard), source.read(entry for _, entry in numbered))
             samples, left_out = write_shard(target, pairs, args, bar)
             record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
             write_text(target.with_name(f"{target.stem}_stats.json"), record)
         records = [finished(target, digest) for target in targets]
+        if kept:
+            bar.write(f"{kept} shards were there already and are kept", file=sys.stderr)
         if None in records:
             return 0  # other processes are still at work; the last one reports
         return report(args, records, source.unread)

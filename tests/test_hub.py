@@ -137,8 +137,8 @@ class Handler(BaseHTTPRequestHandler):
 
 # Repository -> changes of its run.
 RUNS = {
-    "flaky": {"max_train_steps": 4, "validation_prompts": None}, "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {},
-    "forbidden": {},
+    "flaky": {"max_train_steps": 4, "validation_prompts": None},
+    "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {}, "forbidden": {},
 }  # fmt: skip
 
 

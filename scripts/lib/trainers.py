@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """The two training scripts as modules, for the tools: one reader of shards, one opener of pictures, one loader."""
 
+import os
 import sys
 from pathlib import Path
 
+if os.environ.get("RANK", "0") == "0":
+    print("loading libraries", file=sys.stderr, flush=True)  # which takes ten seconds and more
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_lcm_lora_sd15 as sd15
 import train_lcm_lora_sdxl as sdxl
