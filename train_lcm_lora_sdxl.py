@@ -123,8 +123,14 @@ FOREIGN_FLAGS = {
 }  # fmt: skip
 
 
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
+
+
 class UnusableInput(Exception):
-    """Something the user must change: one line that names the thing and the remedy; exit code 2."""
+    """Something the user must change: one line that names the thing and the remedy."""
+
+    exit_code = 2
 
 
 class OutOfData(UnusableInput):
@@ -132,11 +138,13 @@ class OutOfData(UnusableInput):
 
 
 class NonFiniteLoss(Exception):
-    """Exit code 1."""
+    exit_code = 1
 
 
 class StoppedBySignal(Exception):
-    """A signal asked the run to stop and its checkpoint is saved; exit code 3."""
+    """A signal asked the run to stop and its checkpoint is saved."""
+
+    exit_code = 3
 
 
 class StopWaiting(BaseException):
@@ -420,6 +428,10 @@ def masked(text):
     for pattern, replacement in SECRETS:
         text = re.sub(pattern, replacement, text)
     return text
+
+
+def one_line(error):
+    return masked(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def public_flags(args):
@@ -1116,7 +1128,7 @@ def audit(shards, args):
     skipped, usable, examined, cache = Skipped(), [], 0, None
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
-        if sample["__key__"] == CACHE_KEY:  # only the first head comes: `samples` sees the new value of `cache`
+        if sample["__key__"] == CACHE_KEY:  # from now on `samples`, which is lazy, leaves other caches' shards out
             cache = sample
             check_cache(cache, args)
             continue
@@ -1667,7 +1679,7 @@ class Job:
     pipe: object  # the pipeline that draws; its UNet is student_unet
     teacher_unet: torch.nn.Module  # without LoRA, on the weights of student_unet
     student_unet: torch.nn.Module  # with the LoRA
-    student: torch.nn.Module  # student_unet, wrapped in DDP for several processes
+    student: torch.nn.Module  # student_unet for passes with gradient: wrapped in DDP for several processes
     schedule: Schedule
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
@@ -1992,7 +2004,8 @@ def find_checkpoint(args, say):
     if wanted == "none" and existing:
         found = f"{args.output_dir} holds checkpoints of an earlier run"
         raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
-    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named_checkpoints(args)[:1]):
+    named = [] if wanted in ("none", "latest") else named_checkpoints(args)[:1]
+    for folder in existing[::-1] if wanted == "latest" else named:
         manifest, reason = read_manifest(folder)
         if manifest:
             return folder, manifest
@@ -2205,10 +2218,6 @@ def make_repository(args):
         return repository_name(args)
 
 
-def one_line(error):
-    return masked(" ".join(str(error).split())[:300]) or type(error).__name__
-
-
 def push(args, folder):
     """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run."""
     name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
@@ -2229,8 +2238,6 @@ def push(args, folder):
 # ---- The run ---------------------------------------------------------------------------------------------
 
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
-STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
@@ -2673,7 +2680,7 @@ def run(args):
         main(args, state)
         code = 0
     except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
-        code = {StoppedBySignal: 3, NonFiniteLoss: 1}.get(type(error), 2)
+        code = error.exit_code
         is_agreed = not isinstance(error, OutOfData)
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except torch.OutOfMemoryError as error:

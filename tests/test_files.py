@@ -239,7 +239,8 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     """Write a card as the end of a run does and return (front matter, text)."""
     pictures = [Image.new("RGB", (8, 8)) for _ in prompts]
     script.Path(args.output_dir).mkdir(exist_ok=True)
-    job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1))
+    state = SimpleNamespace(repository="")
+    job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
     script.write_card(job, {1: pictures, 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
