@@ -141,7 +141,7 @@ def make_recipe_job(own, trainer, args, folder):
     samples, _, cache = trainer.audit(shards, args)
     job = trainer.make_job(args, accelerator, samples, cache, trainer.RunState())
     workers = trainer.count_workers(args, accelerator, None)
-    stream = trainer.make_stream(job, shards, workers, None, cache)
+    stream = trainer.make_stream(job, shards, workers, cache)
     return job, trainer.make_loader(stream, workers, accelerator.device)
 
 

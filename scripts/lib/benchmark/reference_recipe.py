@@ -2,7 +2,7 @@
 """The recipe in common use, written plainly: what the training scripts are measured against.
 
 A float32 teacher and a float32 student under autocast, a pass for each half of the guidance and one for the
-target, PyTorch's AdamW as it comes, the loss read at every update. Data, draws, formulas and the LoRA's layers
+target, PEFT's own LoRA layers, PyTorch's AdamW as it comes, the loss read at every update. Data, draws and formulas
 are the training script's, so that the losses agree.
 """
 
@@ -10,14 +10,16 @@ import copy
 from functools import partial
 
 import torch
+from peft.tuners import lora
 
 
 def replace_step(trainer):
-    """Make a training script, loaded as a module, train as this recipe does, by three of its functions."""
+    """Make a training script, loaded as a module, train as this recipe does, by five of its names."""
     recipe = PlainRecipe(trainer)
     trainer.load_teacher = partial(recipe.load, trainer.load_teacher)
     trainer.make_optimizer = plain_optimizer
     trainer.training_loss = recipe.loss
+    trainer.LoraLinear, trainer.LoraConv2d = lora.Linear, lora.Conv2d
 
 
 def plain_optimizer(parameters, args, _num_processes, _max_train_steps):
