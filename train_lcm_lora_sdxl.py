@@ -2316,6 +2316,8 @@ def describe_device(accelerator):
     line = f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {precision}"
     if device.type == "cuda" and precision == "no":
         line += "; --mixed_precision fp16 or bf16 would halve the memory"
+    if device.type == "cpu" and precision != "no":
+        line += ", which most CPUs emulate; --mixed_precision no is faster here"
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
         line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "

@@ -477,6 +477,8 @@ def test_the_first_line_names_the_device_and_warns_of_a_gpu_that_is_not_used(scr
     assert "device: CPU" in said and "warning: " in said and "580" in said
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert "warning" not in script.describe_device(machine())
+    hint = "--mixed_precision no"
+    assert hint not in said and hint in script.describe_device(machine("cpu", "bf16"))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_given: "NVIDIA H100")
     said = script.describe_device(machine("cuda", "no", 8))
     assert said.startswith("device: NVIDIA H100, 8 processes") and "halve" in said
