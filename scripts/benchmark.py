@@ -86,8 +86,6 @@ def add_inference(commands):
     add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
     add("--repeats", type=cli.COUNT, default=3, metavar="N", help="runs a cell (default: %(default)s)")
     add("--compile", action="store_true", help="also with the UNet through torch.compile")
-    text = "add the LoRA into the weights, as one does to serve it (default: beside them, as loaded)"
-    add("--fuse_lora", action="store_true", help=text)
     add("--json", type=Path, metavar="FILE", help="list of rows to append to (default: none)")
 
 

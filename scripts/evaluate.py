@@ -157,7 +157,7 @@ def draw_pictures(args, gallery, rows, accelerator):
             load_lora(pipe, path, f"lcm{index}")
         start_offload(pipe, args, accelerator.device)
         with writing_to(args.output_dir):
-            gallery.draw(pipe, missing, accelerator.device, not accelerator.is_main_process)
+            gallery.draw(pipe, missing, not accelerator.is_main_process)
         release_memory(pipe)
     accelerator.wait_for_everyone()
     return count
@@ -178,12 +178,11 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
         values, took = judges.row(gallery, row), m.records(gallery, row)
         if not accelerator.is_main_process:
             continue
-        peaks = [record["peak_gib"] for record in took if record["peak_gib"] is not None]
         found.append({
             "name": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
             "figures": m.score_row(values, distances, took),
-            "evaluations": took[0]["evaluations"], "peak_gib": max(peaks, default=None),
+            "evaluations": took[0]["evaluations"],
         })  # fmt: skip
     return found, m.titles(names, references)
 

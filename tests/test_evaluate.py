@@ -258,7 +258,7 @@ def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges,
     shares = [Gallery(args, rank, 2) for rank in (0, 1)]
     assert sorted(i for share in shares for block in share.blocks for i in block) == list(range(COUNT))
     for share in shares:
-        share.draw(pipe, share.missing([row]), "cpu", is_quiet=True)
+        share.draw(pipe, share.missing([row]), is_quiet=True)
         assert not share.missing([row])
     for index in range(COUNT):
         name = f"pictures/{row.folder}/{index:05d}.png"

@@ -38,8 +38,6 @@ def add_lcm_lora(pipe, args):
         pipe.unet.add_adapter(config, adapter_name="lcm")
     pipe.unet.to(pipe.dtype).eval()
     set_sampler(pipe, "lcm-lora", {"lcm": 1.0})
-    if args.fuse_lora:
-        pipe.fuse_lora(adapter_names=["lcm"])
 
 
 def time_cell(pipe, batch, steps, guidance, args):
@@ -61,11 +59,10 @@ def timed_rows(pipe, args, dtype):
         "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__,
         "resolution": args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
     }  # fmt: skip
-    lcm = "LCM-LoRA, fused" if args.fuse_lora else "lcm-lora"
     for mode in ("eager", "compiled")[: 1 + args.compile]:
         if mode == "compiled":
             pipe.unet.compile()
-        for name, steps, guidance in (("standard", args.steps, 7.5), (lcm, args.lcm_steps, 1.0)):
+        for name, steps, guidance in (("standard", args.steps, 7.5), ("lcm-lora", args.lcm_steps, 1.0)):
             torch.compiler.reset()  # the graphs of a UNet with other layers
             if name == "standard":
                 pipe.scheduler = own_scheduler
@@ -75,8 +72,6 @@ def timed_rows(pipe, args, dtype):
                 seconds, first, peak = time_cell(pipe, batch, steps, guidance, args)
                 row = {"sampler": name, "steps": steps, "batch": batch, "mode": mode, "seconds": seconds}
                 yield common | row | {"first_seconds": first, "peak_gib": peak}
-        if args.fuse_lora:
-            pipe.unfuse_lora()
         pipe.unload_lora_weights()
 
 

@@ -33,7 +33,7 @@ NOTES = (
     "inflate an FD; fewer than 40 have none. Rows whose intervals overlap widely are not known to differ. An "
     "interval does not hold the bias of FD: that the floor shows.",
     "UNet evaluations count a guided step as two. Seconds are for one picture when a batch is drawn, in text "
-    "encoder, UNet and VAE. Peak memory is the accelerator's, or the process's on a CPU.",
+    "encoder, UNet and VAE.",
 )
 
 

@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from lib.cli import LORA_FILE, TITLES
-from lib.pipelines import MAX_PICTURE_PX, draw, peak_gib, reset_peak, set_sampler
+from lib.pipelines import MAX_PICTURE_PX, draw, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
@@ -132,22 +132,20 @@ class Gallery:
                 found.setdefault(row, []).append(block)
         return found
 
-    def draw(self, pipe, missing, device, is_quiet):
+    def draw(self, pipe, missing, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
         calls = []
         hook = pipe.unet.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
-        options = {"resolution": self.resolution}
         for row, blocks in missing.items():
             set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
             warm = [self.prompt(index) for index in blocks[0]]
-            draw(pipe, warm, 1, row.guidance, list(blocks[0]), **options)  # not timed
+            draw(pipe, warm, 1, row.guidance, list(blocks[0]), resolution=self.resolution)  # not timed
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 calls.clear()
-                reset_peak(device)
-                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **options)
-                took = {"seconds": seconds, "evaluations": sum(calls) / len(block), "peak_gib": peak_gib(device)}
+                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, resolution=self.resolution)
+                took = {"seconds": seconds, "evaluations": sum(calls) / len(block)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
