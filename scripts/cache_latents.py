@@ -26,7 +26,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from lib.cli import ToolParser, folder_problems, refuse
+from lib.cli import COUNT, ToolParser, folder_problems, refuse
 
 PASSED_ON = ("mixed_precision", "seed", "vae_encode_batch_size")
 
@@ -39,12 +39,10 @@ def parse_args(argv=None):
     add("--teacher_revision", metavar="REV", help="Hub branch, tag or commit")
     add("--cache_dir", metavar="DIR", help="where files from the Hub are kept")
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the cached shards")
-    add("--num_views", type=int, default=1, metavar="N", help="crops and flips of each picture (default: 1)")
-    add("--batch_size", type=int, default=32, metavar="N", help="pictures encoded at a time (default: 32)")
-    add("--decode_threads", type=int, default=4, metavar="N", help="threads of a process (default: 4)")
+    add("--num_views", type=COUNT, default=1, metavar="N", help="crops and flips of each picture (default: 1)")
+    add("--batch_size", type=COUNT, default=32, metavar="N", help="pictures encoded at a time (default: 32)")
+    add("--decode_threads", type=COUNT, default=4, metavar="N", help="threads of a process (default: 4)")
     args, args.rest = cli.parse_known_args(argv)
-    names = ("num_views", "batch_size", "decode_threads")
-    refuse(cli, [(getattr(args, name) < 1, f"--{name} {getattr(args, name)}: must be at least 1") for name in names])
     refuse(cli, folder_problems(args.output_dir))
     for name in ("pretrained_teacher_model", "teacher_revision", "cache_dir"):
         if getattr(args, name) is not None:

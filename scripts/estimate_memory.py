@@ -14,7 +14,6 @@ Attention counts as flash attention; --compile and xformers are left out. The la
 Exit codes: 0 done; 2 wrong usage; 1 anything else.
 """
 
-import argparse
 import os
 import sys
 import weakref
@@ -25,6 +24,7 @@ from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from lib.benchmark.sweep import REAL_MODELS
+from lib.cli import ToolParser
 
 GIB = 2**30
 ADAMW_BYTES, ADAMW_8BIT_BYTES = 8, 2 + 8 / 256  # two moments; in 8 bits with a float32 scale for 256 values
@@ -32,10 +32,7 @@ NF4_BYTES = 0.5 + 4 / 64  # a weight in 4 bits, with a float32 scale for 64 weig
 
 
 def parse_args(argv=None):
-    """Return (this tool's flags, words for the training script); wrong ones exit with 2."""
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    cli = ToolParser(__doc__)
     cli.add_argument("--model", choices=REAL_MODELS, required=True)
     cli.add_argument("--cached", action="store_true", help="train from cached latents and text")
     return cli.parse_known_args(argv)
@@ -106,7 +103,6 @@ def flash_attention(query, key, value, *_, **__):
 
 
 def trainer_flags(own, words, trainer):
-    """Return the training script's flags, without what is not counted."""
     args = trainer.parse_args([
         *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url",
         "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none",
@@ -154,7 +150,6 @@ def saved_by_packing(trainer, unet):
 
 
 def make_batch(own, args, job):
-    """Return a batch of pictures, or of cached tensors, without values."""
     size, side = args.train_batch_size, args.resolution
     batch = {"caption": ["a"] * size, "time_ids": torch.empty(size, 6, device=META)}
     if not own.cached:

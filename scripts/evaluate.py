@@ -21,10 +21,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 from lib import cli
+from safetensors import SafetensorError, safe_open
 
 
 def parse_args(argv=None):
-    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
     parser = cli.ToolParser(__doc__)
     add = cli.add_model_flags(parser)
     text = "LCM-LoRAs to compare: files, folders with one, PEFT folders or Hub ids (default: none)"
@@ -76,8 +76,6 @@ def add_figure_flags(group):
     add("--features", nargs="+", default=["clip"], metavar="MODEL", help=text)
     text = "CLIP model of the CLIP score, .py file, or none (default: %(default)s)"
     add("--clip_model", default="openai/clip-vit-large-patch14", metavar="MODEL", help=text)
-    text = "none, vgg (torch-fidelity, see requirements-eval.txt) or a .py file (default: %(default)s)"
-    add("--lpips", default="none", metavar="MODEL", help=text)
     text = "real pictures to measure the distance to as well: a folder, or .tar shards (default: none)"
     add("--reference", nargs="+", default=[], metavar="PATH", help=text)
     text = "kept features of the teacher's pictures, and their prompts (default: draw the pictures)"
@@ -113,28 +111,23 @@ def yardstick_problems(args):
 def read_yardstick(path):
     """Return (prompts, (their number, pictures of each), guidance, steps) of a yardstick's header."""
     try:
-        with path.open("rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(size) if size < 2**26 else b"")
-        known, shape = header["__metadata__"], header["features"]["shape"][:2]
+        with safe_open(path, "np") as file:
+            known, shape = file.metadata(), file.get_slice("features").get_shape()[:2]
         return (json.loads(known["prompts"]), shape, float(known["guidance_scale"]), int(known["teacher_steps"]))
-    except (OSError, ValueError, LookupError, TypeError):
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError):
         return None, (0, 0), 7.5, 50
 
 
 def figure_problems(args):
     missing = [path for path in args.reference if not Path(path).exists()]
-    models = (*args.features, args.clip_model, args.lpips)
-    files = [path for path in models if path.endswith((".py", ".safetensors"))]
+    files = [path for path in (*args.features, args.clip_model) if path.endswith((".py", ".safetensors"))]
     lost = [path for path in files if not Path(path.rpartition("=")[2]).is_file()]
-    lpips = f"--lpips {args.lpips}: give none, vgg or a .py file"
     return (
         ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
         *cli.step_problems(args.steps, args.samplers),
         *cli.step_problems([args.teacher_steps], []),
         (missing, f"--reference {', '.join(missing)}: not there; give a folder of pictures or .tar shards"),
         (lost, f"model {', '.join(lost)}: not there; give a file"),
-        (args.lpips not in ("none", "vgg") and args.lpips not in files, lpips),
     )
 
 
@@ -150,14 +143,12 @@ from accelerate.utils import gather_object, release_memory
 from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
 from lib.evaluation.report import full_table, html_report, markdown_table, summary
-from lib.evaluation.statistics import bias_curve
-from lib.pipelines import load_lora, load_teacher, start_offload, writing_to
+from lib.pipelines import device_name, load_lora, load_teacher, start_offload, writing_to
 from lib.trainers import exit_code
 from tqdm import tqdm
 
 
 def draw_pictures(args, gallery, rows, accelerator):
-    """Draw the pictures that are missing, each process its share; return their number over all processes."""
     missing = gallery.missing(rows)
     count = sum(gather_object([sum(len(block) for blocks in missing.values() for block in blocks)]))
     if count:
@@ -166,45 +157,40 @@ def draw_pictures(args, gallery, rows, accelerator):
             load_lora(pipe, path, f"lcm{index}")
         start_offload(pipe, args, accelerator.device)
         with writing_to(args.output_dir):
-            gallery.draw(pipe, missing, accelerator.device, not accelerator.is_main_process)
+            gallery.draw(pipe, missing, not accelerator.is_main_process)
         release_memory(pipe)
     accelerator.wait_for_everyone()
     return count
 
 
 def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
-    """Return (rows with their figures, bias of each feature model, titles of the figures)."""
     teacher, names = rows[0], judges.features
     if yardstick:
-        drawn = judges.row(gallery, yardstick, teacher)
+        drawn = judges.row(gallery, yardstick)
         references = {"teacher": {name: drawn[name] for name in names}}
     else:
         references = {"teacher": m.load_yardstick(args, names)}
     if args.reference:
         references["real"] = judges.real(args.reference, gallery.picture(teacher, 0).size, accelerator)
-    found, bias = [], {}
+    found = []
     distances = m.distances_to(references, len(gallery.prompts)) if accelerator.is_main_process else {}
     for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
-        values, took = judges.row(gallery, row, teacher), m.records(gallery, row)
+        values, took = judges.row(gallery, row), m.records(gallery, row)
         if not accelerator.is_main_process:
             continue
-        if row is teacher:
-            bias = {name: bias_curve(values[name], ref) for name, ref in references["teacher"].items()}
-        peaks = [record["peak_gib"] for record in took if record["peak_gib"] is not None]
         found.append({
-            "name": row.name, "folder": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
+            "name": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
             "figures": m.score_row(values, distances, took),
-            "evaluations": took[0]["evaluations"], "peak_gib": max(peaks, default=None),
+            "evaluations": took[0]["evaluations"],
         })  # fmt: skip
-    return found, bias, m.titles(names, references)
+    return found, m.titles(names, references)
 
 
 def write_report(args, results, gallery, rows):
-    """Write report.html, table.md and, as the last one, results.json."""
     shown = min(args.shown, args.num_images)
     results |= {"shown": shown, "prompts": args.prompts}
-    pictures = {(row.name, i): gallery.picture(row, i) for row in rows for i in range(shown)}
+    pictures = {(row.folder, i): gallery.picture(row, i) for row in rows for i in range(shown)}
     head, body, floor = summary(results)
     brief = f"{markdown_table(head, body)}\n\n{floor}"
     table = "\n\n".join([brief, markdown_table(*full_table(results)), *m.NOTES])
@@ -215,16 +201,14 @@ def write_report(args, results, gallery, rows):
 
 
 def report_settings(args, accelerator):
-    """Return the settings that the report names."""
     device = accelerator.device
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
     return {
         "teacher": Path(args.pretrained_teacher_model).name,
         "LoRAs": ", ".join(Path(p).name for p in args.lora),
         "pictures a row": args.num_images, "prompts": len(args.prompts),
         "teacher's steps": args.teacher_steps,
         "seed": args.seed, "precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
-        "batch size": args.batch_size, "device": name, "processes": accelerator.num_processes,
+        "batch size": args.batch_size, "device": device_name(device), "processes": accelerator.num_processes,
         "yardstick": args.yardstick and str(args.yardstick),
     }  # fmt: skip
 
@@ -248,16 +232,16 @@ def main(args):
     drawn = draw_pictures(args, gallery, [*rows, *[yardstick] * bool(yardstick)], accelerator)
     judges.to(accelerator.device)
     if args.draw_yardstick:
-        features = judges.row(gallery, rows[0], rows[0])
+        features = judges.row(gallery, rows[0])
         features = {name: features[name] for name in judges.features}
         if accelerator.is_main_process:
             m.save_yardstick(args, features)
         accelerator.end_training()
         return
-    found, bias, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
+    found, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
     if accelerator.is_main_process:
         results = {"settings": report_settings(args, accelerator), "notes": m.NOTES}
-        results |= {"figures": figures, "bias": bias, "rows": found}
+        results |= {"figures": figures, "rows": found}
         accelerator.print(f"{drawn} pictures drawn; those from before were kept")
         with writing_to(args.output_dir):
             write_report(args, results, gallery, rows)

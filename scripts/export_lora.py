@@ -26,25 +26,18 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from lib.cli import ToolParser, refuse
-
-# What names a family in a header, in a run's args.json or in a model's unet/config.json.
-FAMILY_MARKS = {
-    "sdxl": r'sdxl|stable-diffusion-xl|ssd-1b|"text_time"',
-    "sd": r'_sd15|sd_v\d|stable.diffusion.v?[12]|"addition_embed_type": null',
-}
+from lib.cli import COUNT, ToolParser, refuse
 
 
 def parse_args(argv=None):
-    """Return the checked flags; wrong ones end the process with exit code 2 and one line."""
     cli = ToolParser(__doc__)
     add = cli.add_argument
     add("--input", required=True, type=Path, metavar="PATH", help="LoRA file, or folder that holds one")
     add("--output", required=True, type=Path, metavar="PATH", help="file, or new folder of a merged model")
     add("--format", choices=("kohya", "diffusers"), help="keys of the file; required without --merge_into")
     add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the weights (default: fp16)")
-    add("--rank", type=int, metavar="R", help="smaller rank, each layer's best approximation (SVD)")
-    text = "model family; auto: by the LoRA's text width, names and header, and a run's args.json (default: auto)"
+    add("--rank", type=COUNT, metavar="R", help="smaller rank, each layer's best approximation (SVD)")
+    text = "model family; auto: by the LoRA's text width and names (default: auto)"
     add("--family", choices=("auto", "sd", "sdxl"), default="auto", help=text)
     add("--bare_header", action="store_true", help="kohya header without title and rank")
     add("--merge_into", metavar="MODEL", help="Hub id, diffusers folder or single file to add the LoRA to")
@@ -58,7 +51,6 @@ def parse_args(argv=None):
     problems = [
         (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
-        (args.rank is not None and args.rank < 1, f"--rank {args.rank}: must be at least 1"),
         (args.merge_into and args.output.exists(), f"--output {args.output}: exists; name a new one"),
         (
             args.format and args.output.suffix != ".safetensors",
@@ -95,12 +87,11 @@ def largest_rank(loras):
 
 
 def text_width(loras):
-    """Return the width of the text embeddings that the LoRA's cross-attention reads, or None."""
     return next((lora.down.shape[1] for name, lora in loras.items() if name.endswith("attn2.to_k")), None)
 
 
 def find_trainer(args, loras):
-    """Return the family's script: by --family, the LoRA's text width, its names and header, or args.json.
+    """Return the family's script: by --family, or the LoRA's text width or names.
 
     Raises:
         UnusableInput: --family contradicts the text width, or nothing tells.
@@ -110,20 +101,9 @@ def find_trainer(args, loras):
     if args.family != "auto" and family not in (None, args.family):
         fault = f"the LoRA's attention reads text of width {width}, which {family} models have"
         raise UnusableInput(f"--family {args.family}: {fault}; leave the flag out")
-    path = sd15.lora_file(args.input)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in file.keys())
-    facts = [str(header.get(name)) for name in ("ss_base_model_version", "modelspec.architecture")]
-    for record in (folder / "args.json" for folder in path.parents[:2]):
-        if record.is_file():
-            text = record.read_text("utf-8", "replace")
-            teacher = (re.findall(r'"pretrained_teacher_model": "([^"]+)"', text) or ["none"])[0]
-            config = Path(teacher, "unet", "config.json")
-            facts += [path.name for path in record.parent.glob("train_lcm_lora_*.py")]  # the run's own copy
-            facts += [config.read_text("utf-8", "replace") if config.is_file() else teacher]
-    found = [name for fact in facts for name, mark in FAMILY_MARKS.items() if re.search(mark, fact, re.I)]
-    family = family or ("sdxl" if is_original else next(iter(found), None))
+    with safe_open(sd15.lora_file(args.input), framework="pt") as file:
+        if any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in file.keys()):
+            family = family or "sdxl"
     family = args.family if args.family != "auto" else family
     if not family:
         raise UnusableInput(f"--family auto: text width {width} belongs to no known model; give sd or sdxl")

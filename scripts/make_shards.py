@@ -31,7 +31,7 @@ from itertools import count, groupby
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from lib.cli import ToolParser, add_model_flags, folder_problems, model_problems, refuse, step_problems
+from lib import cli
 
 KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}  # first bytes: suffix
 MANIFEST = "make_shards.json"
@@ -42,41 +42,41 @@ UNRECORDED = ("source", "output_dir", "prompts_file", "device", "cache_dir")
 
 # fmt: off
 def parse_args(argv=None):
-    cli = ToolParser(__doc__)
-    what = cli.add_mutually_exclusive_group(required=True)
+    parser = cli.ToolParser(__doc__)
+    what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", metavar="PATH", help="folder, table or data set of pictures")
     what.add_argument("--dataset_name", metavar="NAME", help="data set of the Hub, owner/name")
-    what.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
-    add = cli.add_argument
+    what.add_argument("--prompts_file", type=cli.a_file, metavar="FILE", help="UTF-8 text, one prompt a line")
+    add = parser.add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the shards")
-    add("--samples_per_shard", type=int, default=1000, metavar="N", help="default: %(default)s")
-    add("--max_samples", type=int, metavar="N", help="stop after this many pictures (default: all)")
+    add("--samples_per_shard", type=cli.COUNT, default=1000, metavar="N", help="default: %(default)s")
+    add("--max_samples", type=cli.COUNT, metavar="N", help="stop after this many pictures (default: all)")
     add("--shuffle_seed", type=int, default=0, metavar="N",
         help="seed of the order; -1 keeps the order of names or rows (default: %(default)s)")
     add("--default_caption", metavar="TEXT",
         help='caption of pictures without one, or with an empty one; may be "" (default: they are left out)')
     add("--caption_extension", metavar="EXT", help="suffix of caption files that is looked for before the usual ones")
-    add("--max_side_px", type=int, metavar="PX",
+    add("--max_side_px", type=cli.COUNT, metavar="PX",
         help="shrink pictures whose longer side is larger; give twice the training resolution or more")
-    add("--max_image_pixels", type=int, default=100_000_000, metavar="N", help="leave larger pictures out")
+    add("--max_image_pixels", type=cli.COUNT, default=100_000_000, metavar="N", help="leave larger pictures out")
     add("--caption_column", metavar="NAME", help="column of captions (default: text, caption, prompt, ...)")
     add("--image_column", metavar="NAME", help="column of paths or pictures (default: file_name, image, ...)")
     add("--split", default="train", help="split of a data set that has several (default: %(default)s)")
     add("--dataset_config_name", metavar="NAME", help="configuration of a data set that has several")
     add("--dataset_revision", metavar="REV", help="branch, tag or commit of a data set of the Hub")
-    add_model_flags(cli, required=False)
-    add = cli.add_argument_group("drawing, with --prompts_file").add_argument
-    add("--num_images", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
+    cli.add_model_flags(parser, required=False)
+    add = parser.add_argument_group("drawing, with --prompts_file").add_argument
+    add("--num_images", type=cli.COUNT, default=1, metavar="N", help="pictures of each prompt (default: 1)")
     add("--sampler", choices=("ddim", "dpmsolver++"), default="dpmsolver++", help="default: %(default)s")
     add("--steps", type=int, default=25, metavar="N", help="solver steps, 1 to 1000 (default: %(default)s)")
-    add("--guidance_scale", type=float, default=7.5, metavar="G", help="w + 1 (default: %(default)s)")
+    add("--guidance_scale", type=cli.GUIDANCE, default=7.5, metavar="G", help="w + 1 (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
-    add("--batch_size", type=int, default=8, metavar="N", help="drawn at a time (default: %(default)s)")
-    add("--resolution", type=int, metavar="PX", help="side, a multiple of 8 (default: the model's)")
+    add("--batch_size", type=cli.COUNT, default=8, metavar="N", help="drawn at a time (default: %(default)s)")
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side, a multiple of 8 (default: the model's)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto, one GPU a process)")
-    args = cli.parse_args(argv)
-    refuse(cli, flag_problems(args))
-    refuse(cli, folder_problems(args.output_dir))
+    args = parser.parse_args(argv)
+    cli.refuse(parser, flag_problems(args))
+    cli.refuse(parser, cli.folder_problems(args.output_dir))
     if args.source and not Path(args.source).exists():
         args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
@@ -86,20 +86,13 @@ def parse_args(argv=None):
 
 
 def flag_problems(args):
-    """Return pairs (whether it is so, message) of what can be wrong with the flags."""
-    counts = "samples_per_shard max_samples max_side_px max_image_pixels num_images batch_size resolution".split()
-    values = {f"--{name}": getattr(args, name) for name in counts}
     source, drawn, prompts = args.source, args.pretrained_teacher_model, args.prompts_file
     is_there = not source or Path(source).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
     return (
-        *((value is not None and value < 1, f"{flag} {value}: must be at least 1") for flag, value in values.items()),
-        *step_problems([args.steps], [args.sampler]),
-        (args.resolution and args.resolution % 8, f"--resolution {args.resolution}: must be a multiple of 8"),
-        (not 0 <= args.guidance_scale <= 100, f"--guidance_scale {args.guidance_scale}: must be in 0 to 100"),
+        *cli.step_problems([args.steps], [args.sampler]),
         (bool(prompts) != bool(drawn), "--prompts_file and --pretrained_teacher_model: give both, or --source"),
-        *(model_problems(args) if drawn else ()),
+        *(cli.model_problems(args) if drawn else ()),
         (not is_there, f"--source {source}: no such file or folder; check the path"),
-        (prompts and not prompts.is_file(), f"--prompts_file {prompts}: no such file; check the path"),
     )
 # fmt: on
 
@@ -210,7 +203,6 @@ def check_output(folder, run):
 
 
 def finished(target, digest):
-    """Return the record of a shard of this run, or None if the shard is not finished."""
     stats = target.with_name(f"{target.stem}_stats.json")
     record = json.loads(stats.read_text(encoding="utf-8")) if stats.exists() else {}
     is_whole = record.get("run") == digest and target.exists() == bool(record["samples"])
@@ -248,7 +240,6 @@ def main(args):
 
 
 def report(args, records, unread):
-    """Write left_out.jsonl, print what the shards hold and what was left out; return the exit code."""
     rows = [row for record in records for row in record["left_out"]]
     rows += [{"source": name, "cause": cause} for name, cause in unread]
     write_text(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))

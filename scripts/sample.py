@@ -34,7 +34,6 @@ from lib import cli
 
 
 def parse_args(argv=None):
-    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
     parser = cli.ToolParser(__doc__)
     add = cli.add_model_flags(parser)
     text = "file (diffusers or kohya keys), folder, PEFT folder or Hub id; the first is the LCM-LoRA, others "
@@ -85,7 +84,6 @@ def add_sampling_flags(group):
 
 
 def fill_in(args):
-    """Set what other flags decide, drop repeated values, read the prompts."""
     if args.strength is None:
         args.strength = 1.0 if args.mask else 0.8
     share = args.strength if args.image else 1.0
@@ -140,7 +138,6 @@ class SampleRow:
 
 
 def sample_rows(args):
-    """Return the rows: teacher samplers one each, LCM ones one for each guidance and LoRA strength."""
     rows = []
     adapters = ["lcm", *(f"style{i}" for i in range(1, len(args.loras)))]
     weights = {name: weight for name, (_, weight) in zip(adapters, args.loras, strict=False)}
@@ -209,7 +206,6 @@ def task_pipeline(pipe, args):
 
 
 def draw_all(pipe, args, rows, extra):
-    """Draw and save all pictures; return (records, first pictures by (prompt index, row, steps))."""
     records, pictures = [], {}
     options = {"negative_prompt": args.negative_prompt, **extra}
     if not extra:

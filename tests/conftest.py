@@ -135,10 +135,10 @@ def tiny_vae(**changes):
 
 def build_teacher(folder, prediction_type="epsilon", **schedule):
     """Write a random StableDiffusionPipeline that has every module a LoRA targets."""
-    from architectures import build_tokenizer
+    from architectures import demo_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(folder / "tokenizer-files")
+    tokenizer = demo_tokenizer()
     scheduler = DDIMScheduler(
         **NOISE, clip_sample=False, set_alpha_to_one=False, prediction_type=prediction_type, **schedule
     )
@@ -154,10 +154,10 @@ def build_teacher_xl(
     folder, prediction_type="epsilon", force_zeros=True, unet_changes=None, vae_changes=None, **schedule
 ):
     """Write a random StableDiffusionXLPipeline: two text encoders of unlike widths, size and crop told."""
-    from architectures import build_tokenizer
+    from architectures import demo_tokenizer
 
     torch.manual_seed(0)
-    tokenizer = build_tokenizer(folder / "tokenizer-files")
+    tokenizer = demo_tokenizer()
     unet = {
         "cross_attention_dim": 16 + 24, "attention_head_dim": (2, 4), "transformer_layers_per_block": (1, 2),
         "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 8,

@@ -473,13 +473,12 @@ def test_a_folder_without_pictures_is_named(tool, tmp_path):
     with pytest.raises(UnusableInput, match="nothing: holds no pictures"):
         make(tool, tmp_path, tmp_path / "nothing")
     (tmp_path / "nothing" / "a.HEIC").touch()
-    with pytest.raises(UnusableInput, match="heic files are not read, convert them with pillow-heif"):
+    with pytest.raises(UnusableInput, match="heic files are not read; convert pictures to PNG"):
         make(tool, tmp_path, tmp_path / "nothing")
 
 
 UNREAD = {
-    "HEIC": "pillow-heif", "jxl": "pillow-jxl-plugin", "cr2": "rawpy", "psd": "psd-tools", "pcx": "Pillow", "eps": "",
-    "xyz": "", "tar": "give them to the training script", "csv": "--source FILE",
+    "HEIC": "to PNG", "xyz": "to PNG", "tar": "give them to the training script", "csv": "--source FILE",
 }  # fmt: skip
 
 
@@ -815,9 +814,9 @@ WRONG_FLAGS = [
     (["--source", ".", "--caption_extention", "x"], "did you mean --caption_extension?"),
     (["--prompts_file", __file__], "give both, or --source"),
     (["--source", ".", "--pretrained_teacher_model", "a/b"], "give both, or --source"),
-    (["--source", ".", "--samples_per_shard", "0"], "--samples_per_shard 0: must be at least 1"),
+    (["--source", ".", "--samples_per_shard", "0"], "--samples_per_shard: 0: give 1 or more"),
     (["--source", ".", "--steps", "61"], "--steps [61]"),
-    (["--source", ".", "--resolution", "100"], "--resolution 100: must be a multiple of 8"),
+    (["--source", ".", "--resolution", "100"], "--resolution: 100: give 8 or more, a multiple of 8"),
     ([], "one of the arguments --source --dataset_name --prompts_file is required"),
 ]
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The demo teachers, untrained: the architectures of Stable Diffusion 1.5 and SDXL in small."""
 
-import json
+from pathlib import Path
 
 import torch
 from diffusers import (
@@ -11,10 +11,10 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from landscapes import vocabulary
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 24
+DEMO_TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher-sd15" / "tokenizer"
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 BLOCKS = {
     "block_out_channels": (32, 64, 128), "layers_per_block": 1, "norm_num_groups": 8,
@@ -23,36 +23,9 @@ BLOCKS = {
 }  # fmt: skip
 
 
-def build_tokenizer(folder):
-    """Return a CLIP tokenizer: every caption word is one token, any other text splits into letters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    # CLIP's byte-level alphabet: printable bytes are themselves, the others code points from 256.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    letters = [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]
-    merges = []
-    for word in vocabulary():
-        pieces = [*word[:-1], word[-1] + "</w>"]
-        for pair in merges:
-            pieces = merge_pair(pieces, pair)
-        while len(pieces) > 1:
-            merges.append(tuple(pieces[:2]))
-            pieces = merge_pair(pieces, merges[-1])
-    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(p) for p in merges)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(p) for p in merges) + "\n")
-    return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
-
-
-def merge_pair(pieces, pair):
-    """Return pieces with every neighbouring occurrence of pair joined, as one BPE merge does."""
-    result = []
-    for piece in pieces:
-        if result and (result[-1], piece) == pair:
-            result[-1] += piece
-        else:
-            result.append(piece)
-    return result
+def demo_tokenizer():
+    """Return the demo's CLIP tokenizer: every caption word is one token, any other text splits into letters."""
+    return CLIPTokenizer.from_pretrained(DEMO_TOKENIZER, model_max_length=TOKENS)
 
 
 def text_config(tokenizer, width, layers, activation):
@@ -64,10 +37,10 @@ def text_config(tokenizer, width, layers, activation):
     )  # fmt: skip
 
 
-def build_sd15(folder, vae, latent_side):
-    """Return a StableDiffusionPipeline with SD 1.5's noise schedule; `folder` gets the tokenizer's files."""
+def build_sd15(vae, latent_side):
+    """Return a StableDiffusionPipeline with SD 1.5's noise schedule."""
     torch.manual_seed(1)
-    tokenizer = build_tokenizer(folder)
+    tokenizer = demo_tokenizer()
     text_encoder = CLIPTextModel(text_config(tokenizer, 96, 2, "quick_gelu"))
     unet = UNet2DConditionModel(sample_size=latent_side, cross_attention_dim=96, attention_head_dim=4, **BLOCKS)
     return StableDiffusionPipeline(
@@ -77,13 +50,13 @@ def build_sd15(folder, vae, latent_side):
     )  # fmt: skip
 
 
-def build_sdxl(folder, vae, latent_side):
+def build_sdxl(vae, latent_side):
     """Return a StableDiffusionXLPipeline: two text encoders, and a UNet told of pooled text, size and crop.
 
     As in SDXL, attention reads the layer before the last of both encoders, side by side.
     """
     torch.manual_seed(1)
-    tokenizer = build_tokenizer(folder)
+    tokenizer = demo_tokenizer()
     width, time_width = 64, 32
     unet = UNet2DConditionModel(
         sample_size=latent_side, cross_attention_dim=2 * width, attention_head_dim=(2, 4, 8),

@@ -36,13 +36,11 @@ class Judge(nn.Module):
 
     @classmethod
     def load(cls, path):
-        """Return the trained judge from a safetensors file, in float32 and evaluation mode."""
         judge = cls()
         judge.load_state_dict({name: value.float() for name, value in load_file(path).items()})
         return judge.eval().requires_grad_(False)
 
     def save(self, path):
-        """Write the weights as float16 safetensors."""
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         save_file({name: value.half().contiguous() for name, value in self.state_dict().items()}, path)
 

@@ -48,7 +48,6 @@ GROUND = {
 
 
 def caption_of(labels):
-    """Return the caption of four attribute indices (time, terrain, weather, object)."""
     time, terrain, weather, thing = (names[i] for names, i in zip(ATTRIBUTES, labels, strict=True))
     return f"{terrain} at {time} with {weather} and {thing}"
 
@@ -60,14 +59,7 @@ def random_captions(count, seed=7):
 
 
 def labels_of(caption):
-    """Return the four attribute indices that a caption names."""
     return [next(i for i, name in enumerate(names) if f" {name} " in f" {caption} ") for names in ATTRIBUTES]
-
-
-def vocabulary():
-    """Return every word that captions use, sorted."""
-    words = {word for names in ATTRIBUTES for name in names for word in name.split()}
-    return sorted(words | {"at", "with", "and"})
 
 
 def ridge(rng, width, roughness):
@@ -98,24 +90,19 @@ class Scene:
         self.horizon = rng.uniform(0.45, 0.68)
 
     def shade(self, colour, lit=True):
-        """Return a colour as an integer RGB tuple under this scene's light."""
         colour = np.array(colour, float) * (self.light if lit else 1.0)
         return tuple(int(c) for c in np.clip(colour, 0, 255))
 
     def point(self, x, y):
-        """Return canvas coordinates of relative ones."""
         return x * self.side, y * self.side
 
     def polygon(self, colour, *corners):
-        """Fill a polygon with corners in relative units."""
         self.canvas.polygon([self.point(*corner) for corner in corners], colour)
 
     def box(self, x, y, rx, ry):
-        """Return the canvas bounding box of an ellipse with centre and radii in relative units."""
         return [*self.point(x - rx, y - ry), *self.point(x + rx, y + ry)]
 
     def draw(self):
-        """Return the finished picture, a PIL image of side `size`."""
         ramp = np.linspace(0, 1, self.side)[:, None, None] / self.horizon
         sky = self.sky_top + (self.sky_low - self.sky_top) * np.clip(ramp, 0, 1) ** 1.3
         self.image = Image.fromarray(np.clip(sky, 0, 255).astype(np.uint8).repeat(self.side, 1))
@@ -241,7 +228,6 @@ class Scene:
         return self.shade(colours[self.rng.integers(len(colours))])
 
     def window_colour(self):
-        """Return the colour of windows: lamps at night and sunset, else dark glass."""
         return (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
 
     def draw_balloon(self):
@@ -348,7 +334,6 @@ def draw_dataset(num_samples, seed=0, size=64, varied=False):
 
 
 def write_shards(args):
-    """Write pictures with captions and sizes as webdataset shards named 00000.tar onwards."""
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pictures, labels = draw_dataset(args.num_samples, args.seed, args.resolution, args.varied)
     for part, first in enumerate(range(0, args.num_samples, args.samples_per_shard)):

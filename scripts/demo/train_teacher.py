@@ -11,8 +11,6 @@ that judge.
 """
 
 import argparse
-import copy
-import time
 from pathlib import Path
 
 import numpy as np
@@ -58,15 +56,14 @@ def random_crop(picture, rng):
 
 
 def to_pixels(pictures):
-    """Return float pixels [B,3,H,W] in [-1,1] of uint8 pictures [B,H,W,3]."""
     return torch.as_tensor(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
-def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_size=64, after=None):
+def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_size=64):
     """Train `model` with AdamW and return it with its averaged weights (EMA).
 
     `batch_loss(model, indices)` gives the loss of samples [B]. The rate is constant, with a warm-up and a
-    decay to zero over the last quarter. `after()` is called every 1000 updates, averaged weights in place.
+    decay to zero over the last quarter.
     """
     set_seed(accelerator.process_index)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
@@ -77,7 +74,7 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
 
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    losses, started = [], time.monotonic()
+    losses = []
     for step in range(1, updates + 1):
         indices = torch.randint(num_samples, (batch_size // accelerator.num_processes,))
         loss = batch_loss(wrapped, indices)
@@ -89,24 +86,17 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
         ema.step(model.parameters())
         losses.append(loss.detach())
         if step % 100 == 0 or step == updates:
-            mean, losses = torch.stack(losses).mean().item(), []
-            pace = (time.monotonic() - started) / step
-            left = f"{pace * (updates - step) / 60:.1f} min left"
-            accelerator.print(f"{name} {step}/{updates} loss {mean:.4f}, {left}", flush=True)
-        if after and step % 1000 == 0 and step < updates:
-            ema.store(model.parameters())
-            ema.copy_to(model.parameters())
-            after()
-            ema.restore(model.parameters())
+            accelerator.print(f"{name} {step}/{updates} loss {torch.stack(losses).mean():.4f}", flush=True)
+            losses = []
     ema.copy_to(model.parameters())
     return model.eval()
 
 
 def train_judge(accelerator, args, pictures, labels):
-    """Return the judge, trained on blurred and noisy pictures too, as a VAE makes them."""
+    """Train the judge, on blurred and noisy pictures too, as a VAE makes them."""
     path = (args.parts_from or args.output_dir) / "judge.safetensors"
     if path.exists():
-        return Judge.load(path)
+        return
 
     def batch_loss(model, indices):
         pixels = to_pixels(pictures[indices.numpy()])
@@ -121,11 +111,6 @@ def train_judge(accelerator, args, pictures, labels):
     judge = fit(accelerator, "judge", Judge(), batch_loss, args.judge_updates, 2e-3, len(pictures) - 2000)
     if accelerator.is_main_process:
         judge.save(path)
-    _, predicted = judge.read(pictures[-2000:])
-    accuracy = (predicted == labels[-2000:]).double()
-    whole = accuracy.prod(1).mean()
-    accelerator.print(f"judge: accuracy {accuracy.mean():.4f} of attributes, {whole:.4f} of pictures")
-    return judge
 
 
 class Reconstruction(nn.Module):
@@ -143,8 +128,7 @@ class Reconstruction(nn.Module):
         return error.abs().mean() + 0.5 * edges + 1e-6 * posterior.kl().mean() / pixels[0].numel() * 64
 
 
-def train_vae(accelerator, args, pictures, judge, labels):
-    """Return the VAE, with its scaling factor set to 1 / standard deviation of the latents."""
+def train_vae(accelerator, args, pictures):
     path = (args.parts_from or args.work_dir) / "vae"
     if path.exists():
         return AutoencoderKL.from_pretrained(path, dtype=torch.float32).eval()
@@ -170,13 +154,9 @@ def train_vae(accelerator, args, pictures, judge, labels):
     held_out = to_pixels(pictures[-512:])
     with torch.no_grad():
         latents = vae.encode(held_out).latent_dist.sample()
-        decoded = vae.decode(latents).sample.clamp(-1, 1)
+        psnr = 10 * torch.log10(4 / (vae.decode(latents).sample.clamp(-1, 1) - held_out).square().mean())
     vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 5))
-    psnr = 10 * torch.log10(4 / (decoded - held_out).square().mean())
-    _, predicted = judge.read(((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte())
-    accuracy = (predicted == labels[-512:]).double().mean()
-    scale = vae.config.scaling_factor
-    accelerator.print(f"vae: {psnr:.2f} dB, scaling factor {scale}, judge's accuracy {accuracy:.4f}")
+    accelerator.print(f"vae: {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}")
     if accelerator.is_main_process:
         vae.save_pretrained(path)
     accelerator.wait_for_everyone()
@@ -209,28 +189,13 @@ class TextToNoise(nn.Module):
 
 
 @torch.no_grad()
-def encode_pictures(accelerator, args, vae, pictures):
-    """Return the VAE's posterior parameters [N, 8, h, w] of all pictures; each process encodes a part."""
-    path = args.work_dir / f"moments-{len(pictures)}.npy"
-    part = args.work_dir / f"moments-part{accelerator.process_index}.npy"
-    if not path.exists():
-        share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
-        batches = (to_pixels(pictures[share[i : i + 128]]) for i in range(0, len(share), 128))
-        chunks = [vae.encode(pixels).latent_dist.parameters for pixels in batches]
-        np.save(part, torch.cat(chunks).numpy())
-        accelerator.wait_for_everyone()
-        if accelerator.is_main_process:
-            parts = [np.load(args.work_dir / f"moments-part{rank}.npy") for rank in range(accelerator.num_processes)]
-            whole = np.empty((len(pictures), *parts[0].shape[1:]), np.float32)
-            for rank, values in enumerate(parts):
-                whole[rank :: accelerator.num_processes] = values
-            np.save(path, whole)
-    accelerator.wait_for_everyone()
-    return torch.as_tensor(np.load(path))
+def encode_pictures(vae, pictures):
+    """Return the VAE's posterior parameters [N, 8, h, w] of all pictures."""
+    batches = (to_pixels(pictures[i : i + 128]) for i in range(0, len(pictures), 128))
+    return torch.cat([vae.encode(pixels).latent_dist.parameters for pixels in batches])
 
 
 def train_unet(accelerator, args, pipe, moments, labels, time_ids):
-    """Train text encoders and UNet jointly to predict noise, saving the pipeline as it goes."""
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     captions = [caption_of(row) for row in labels.tolist()]
     tokenize = {"padding": "max_length", "truncation": True, "max_length": TOKENS, "return_tensors": "pt"}
@@ -248,19 +213,7 @@ def train_unet(accelerator, args, pipe, moments, labels, time_ids):
         snr = compute_snr(scheduler, timesteps)
         return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean()  # min-SNR weight (arXiv:2303.09556) for eps
 
-    def save():
-        if accelerator.is_main_process:
-            save_pipeline(pipe, args.output_dir)
-
-    fit(accelerator, "unet", TextToNoise(pipe), batch_loss, args.unet_updates, 1e-3, len(moments), after=save)
-
-
-def save_pipeline(pipe, folder):
-    """Write a float16 copy of the pipeline; casting the pipeline itself would undo DDP's gradient hooks."""
-    halves = dict(pipe.components)
-    halves |= {name: copy.deepcopy(part).half() for name, part in halves.items() if isinstance(part, nn.Module)}
-    options = {"requires_safety_checker", "force_zeros_for_empty_prompt"} & pipe.config.keys()
-    type(pipe)(**halves, **{name: pipe.config[name] for name in options}).save_pretrained(folder)
+    fit(accelerator, "unet", TextToNoise(pipe), batch_loss, args.unet_updates, 1e-3, len(moments))
 
 
 def main():
@@ -278,13 +231,15 @@ def main():
     accelerator = Accelerator(cpu=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     pictures, labels, time_ids = load_pictures(accelerator, args)
-    judge = train_judge(accelerator, args, pictures, labels)
-    vae = train_vae(accelerator, args, pictures, judge, labels)
-    moments = encode_pictures(accelerator, args, vae, pictures)
-    pipe = BUILDERS[args.family](args.work_dir / "tokenizer", vae, RESOLUTION // 4)
+    train_judge(accelerator, args, pictures, labels)
+    vae = train_vae(accelerator, args, pictures)
+    moments = encode_pictures(vae, pictures)
+    pipe = BUILDERS[args.family](vae, RESOLUTION // 4)
     train_unet(accelerator, args, pipe, moments, labels, time_ids)
     if accelerator.is_main_process:
-        save_pipeline(pipe, args.output_dir)
+        for part in (part for part in pipe.components.values() if isinstance(part, nn.Module)):
+            part.half()
+        pipe.save_pretrained(args.output_dir)
     accelerator.end_training()
 
 

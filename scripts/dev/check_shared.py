@@ -83,7 +83,6 @@ def names_outside(text):
 
 
 def compare(first, second):
-    """Return every difference between two scripts, as text that names the place."""
     a, b = split_regions(first), split_regions(second)
     outside_a, outside_b = names_outside(a.pop("")), names_outside(b.pop(""))
     if list(a) != list(b):
@@ -106,7 +105,6 @@ def compare(first, second):
 
 
 def copy_regions(source, target):
-    """Write the source's regions over the target's."""
     regions, text = split_regions(source), target.read_text(encoding="utf-8")
     for name, old in split_regions(target).items():
         if name and name in regions:
@@ -115,7 +113,6 @@ def copy_regions(source, target):
 
 
 def main():
-    """Compare the scripts; the exit code says whether they agree."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2], help="where the scripts are")
     cli.add_argument("--copy_from", choices=SCRIPTS, help="first copy this script's regions to the other")

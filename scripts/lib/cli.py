@@ -6,7 +6,6 @@ Imports the standard library only, so that --help and wrong flags answer before 
 
 import argparse
 import difflib
-import logging
 import math
 import re
 import tempfile
@@ -17,17 +16,15 @@ NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
-    logging.getLogger(_package).setLevel(logging.ERROR)
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 
 class ToolParser(argparse.ArgumentParser):
     """A parser whose errors are one line; an unknown flag gets the nearest known one."""
 
-    def __init__(self, description):
+    def __init__(self, description, **options):
         raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **options)
 
     def error(self, message):
         if message.startswith("unrecognized arguments"):
@@ -67,7 +64,6 @@ def a_file(text):
 
 
 def prompts_in(text):
-    """Return the prompts of a UTF-8 file, one a line, as an argparse type."""
     prompts = read_prompts(Path(text))
     if not prompts:
         raise argparse.ArgumentTypeError(f"{text}: not there or empty; write a prompt a line")
@@ -75,7 +71,6 @@ def prompts_in(text):
 
 
 def add_model_flags(cli, required=True):
-    """Add the flags of the teacher and its precision to a parser; return the group's add_argument."""
     add = cli.add_argument_group("model").add_argument
     text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
     add("--pretrained_teacher_model", required=required, metavar="MODEL", help=text)
@@ -94,7 +89,6 @@ def add_model_flags(cli, required=True):
 
 
 def add_prompt_flags(group, required=True):
-    """Add --prompts and --prompts_file, which exclude each other, to a group of flags."""
     prompts = group.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     text = "UTF-8 text, one prompt a line"

@@ -36,11 +36,6 @@ SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 # What datasets, pyarrow, pandas and huggingface_hub raise for data that are damaged or cannot be reached.
 ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
-CONVERTERS = {
-    "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
-    "cr2 cr3 nef arw dng raf orf rw2": "rawpy", "exr hdr": "imageio", "mp4 mov mkv webm avi": "ffmpeg",
-    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng j2c jpc jpf": "Pillow",
-}  # fmt: skip
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
 
@@ -169,7 +164,6 @@ def cell_entry(number, cell, caption, is_remote):
 
 
 def file_entry(cell, caption, folder):
-    """Return the entry of a table's row whose cell is a path, seen from the table's folder."""
     if "://" in (cell or ""):
         return Entry(sd15.masked(cell), caption, None, "picture is an address; download it with img2dataset")
     path = Path(os.path.normpath(folder / (cell or "")))
@@ -183,17 +177,15 @@ def relative_name(path, folder):
 
 def walk(folder):
     """Yield the files below a folder; linked folders come last, and each folder once, so that a loop ends."""
-    waiting, seen = [folder], set()
-    while waiting:
-        for parent, folders, names in os.walk(waiting.pop(0), onerror=refuse_folder):
-            found = os.stat(parent)
-            if (identity := (found.st_dev, found.st_ino)) in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
-            yield from (Path(parent, name) for name in names if not name.startswith("."))
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
+        if (real := os.path.realpath(parent)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        shown = sorted(name for name in folders if not name.startswith("."))
+        folders[:] = sorted(shown, key=lambda name, parent=parent: os.path.islink(Path(parent, name)))
+        yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def refuse_folder(error):
@@ -201,7 +193,6 @@ def refuse_folder(error):
 
 
 def list_folder(folder, args):
-    """Return the source of a folder of pictures, sorted by name."""
     asked = [args.caption_extension.lower().lstrip(".")] if args.caption_extension else []
     suffixes = [*asked, *sd15.CAPTION_SUFFIXES, "json"]
     pictures, texts, captions, unread = set(), {}, {}, []
@@ -227,13 +218,11 @@ def list_folder(folder, args):
 
 
 def why_unread(suffix):
-    """Return the cause for which a file is left out."""
     if f".{suffix}" in TABLES:
         return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
     if suffix == "tar":
         return "tars are shards already; give them to the training script"
-    package = next((package for suffixes, package in CONVERTERS.items() if suffix in suffixes.split()), None)
-    return f".{suffix} files are not read" + (f", convert them with {package}" if package else "")
+    return f".{suffix} files are not read; convert pictures to PNG"
 
 
 def read_caption(path):
@@ -248,7 +237,6 @@ def read_caption(path):
 
 
 def list_source(entries, unread=()):
-    """Return the source of listed files."""
     is_file = [isinstance(entry.place, Path) and entry.place.is_file() for entry in entries]
     sizes = [entry.place.stat().st_size if known else 0 for entry, known in zip(entries, is_file, strict=True)]
     identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
@@ -272,7 +260,6 @@ def read_places(entries):
 
 
 def read_place(place):
-    """Return the bytes of a file, or of a cell of a data set."""
     if isinstance(place, Path):
         return place.read_bytes()
     if place.get("bytes") is not None:
@@ -307,14 +294,12 @@ def draw_prompts(args):
 
 
 def encode_picture(picture, suffix):
-    """Return an RGB picture as PNG, or as JPEG of quality 95 without chroma subsampling."""
     data = io.BytesIO()
     picture.save(data, "PNG" if suffix == "png" else "JPEG", quality=95, subsampling=0)
     return data.getvalue()
 
 
 def open_source(args):
-    """Return the source that the flags name, its entries in the order of the shards."""
     path = args.source
     if args.prompts_file:
         source = draw_prompts(args)

@@ -68,6 +68,11 @@ def choose_device(name):
         raise UnusableInput(f"--device {name}: not usable here; give cpu or auto") from error
 
 
+def device_name(device):
+    is_cuda = torch.device(device).type == "cuda"
+    return torch.cuda.get_device_name(device) if is_cuda else f"{device}, {torch.get_num_threads()} threads"
+
+
 def file_keys(path):
     """Return the names of a single file's tensors; [] for a damaged file, which the loader names."""
     try:
@@ -123,7 +128,6 @@ def load_teacher(args, device):
 
 
 def start_offload(pipe, args, device):
-    """Move the parts of the pipeline to the device only while they compute, where --offload asks for it."""
     if args.offload:
         pipe.enable_model_cpu_offload(device=device)
 
@@ -164,7 +168,6 @@ def add_peft_adapter(unet, folder, name):
 
 
 def read_picture(path):
-    """Return a picture file upright, as 8-bit RGB."""
     try:
         return sd15.open_picture(Path(path).read_bytes(), MAX_PICTURE_PX)[0]
     except (OSError, sd15.SkippedSample) as error:
@@ -244,8 +247,10 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
 def make_grid(prompts, labels, steps, pictures):
     """Return one picture: a block per prompt, in it a row per sampler (labels: name -> text).
 
-    `pictures` maps (prompt index, name, steps) to a picture; a cell without one stays white.
+    `pictures` maps (prompt index, name, steps) to a picture; a cell without one stays white. `steps` is a list, or
+    {key: heading}.
     """
+    columns = steps if isinstance(steps, dict) else {n: f"{n} step{'s' * (n > 1)}" for n in steps}
     cell = next(iter(pictures.values()))
     factor = -(-MIN_CELL_PX // min(cell.size))
     width, height = cell.width * factor, cell.height * factor
@@ -257,8 +262,8 @@ def make_grid(prompts, labels, steps, pictures):
     tall = (1 + sum(map(len, headings))) * line + len(prompts) * len(labels) * (height + gap) + 2 * gap
     grid = Image.new("RGB", (lefts[-1], tall), "white")
     pen = ImageDraw.Draw(grid)
-    for left, count in zip(lefts, steps, strict=False):
-        pen.text((left + width // 2, gap), f"{count} step{'s' * (count > 1)}", "black", font, anchor="ma")
+    for left, heading in zip(lefts, columns.values(), strict=False):
+        pen.text((left + width // 2, gap), heading, "black", font, anchor="ma")
     top = line + 2 * gap
     for index, lines in enumerate(headings):
         for text in lines:
@@ -266,8 +271,8 @@ def make_grid(prompts, labels, steps, pictures):
             top += line
         for name, text in labels.items():
             pen.multiline_text((gap, top + height // 2), text, "black", font, anchor="lm")
-            for left, count in zip(lefts, steps, strict=False):
-                if picture := pictures.get((index, name, count)):
+            for left, column in zip(lefts, columns, strict=False):
+                if picture := pictures.get((index, name, column)):
                     resized = picture.resize((width, height), Image.Resampling.NEAREST)
                     grid.paste(resized, (left, top))
             top += height + gap
@@ -276,19 +281,9 @@ def make_grid(prompts, labels, steps, pictures):
 
 def make_strip(labels, pictures):
     """Return one wide picture: a column per prompt, a row per sampler and step count; `pictures` as in make_grid."""
-    rows = list(dict.fromkeys((name, count) for _, name, count in pictures))
-    columns, cell = 1 + max(index for index, *_ in pictures), MIN_CELL_PX
-    texts = [f"{labels[name]}\n{count} step{'s' * (count > 1)}" for name, count in rows]
-    font = ImageFont.load_default(14)
-    margin = 12 + max(round(font.getlength(part)) for part in "\n".join(texts).split("\n"))
-    strip = Image.new("RGB", (margin + columns * (cell + 4), len(rows) * (cell + 4)), "white")
-    pen = ImageDraw.Draw(strip)
-    for number, (text, key) in enumerate(zip(texts, rows, strict=True)):
-        pen.multiline_text((4, number * (cell + 4) + cell // 2), text, "black", font, anchor="lm")
-        for index in range(columns):
-            picture = pictures[(index, *key)].resize((cell, cell), Image.Resampling.BICUBIC)
-            strip.paste(picture, (margin + index * (cell + 4), number * (cell + 4)))
-    return strip
+    rows = {key[1:]: f"{labels[key[1]]}\n{key[2]} step{'s' * (key[2] > 1)}" for key in pictures}
+    columns = dict.fromkeys((index for index, *_ in pictures), "")
+    return make_grid([""], rows, columns, {(0, tuple(row), index): p for (index, *row), p in pictures.items()})
 
 
 def reset_peak(device):

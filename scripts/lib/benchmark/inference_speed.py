@@ -3,7 +3,6 @@
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from peft import LoraConfig
 
 from lib.benchmark.real_models import build_teacher
-from lib.pipelines import choose_device, draw, load_lora, load_teacher, peak_gib, reset_peak, set_sampler
+from lib.pipelines import choose_device, device_name, draw, load_lora, load_teacher, peak_gib, reset_peak, set_sampler
 from lib.trainers import DTYPES, sd15
 
 PROMPT = "close-up photography of old man standing in the rain at night, in a street lit by lamps"
@@ -21,7 +20,6 @@ WARMUP_RUNS = 2  # cuDNN's attention plans on Hopper are ready after the second
 
 
 def load_model(args, device, dtype):
-    """Return the pipeline without a LoRA; raises UnusableInput."""
     if args.pretrained_teacher_model:
         pipe = load_teacher(argparse.Namespace(**vars(args), offload=False, mask=None), device)
     else:
@@ -32,7 +30,6 @@ def load_model(args, device, dtype):
 
 
 def add_lcm_lora(pipe, args):
-    """Put --lora, or a random LoRA, on the pipeline as adapter `lcm`; raises UnusableInput."""
     if args.lora:
         load_lora(pipe, args.lora)
     else:
@@ -41,17 +38,6 @@ def add_lcm_lora(pipe, args):
         pipe.unet.add_adapter(config, adapter_name="lcm")
     pipe.unet.to(pipe.dtype).eval()
     set_sampler(pipe, "lcm-lora", {"lcm": 1.0})
-    if args.fuse_lora:
-        pipe.fuse_lora(adapter_names=["lcm"])
-
-
-def device_name(device):
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {torch.get_num_threads()} threads"
 
 
 def time_cell(pipe, batch, steps, guidance, args):
@@ -66,7 +52,6 @@ def time_cell(pipe, batch, steps, guidance, args):
 
 
 def timed_rows(pipe, args, dtype):
-    """Yield a row for standard and LCM-LoRA, each batch size, eager and then compiled."""
     model = args.random_weights or Path(args.pretrained_teacher_model).name
     own_scheduler = pipe.scheduler
     common = {
@@ -74,11 +59,10 @@ def timed_rows(pipe, args, dtype):
         "precision": str(dtype).removeprefix("torch."), "torch": torch.__version__,
         "resolution": args.resolution or pipe.unet.config.sample_size * pipe.vae_scale_factor,
     }  # fmt: skip
-    lcm = "LCM-LoRA, fused" if args.fuse_lora else "lcm-lora"
     for mode in ("eager", "compiled")[: 1 + args.compile]:
         if mode == "compiled":
             pipe.unet.compile()
-        for name, steps, guidance in (("standard", args.steps, 7.5), (lcm, args.lcm_steps, 1.0)):
+        for name, steps, guidance in (("standard", args.steps, 7.5), ("lcm-lora", args.lcm_steps, 1.0)):
             torch.compiler.reset()  # the graphs of a UNet with other layers
             if name == "standard":
                 pipe.scheduler = own_scheduler
@@ -88,13 +72,10 @@ def timed_rows(pipe, args, dtype):
                 seconds, first, peak = time_cell(pipe, batch, steps, guidance, args)
                 row = {"sampler": name, "steps": steps, "batch": batch, "mode": mode, "seconds": seconds}
                 yield common | row | {"first_seconds": first, "peak_gib": peak}
-        if args.fuse_lora:
-            pipe.unfuse_lora()
         pipe.unload_lora_weights()
 
 
 def inference_table(rows):
-    """Return rows as Markdown: LCM-LoRA against standard, a line for each model, device, batch and mode."""
     cells = {}
     for row in rows:
         keys = ("model", "device", "precision", "resolution", "batch", "mode")
@@ -110,7 +91,6 @@ def inference_table(rows):
 
 
 def measure_inference(args):
-    """Measure, append each row to the file, print the table; raises UnusableInput."""
     device = choose_device(args.device)
     dtype = DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")]
     rows = []

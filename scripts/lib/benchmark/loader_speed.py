@@ -32,7 +32,6 @@ def make_jpeg(side, seed):
 
 
 def measure_rates(side, resolution, args):
-    """Return one case's record: pictures a second of both ways, in turns, over the same JPEGs."""
     pictures = [make_jpeg(side, seed) for seed in range(min(args.pictures, 32))]
     pictures = list(islice(cycle(pictures), args.pictures))
     rates = {"loader": [], "decode": []}
@@ -61,7 +60,6 @@ def measure_rates(side, resolution, args):
 
 
 def loader_table(records):
-    """Return the records as a table: medians, in brackets the range."""
     lines = ["| JPEGs | training | plain decode | loader | loader / decode |", "|---|---|---|---|---|"]
     for record in records:
         cells = []
@@ -74,7 +72,6 @@ def loader_table(records):
 
 
 def measure_loader(args):
-    """Measure each case, write and print the results."""
     torch.set_num_threads(1)
     records = [measure_rates(*case, args) for case in args.cases]
     args.output_dir.mkdir(parents=True, exist_ok=True)

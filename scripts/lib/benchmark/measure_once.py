@@ -24,19 +24,17 @@ CAPTION = "mountains at sunset with clouds and a balloon"
 import numpy as np
 import torch
 import webdataset as wds
-from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
-from lib.pipelines import peak_gib, reset_peak, resident_gib, synchronize
+from lib.pipelines import device_name, peak_gib, reset_peak, resident_gib, synchronize
 from lib.trainers import DTYPES, exit_code
 
 
 def parse_args(argv=None):
-    """Return (flags of the measurement, words for the training script)."""
     cli = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     for name in ("model", "recipe"):
         cli.add_argument(f"--{name}", required=True)
@@ -47,7 +45,6 @@ def parse_args(argv=None):
 
 
 def write_pictures(folder, side):
-    """Write one shard of made-up captioned pictures of `side` px."""
     rng = np.random.default_rng(0)
     folder.mkdir()
     with wds.TarWriter(str(folder / "00000.tar")) as writer:
@@ -87,37 +84,6 @@ def peak_memory(device, before):
     return dict.fromkeys(("allocated_gib", "reserved_gib"), peak_gib(device) - before)
 
 
-def count_flops(trainer, job, side):
-    """Return the FLOPs that one sample's step needs at the least, counted on a UNet without weights.
-
-    Two teacher passes, the target's, the student's with its backward; for pictures the VAE's. Neither recomputed
-    activations nor the text encoders count. `side` is that of the latents.
-    """
-
-    def forward():
-        return unet(latents, torch.zeros(1, dtype=torch.int64), **inputs, return_dict=False)[0]
-
-    def counted(function):
-        with FlopCounterMode(display=False) as counter:
-            function()
-        return counter.get_total_flops()
-
-    with torch.device("meta"):
-        embeds = {name: torch.empty(value.shape) for name, value in job.uncond_embeds.items()}
-        inputs = trainer.unet_inputs(embeds, {"time_ids": torch.empty(1, 6)})
-        unet = UNet2DConditionModel.from_config(job.pipe.unet.config).requires_grad_(False)
-        latents, flops = torch.empty(1, unet.config.in_channels, side, side), 0
-        with torch.no_grad():
-            if job.pipe.vae:
-                vae = AutoencoderKL.from_config(job.pipe.vae.config)
-                pixels = torch.empty(1, 3, job.args.resolution, job.args.resolution)
-                flops += counted(lambda: vae.encode(pixels))
-            flops += 2 * counted(forward)
-            trainer.add_lora(unet, job.args)
-            flops += counted(forward)
-        return flops + counted(lambda: forward().sum().backward())
-
-
 def matmul_rate(dtype, device):
     """Return the FLOP/s of a large square matrix product: the best of several."""
     side = 8192 if device.type == "cuda" else 1024
@@ -126,7 +92,6 @@ def matmul_rate(dtype, device):
 
 
 def make_recipe_job(own, trainer, args, folder):
-    """Return (job of the recipe, its loader)."""
     accelerator = trainer.start(args)
     write_pictures(folder / "pictures", args.resolution)
     if own.model in REAL_MODELS:
@@ -146,7 +111,6 @@ def make_recipe_job(own, trainer, args, folder):
 
 
 def measure(own, words, folder):
-    """Return the figures of one recipe, measured once."""
     trainer = trainer_of(own.model)
     model = DEMO_FOLDERS.get(own.model, f"random/{own.model}" if own.model in REAL_MODELS else own.model)
     side = ["--resolution", "64"] if own.model in DEMO_FOLDERS else []
@@ -170,13 +134,13 @@ def measure(own, words, folder):
     run(own.warmup_steps)
     wall, cpu = timed(device, lambda: run(own.steps))
     peaks = peak_memory(device, before)
-    batch = trainer.next_batch(job, batches, {})
-    side = batch["moments"].shape[-1] if "moments" in batch else args.resolution // job.pipe.vae_scale_factor
     num_samples = trainer.samples_per_update(args, job.accelerator) * own.steps
     rate = matmul_rate(job.dtype, device)
-    model_rate = count_flops(trainer, job, side) * num_samples / wall
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda} | peaks | {
+    with FlopCounterMode(display=False) as counter:  # which cannot see into compiled code
+        if not args.compile:
+            trainer.update(job, batches)
+    model_rate = counter.get_total_flops() * own.steps / wall
+    return {"device": device_name(device), "torch": torch.__version__, "cuda": torch.version.cuda} | peaks | {
         "samples_per_second": num_samples / wall, "seconds_per_step": wall / own.steps,
         "cpu_seconds_per_step": cpu / own.steps,
         "model_tflop_per_second": model_rate / 1e12, "matmul_tflop_per_second": rate / 1e12,
@@ -186,7 +150,6 @@ def measure(own, words, folder):
 
 
 def main(words):
-    """Measure what the words ask for and print the figures."""
     with TemporaryDirectory() as folder:
         print(json.dumps(measure(*parse_args(words), Path(folder))))
 

@@ -20,7 +20,6 @@ DEMO_FOLDERS = {"demo": ASSETS / "demo-teacher-sd15", "demo-sdxl": ASSETS / "dem
 
 
 def trainer_of(model):
-    """Return the training script of a model's family, as a module."""
     if model in REAL_MODELS:
         return sd15 if model == "sd15" else sdxl
     index = Path(DEMO_FOLDERS.get(model, model)) / "model_index.json"
@@ -28,7 +27,6 @@ def trainer_of(model):
 
 
 def build_unet(model):
-    """Return the UNet of SD 1.5, SDXL or SSD-1B, with random weights."""
     if model == "sd15":  # the class's other defaults are SD 1.5's
         return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     depths, ssd = (1, 2, 10), {}
@@ -54,7 +52,6 @@ def build_vae(scaling_factor):
 
 
 def build_text_encoder(tokenizer, kind, width, layers, heads, activation):
-    """Return a CLIP text encoder that has the tokenizer's special tokens."""
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
         hidden_act=activation, projection_dim=width, bos_token_id=tokenizer.bos_token_id,

@@ -51,13 +51,11 @@ def start_worker(**streams):
 
 
 def words_of(model, recipe, args, flags):
-    """Return the words of one measurement."""
     steps = ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps)]
     return ["--model", model, "--recipe", recipe, *steps, *flags]
 
 
 def measure_one(args, words):
-    """Measure each recipe of one case --repeats times, in turns; print and write the figures."""
     rounds = [{} for _ in range(args.repeats)]
     for measured in rounds:
         for recipe in args.recipe:
@@ -81,18 +79,10 @@ def measure_one(args, words):
 
 
 def show_rounds(report):
-    """Print medians and ranges of the rounds for each recipe, and of the ratios ours / reference."""
-
-    def spread(values):
-        return f"{median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
-
-    rounds = report["rounds"]
-    for recipe, figures in rounds[0].items():
-        print(f"\n{recipe} ({figures['device']}, {figures['dtype']}), median and range of {len(rounds)} rounds")
-        for name in PRINTED:
-            print(f"  {name:26}{spread([each[recipe][name] for each in rounds])}")
-    for name, values in report["ratios"].items():
-        print(f"ours / reference, {name:26}{spread(values)}")
+    rounds, ratios = report["rounds"], report["ratios"].items()
+    found = [(f"{recipe} {name}", [each[recipe][name] for each in rounds]) for recipe in rounds[0] for name in PRINTED]
+    for name, values in [*found, *((f"ours / reference, {name}", values) for name, values in ratios)]:
+        print(f"{name:44}{median(values):.4g} ({min(values):.4g} to {max(values):.4g})")
     if "loss_difference" in report:
         print(f"greatest relative difference of a loss: {report['loss_difference']:.1e}")
 
@@ -110,7 +100,6 @@ class Sweep:
         return self.ends - time.monotonic()
 
     def words(self, model, batch, precision, options):
-        """Return (model's name here, flags) of a case."""
         model = DEMO_MODELS[model] if self.args.tiny else model
         flags = [OPTIONS[name] for name in options]
         # The CPU has no fp16 matrix products worth the name, and bf16 takes the same code.
@@ -119,7 +108,6 @@ class Sweep:
         return model, flags + ["--resolution", "64"] * self.args.tiny
 
     def estimate(self, row, case):
-        """Count a case's memory with estimate_memory.py and add the peak to its row."""
         model, flags = self.words(*case)
         line = [sys.executable, str(ESTIMATE_MEMORY), "--model", model, *flags]
         done = subprocess.run(line, capture_output=True, text=True)
@@ -144,7 +132,6 @@ class Sweep:
         return {name: figures[name] for name in PRINTED}
 
     def write(self):
-        """Write what there is, as JSON and Markdown."""
         write_whole(self.args.json, json.dumps(self.report, indent=1))
         if self.args.markdown:
             write_whole(self.args.markdown, gpu_table(self.report))

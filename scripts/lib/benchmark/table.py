@@ -25,61 +25,46 @@ def figure_text(figures, name, digits):
 
 
 def ratio(row, name):
-    """Return ours / plain recipe as text."""
     pair = [row.get(recipe) or {} for recipe in ("ours", "reference")]
     return f"{pair[0][name] / pair[1][name]:.2f}" if all(name in each for each in pair) else "–"
 
 
 def settings(row):
-    """Return (model, picture's side and batch, precision, options) of a row as text."""
     side = 64 if row["tiny"] else RESOLUTIONS[row["model"]]
     options = ", ".join(row["options"]) or "–"
     return TITLES_OF_MODELS[row["model"]], f"{side} px x {row['batch']}", row["precision"], options
 
 
 def markdown(report, columns, rows):
-    """Return a table below one sentence that names the machine."""
     machine, tiny = report["machine"], any(row["tiny"] for row in report["rows"])
     kind = "the demo teachers at 64 px in bf16: a trial of the command" if tiny else "random weights"
     lines = "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
     return f"Measured on {machine.get('device')}, torch {machine.get('torch')}, {kind}.\n\n{lines}"
 
 
-def gpu_table(report):
-    """Return every row of a report: speed and memory of ours, of the plain recipe, and as estimated."""
-    columns = [
-        "model", "pictures", "precision", "flags", "samples/s", "plain recipe", "ratio", "GiB allocated",
-        "reserved", "estimated", "plain recipe", "ratio", "share of matmul rate",
-    ]  # fmt: skip
-    rows = []
-    for row in report["rows"]:
-        ours, plain = row.get("ours"), row.get("reference")
-        estimated = row.get("estimated_gib")
-        rows.append([
-            *settings(row), figure_text(ours, "samples_per_second", 2), figure_text(plain, "samples_per_second", 2),
-            ratio(row, "samples_per_second"), figure_text(ours, "allocated_gib", 2),
-            figure_text(ours, "reserved_gib", 2),
-            f"{estimated:.2f}" if estimated else "–", figure_text(plain, "allocated_gib", 2),
-            ratio(row, "allocated_gib"), figure_text(ours, "share_of_matmul_rate", 3),
-        ])  # fmt: skip
-    return markdown(report, columns, rows)
+# Title, whether README.md has the column too, text of a row.
+COLUMNS = (
+    ("samples/s", True, lambda row: figure_text(row.get("ours"), "samples_per_second", 2)),
+    ("plain recipe", False, lambda row: figure_text(row.get("reference"), "samples_per_second", 2)),
+    ("times its speed", True, lambda row: ratio(row, "samples_per_second")),
+    ("GiB allocated", False, lambda row: figure_text(row.get("ours"), "allocated_gib", 2)),
+    ("GiB reserved", True, lambda row: figure_text(row.get("ours"), "reserved_gib", 2)),
+    ("GiB estimated", False, lambda row: f"{row['estimated_gib']:.2f}" if row.get("estimated_gib") else "–"),
+    ("plain recipe's GiB", False, lambda row: figure_text(row.get("reference"), "allocated_gib", 2)),
+    ("of the plain recipe's memory", True, lambda row: ratio(row, "allocated_gib")),
+    ("share of matmul rate", False, lambda row: figure_text(row.get("ours"), "share_of_matmul_rate", 3)),
+)
 
 
-def first_rows(report):
-    """Return the rows without options that a reader compares first: one for each model, batch and precision."""
-    seen, rows = set(), []
+def gpu_table(report, is_short=False):
+    """Return the rows of a report; the short table has the first of each model and batch, and fewer columns."""
+    columns, seen, rows = [each for each in COLUMNS if each[1] or not is_short], set(), []
     for row in report["rows"]:
-        name = row["model"], row["batch"]
-        if name not in seen:
-            seen.add(name)
-            rows.append([
-                *settings(row), figure_text(row.get("ours"), "reserved_gib", 1),
-                figure_text(row.get("ours"), "samples_per_second", 2), ratio(row, "samples_per_second"),
-                ratio(row, "allocated_gib"),
-            ])  # fmt: skip
-    columns = ["model", "pictures", "precision", "flags", "GiB", "samples/s"]
-    columns += ["times the plain recipe's speed", "of its memory"]
-    return markdown(report, columns, rows)
+        size = row["model"], row["batch"]
+        if not is_short or size not in seen:
+            rows.append([*settings(row), *(text(row) for _, _, text in columns)])
+        seen.add(size)
+    return markdown(report, ["model", "pictures", "precision", "flags", *(title for title, *_ in columns)], rows)
 
 
 def write_whole(path, text):
@@ -95,7 +80,7 @@ def write_tables(figures, root=ROOT):
     tables = {"short": f"{NOT_MEASURED}\n", "full": f"{NOT_MEASURED}\n"}
     if figures:
         report = json.loads(figures.read_text(encoding="utf-8"))
-        tables = {"short": first_rows(report), "full": gpu_table(report)}
+        tables = {"short": gpu_table(report, is_short=True), "full": gpu_table(report)}
     code = 0
     for path in (root / "README.md", root / "docs" / "performance.md"):
         text = path.read_text(encoding="utf-8")

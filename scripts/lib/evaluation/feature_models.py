@@ -3,7 +3,6 @@
 
     features(pictures) -> [N, D] float64        input of the Fréchet distance, KID and the spread
     clip_score(pictures, prompts) -> [N]        100 cos(picture, text), at least 0 (arXiv:2104.08718, w = 100)
-    lpips(pictures, others) -> [N]              perceptual distance (arXiv:1801.03924)
 
 A Python file given by path stands in for any of them: it defines `load(device)`, which returns the callable.
 """
@@ -24,7 +23,6 @@ INSTALL = "pip install -r scripts/requirements-eval.txt"
 
 
 def load_python(path, device):
-    """Return what `load(device)` of a Python file, which runs as the user's own program, returns."""
     spec = importlib.util.spec_from_file_location(f"judge_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -63,24 +61,10 @@ def load_features(spec, device="cpu"):
 
 
 def load_clip_score(source, device="cpu"):
-    """Return clip_score of a CLIP model's folder or Hub id, or of a Python file."""
     return load_judge("--clip_model", source, device, lambda: ClipScore(source), "give a local folder, or none")
 
 
-def load_lpips(source, device="cpu"):
-    """Return lpips of `vgg` (torch-fidelity) or of a Python file."""
-    return load_judge("--lpips", source, device, Lpips, f"{INSTALL}; its weights need the network once")
-
-
-def optional(module):
-    try:
-        return importlib.import_module(module)
-    except ImportError as error:
-        raise UnusableInput(f"{module.split('.')[0]} is missing ({error}): {INSTALL}") from error
-
-
 def channels_first(pictures, device):
-    """Return pictures as uint8 [N, 3, H, W] on the device."""
     return torch.as_tensor(pictures).permute(0, 3, 1, 2).contiguous().to(device)
 
 
@@ -98,8 +82,13 @@ class InceptionFeatures(OnDevice):
     """The 2,048 pool features of FID's Inception, by torch-fidelity."""
 
     def __init__(self, weights):
-        kind = optional("torch_fidelity.feature_extractor_inceptionv3").FeatureExtractorInceptionV3
-        self.model = kind("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights).eval()
+        try:
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+        except ImportError as error:
+            raise UnusableInput(f"torch_fidelity is missing ({error}): {INSTALL}") from error
+        self.model = FeatureExtractorInceptionV3(
+            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
+        ).eval()
 
     @torch.no_grad()
     def __call__(self, pictures):
@@ -142,48 +131,32 @@ class ClipScore(TransformerFeatures):
         return 100 * torch.cosine_similarity(seen, texts).clamp(min=0)
 
 
-class Lpips(OnDevice):
-    """LPIPS with VGG-16, by torch-fidelity, which fetches the weights once."""
-
-    def __init__(self):
-        self.model = optional("torch_fidelity.sample_similarity_lpips").SampleSimilarityLPIPS("lpips-vgg16")
-
-    @torch.no_grad()
-    def __call__(self, pictures, others):
-        pair = (channels_first(x, self.device) for x in (pictures, others))
-        return self.model(*pair).cpu().double().flatten()
-
-
 class DemoJudge(OnDevice):
     """The judge of scripts/demo: features, and the share of a landscape caption that a picture shows."""
 
     def __init__(self, path):
         sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
         from judge import Judge
-        from landscapes import ATTRIBUTES, labels_of
+        from landscapes import labels_of
 
         if not Path(path).is_file():
             raise FileNotFoundError(f"{path}: not there")
-        self.model, self.labels_of, self.attributes = Judge.load(path), labels_of, ATTRIBUTES
+        self.model, self.labels_of = Judge.load(path), labels_of
 
     def __call__(self, pictures):
         return self.model.read(torch.as_tensor(pictures).to(self.device))[0]
 
-    def is_landscape(self, prompt):
-        """Return whether a prompt names all attributes, as the demo's captions do."""
-        return all(any(f" {name} " in f" {prompt} " for name in names) for names in self.attributes)
-
     def accuracy(self, pictures, prompts):
-        """Return the share of attributes that is right [N]; None unless all prompts are the demo's."""
-        if not all(self.is_landscape(prompt) for prompt in prompts):
+        """Return the share of attributes that is right [N]; None unless all prompts are the demo's captions."""
+        try:
+            labels = torch.tensor([self.labels_of(prompt) for prompt in prompts])
+        except StopIteration:  # a prompt that names no value of an attribute
             return None
-        labels = torch.tensor([self.labels_of(prompt) for prompt in prompts])
         found = self.model.read(torch.as_tensor(pictures).to(self.device))[1]
         return (found == labels).double().mean(1)
 
 
 def describe_model(spec):
-    """Return the name of a feature model in tables: `inception`, `clip`, a file's stem or a folder's name."""
     name = spec.partition("=")[0]
     if name in ("inception", *HUB_MODELS):
         return name

@@ -10,41 +10,30 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lib.evaluation.feature_models import describe_model, load_clip_score, load_features, load_lpips
+from lib.evaluation.feature_models import describe_model, load_clip_score, load_features
 from lib.evaluation.pictures import read_real, real_pictures
-from lib.evaluation.statistics import (
-    KernelDistance,
-    bootstrap_mean,
-    frechet_distance,
-    jackknife,
-    pairwise_distances,
-    spread,
-)
+from lib.evaluation.statistics import bootstrap_mean, frechet_distance, jackknife, pairwise_distances, spread
 from lib.trainers import UnusableInput, sd15
 
-DISTANCES = ("FD", "KID")
 SCORES = {
     "clip_score": "CLIP score (higher is better)",
     "accuracy": "share of caption attributes shown (higher is better)",
-    "lpips": "LPIPS to the teacher's picture of the same noise",
-    "diversity": "LPIPS between pictures of one prompt",
 }
 NOTES = (
-    "FD is the Fréchet distance and KID the squared maximum mean discrepancy of the features of two sets of "
-    "pictures; smaller is nearer. To 'teacher': to the teacher's own many-step pictures of the same prompts "
-    "with other noise, which needs no real pictures. To 'real': to the pictures of --reference.",
+    "FD is the Fréchet distance of the features of two sets of pictures; smaller is nearer. To 'teacher': to the "
+    "teacher's own many-step pictures of the same prompts with other noise, which needs no real pictures. To "
+    "'real': to the pictures of --reference.",
     "The first row is the teacher drawn a second time. Its distance is the floor: what a perfect LoRA would "
-    "have. It is above 0 because the FD of few pictures is too large; the table of that shows by how much. "
-    "KID has no such bias, and can be below 0.",
+    "have. It is above 0 because the FD of few pictures is too large.",
     "Spread is the mean distance, in features, of two pictures of one prompt, as a share of the teacher's. "
     "Below 1 the pictures of a prompt are more alike than the teacher's. It needs several pictures of a "
     "prompt: more --num_images than prompts.",
     "In brackets, or after ±, are 95% intervals: percentile bootstrap over pictures for means, jackknife over "
-    "20 groups of pictures for FD and KID and of prompts for the spread, since resampling with repeats would "
+    "20 groups of pictures for FD and of prompts for the spread, since resampling with repeats would "
     "inflate an FD; fewer than 40 have none. Rows whose intervals overlap widely are not known to differ. An "
     "interval does not hold the bias of FD: that the floor shows.",
     "UNet evaluations count a guided step as two. Seconds are for one picture when a batch is drawn, in text "
-    "encoder, UNet and VAE. Peak memory is the accelerator's, or the process's on a CPU.",
+    "encoder, UNet and VAE.",
 )
 
 
@@ -56,47 +45,33 @@ class Measures:
         if len(self.features) < len(args.features):
             raise UnusableInput(f"--features {' '.join(args.features)}: two have the same name; rename one")
         self.clip_score = None if args.clip_model == "none" else load_clip_score(args.clip_model, device)
-        self.lpips = None if args.lpips == "none" else load_lpips(args.lpips, device)
 
     def to(self, device):
-        for model in (*self.features.values(), self.clip_score, self.lpips):
+        for model in (*self.features.values(), self.clip_score):
             if hasattr(model, "to"):
                 model.to(device)
 
-    def read(self, gallery, row, teacher, indices):
-        """Return {measure: [(index, values)]} of some of a row's pictures."""
+    def read(self, gallery, row, indices):
+        """Return {measure: {index: value}} of some of a row's pictures."""
         pictures, prompts = gallery.read(row, indices), [gallery.prompt(index) for index in indices]
-        values = {name: (indices, model(pictures)) for name, model in self.features.items()}
+        values = {name: model(pictures) for name, model in self.features.items()}
         for model in self.features.values():
             shares = model.accuracy(pictures, prompts) if hasattr(model, "accuracy") else None
             if shares is not None:
-                values["accuracy"] = (indices, shares)
+                values["accuracy"] = shares
         if self.clip_score:
-            values["clip_score"] = (indices, self.clip_score(pictures, prompts))
-        if self.lpips:
-            if row.name not in ("teacher", "reference"):
-                values["lpips"] = (indices, self.lpips(pictures, gallery.read(teacher, indices)))
-            again = [i for i in indices if i + len(gallery.prompts) < gallery.count]
-            if again:
-                others = gallery.read(row, [i + len(gallery.prompts) for i in again])
-                values["diversity"] = (again, self.lpips(gallery.read(row, again), others))
-        return {key: list(zip(which, found, strict=True)) for key, (which, found) in values.items()}
+            values["clip_score"] = self.clip_score(pictures, prompts)
+        return {key: dict(zip(indices, found, strict=True)) for key, found in values.items()}
 
-    def row(self, gallery, row, teacher):
+    def row(self, gallery, row):
         """Return {measure: values in order of pictures} of a row, from the shares of all processes."""
-        mine = {}
-        for block in gallery.blocks:
-            for key, pairs in self.read(gallery, row, teacher, list(block)).items():
-                mine.setdefault(key, []).extend(pairs)
-        merged = {}
-        for part in gather_object([mine]):
-            for key, pairs in part.items():
-                merged.setdefault(key, []).extend(pairs)
-        in_order = {key: sorted(pairs, key=lambda pair: pair[0]) for key, pairs in merged.items()}
-        return {key: torch.stack([value for _, value in pairs]) for key, pairs in in_order.items()}
+        found = {}
+        for part in gather_object([self.read(gallery, row, list(block)) for block in gallery.blocks]):
+            for key, values in part.items():
+                found.setdefault(key, {}).update(values)
+        return {key: torch.stack([values[index] for index in sorted(values)]) for key, values in found.items()}
 
     def real(self, paths, size, accelerator):
-        """Return {feature model: features} of the real pictures."""
         found = {name: [] for name in self.features}
         rank, processes = accelerator.process_index, accelerator.num_processes
         for pictures in read_real(paths, size, sd15.Skipped(), rank, processes):
@@ -141,7 +116,6 @@ def save_yardstick(args, features):
 
 
 def records(gallery, row):
-    """Return the records of a row's pictures, of all processes."""
     mine = [gallery.record(row, index) | {"block": block[0]} for block in gallery.blocks for index in block]
     return gather_object(mine)
 
@@ -154,7 +128,6 @@ def frechet_to(reference, features):
 
 
 def spread_beside(reference, prompts, features):
-    """Return {value, low, high} of the spread as a share of a reference's, or None."""
     if reference.ndim == 3:
         reference, prompts = reference.transpose(0, 1).flatten(0, 1), len(reference)
     return spread(*(pairwise_distances(x, prompts) for x in (features, reference)))
@@ -167,12 +140,9 @@ def distances_to(references, prompts):
     """
     found = {}
     for against, features in references.items():
-        by_prompt = against == "teacher"
         for model, reference in features.items():
             found[f"FD/{model}/{against}"] = model, partial(frechet_to, reference)
-            if reference.ndim == 2:
-                found[f"KID/{model}/{against}"] = model, KernelDistance(reference, paired=by_prompt)
-            if by_prompt:
+            if against == "teacher":
                 found[f"spread/{model}"] = model, partial(spread_beside, reference, prompts)
     return found
 
@@ -187,7 +157,6 @@ def score_row(values, distances, took):
 
 
 def titles(features, references):
-    """Return {figure: title} of all figures, in the order of the table's columns."""
-    pairs = {f"{k}/{m}/{r}": f"{k}, {m}, to {r}" for r in references for m in features for k in DISTANCES}
+    pairs = {f"FD/{m}/{r}": f"FD, {m}, to {r}" for r in references for m in features}
     spreads = {f"spread/{m}": f"spread, {m}" for m in features}
     return pairs | spreads | SCORES | {"seconds": "seconds a picture"}

@@ -8,22 +8,23 @@ neither an interruption nor the number of processes changes a picture.
 
 import hashlib
 import json
+import re
 from dataclasses import dataclass
-from itertools import product
+from itertools import islice, product
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import torch
-from PIL import Image, PngImagePlugin
+from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from lib.cli import LORA_FILE, TITLES
-from lib.pipelines import MAX_PICTURE_PX, draw, peak_gib, reset_peak, set_sampler
+from lib.pipelines import MAX_PICTURE_PX, draw, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
-IMAGE_NAMES = tuple(f".{suffix}" for suffix in sd15.IMAGE_SUFFIXES)
+READ = re.compile(rf"(?i)\.({'|'.join(sd15.IMAGE_SUFFIXES)})$|{sd15.TAR_NAMES.pattern}")
 
 
 @dataclass(frozen=True)
@@ -37,11 +38,6 @@ class Row:
     guidance: float
     lora: tuple | None = None
     first_seed: int = 0
-    drawn_as: str = ""  # the sampler that draws the pictures, where another one is the same formula
-
-    @property
-    def name(self):
-        return self.folder if self.drawn_as in ("", self.sampler) else f"{self.sampler}={self.folder}"
 
 
 def fingerprint(source):
@@ -56,7 +52,6 @@ def fingerprint(source):
 
 
 def teacher_row(args, folder, first_seed):
-    """Return the row of the teacher's many-step pictures, in noise of its own."""
     return Row(folder, "Teacher", "ddim", args.teacher_steps, args.guidance_scale[0], None, first_seed)
 
 
@@ -68,15 +63,12 @@ def list_rows(args):
         loras = list(enumerate(args.lora)) if sampler == "lcm-lora" else [(0, None)]
         guidances = args.lcm_guidance_scale if is_lcm else args.guidance_scale
         for (index, path), guidance, steps in product(loras, guidances, args.steps):
-            # At 1 and 2 steps DPM-Solver++ is the formula of DDIM: see sample.py.
-            is_ddim = sampler == "dpmsolver++" and steps <= 2 and "ddim" in args.samplers
-            drawn_as = "ddim" if is_ddim else sampler
-            folder, label, lora = f"{drawn_as}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
+            folder, label, lora = f"{sampler}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
             if path:
                 lora = (f"lcm{index}", fingerprint(path))
                 folder = f"{folder}-{lora[1]}"
                 label += f" {path}" if len(args.lora) > 1 else ""
-            rows.append(Row(folder, label, sampler, steps, guidance, lora, args.seed, drawn_as))
+            rows.append(Row(folder, label, sampler, steps, guidance, lora, args.seed))
     return rows
 
 
@@ -110,7 +102,7 @@ class Gallery:
 
     def settings(self, row, index):
         """Return everything that decides a picture, as JSON keeps it."""
-        own = {"sampler": row.drawn_as or row.sampler, "steps": row.steps, "guidance": row.guidance}
+        own = {"sampler": row.sampler, "steps": row.steps, "guidance": row.guidance}
         own |= {"lora": row.lora and row.lora[1], "seed": self.seed(row, index), "prompt": self.prompt(index)}
         return self.common | own
 
@@ -132,7 +124,7 @@ class Gallery:
     def missing(self, rows):
         """Return the blocks that this process is to draw, {row: [block]}; refuse pictures as `record` does."""
         found = {}
-        for row, block in product({row.folder: row for row in rows}.values(), self.blocks):
+        for row, block in product(rows, self.blocks):
             kept = [index for index in block if self.path(row, index).exists()]
             for index in kept:
                 self.record(row, index)
@@ -140,22 +132,20 @@ class Gallery:
                 found.setdefault(row, []).append(block)
         return found
 
-    def draw(self, pipe, missing, device, is_quiet):
+    def draw(self, pipe, missing, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
         calls = []
         hook = pipe.unet.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
-        options = {"resolution": self.resolution}
         for row, blocks in missing.items():
-            set_sampler(pipe, row.drawn_as or row.sampler, {row.lora[0]: 1.0} if row.lora else {})
+            set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
             warm = [self.prompt(index) for index in blocks[0]]
-            draw(pipe, warm, 1, row.guidance, list(blocks[0]), **options)  # not timed
+            draw(pipe, warm, 1, row.guidance, list(blocks[0]), resolution=self.resolution)  # not timed
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 calls.clear()
-                reset_peak(device)
-                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **options)
-                took = {"seconds": seconds, "evaluations": sum(calls) / len(block), "peak_gib": peak_gib(device)}
+                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, resolution=self.resolution)
+                took = {"seconds": seconds, "evaluations": sum(calls) / len(block)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
@@ -180,20 +170,11 @@ class Gallery:
         return torch.from_numpy(np.stack([np.asarray(self.picture(row, index)) for index in indices]))
 
 
-def is_picture(file):
-    return file.name.lower().endswith(IMAGE_NAMES)
-
-
-def is_shard(file):
-    return bool(sd15.TAR_NAMES.search(file.name))
-
-
 def real_files(paths):
-    """Return the pictures and shards that --reference names or that its folders hold."""
     found = []
     for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in inside if file.is_file() and (is_shard(file) or is_picture(file))]
+        files = [file for file in inside if file.is_file() and READ.search(file.name)]
         if not files:
             raise UnusableInput(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")
         found += files
@@ -203,7 +184,7 @@ def real_files(paths):
 def encoded_pictures(paths, skipped):
     """Yield a function for each real picture, in order of name, that returns its bytes."""
     for file in real_files(paths):
-        if not is_shard(file):
+        if not sd15.TAR_NAMES.search(file.name):
             yield file.read_bytes
             continue
         # Members of a shard are never decoded by their suffix: a decoder of .pkl or .pth runs what it reads.
@@ -229,15 +210,6 @@ def real_pictures(paths, skipped, rank=0, processes=1):
 
 def read_real(paths, size, skipped, rank=0, processes=1, chunk=32):
     """Yield uint8 [n, H, W, 3] of a process's share, cut at the middle and scaled to size (W, H)."""
-    width, height = size
-    pictures = []
-    for picture in real_pictures(paths, skipped, rank, processes):
-        scale = max(width / picture.width, height / picture.height)
-        left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
-        box = (left, top, picture.width - left, picture.height - top)
-        pictures.append(np.asarray(picture.resize(size, Image.Resampling.LANCZOS, box=box)))
-        if len(pictures) == chunk:
-            yield torch.from_numpy(np.stack(pictures))
-            pictures = []
-    if pictures:
-        yield torch.from_numpy(np.stack(pictures))
+    pictures = real_pictures(paths, skipped, rank, processes)
+    while part := [ImageOps.fit(picture, size, Image.Resampling.LANCZOS) for picture in islice(pictures, chunk)]:
+        yield torch.from_numpy(np.stack(part))

@@ -6,10 +6,12 @@ import html
 import io
 import math
 import re
+from itertools import product
 
 from PIL import Image
 
-COLOURS = ("#1b6ca8", "#c8553d", "#3a7d44", "#8e5ea2", "#b8860b", "#4f5d75", "#d1495b", "#00798c")
+from lib.pipelines import make_grid
+
 MAX_THUMB_PX = 192
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
@@ -22,10 +24,7 @@ td { white-space: nowrap; } th { vertical-align: bottom; min-width: 4rem; }
 .wide td:first-child { position: sticky; left: 0; background: Canvas; }
 thead th { background: var(--soft); }
 td small { opacity: 0.7; display: block; }
-.plots { display: grid; gap: 1rem; grid-template-columns: repeat(auto-fit, minmax(min(100%, 26rem), 1fr)); }
-figure { margin: 0; } svg { width: 100%; height: auto; } svg text { fill: currentColor; font-size: 14px; }
-.pictures td { padding: 2px; border: 0; } .pictures th { border: 0; font-weight: normal; }
-.pictures img { display: block; width: clamp(5rem, 22vw, 12rem); height: auto; image-rendering: pixelated; }
+.plots { width: 100%; height: auto; background: white; }
 """
 
 
@@ -39,13 +38,9 @@ def number(value, digits=3):
 
 
 def with_interval(figure):
-    """Return `value [low, high]`, the interval with digits enough to see its width."""
     if not figure or figure["low"] is None:
         return number(figure and figure["value"])
-    largest, width, digits = abs(figure["high"]), figure["high"] - figure["low"], 3
-    if width > 0 and largest > 0:
-        digits = min(6, max(2, 2 + math.floor(math.log10(largest)) - math.floor(math.log10(width))))
-    return f"{number(figure['value'])} [{number(figure['low'], digits)}, {number(figure['high'], digits)}]"
+    return f"{number(figure['value'])} [{number(figure['low'], 4)}, {number(figure['high'], 4)}]"
 
 
 def columns(results):
@@ -55,14 +50,12 @@ def columns(results):
 
 
 def full_table(results):
-    """Return (head, body) of the table of all rows and figures, each with its 95% interval."""
     titles, body = columns(results), []
     for row in results["rows"]:
         figures = [with_interval(row["figures"].get(key)) for key in titles]
         first = [row["label"], str(row["steps"]), f"{row['guidance']:g}"]
-        body.append([*first, *figures, f"{row['evaluations']:g}", number(row["peak_gib"])])
-    last = ["UNet evaluations a picture", "peak GiB"]
-    return ["sampler", "steps", "guidance", *titles.values(), *last], body
+        body.append([*first, *figures, f"{row['evaluations']:g}"])
+    return ["sampler", "steps", "guidance", *titles.values(), "UNet evaluations a picture"], body
 
 
 def summary(results):
@@ -106,121 +99,63 @@ def markdown_table(head, body):
 
 
 def html_table(head, body):
-    """Return an HTML table that scrolls sideways where it is too wide; intervals are set small."""
     top = "".join(f"<th>{html.escape(cell)}</th>" for cell in head)
     rows = "".join(f"<tr>{''.join(f'<td>{html.escape(cell)}</td>' for cell in cells)}</tr>" for cells in body)
     rows = re.sub(r" (\[[^\]<]*\])</td>", r"<small>\1</small></td>", rows)
     return f'<div class="wide"><table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table></div>'
 
 
-def axis(values, start, end, is_log):
-    """Return (function from a value to its pixel, at most 8 values to mark); values outside are at an end."""
-    low, high = min(values), max(values)
-    if is_log:
-        low, high = low / 1.15, high * 1.15
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    else:
-        margin = 0.05 * (high - low) or 0.5
-        low, high = low - margin, high + margin
-        step = 10 ** math.floor(math.log10(high - low)) / 2
-        marks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    marks = [mark for mark in marks if low <= mark <= high]
-    warp = math.log if is_log else float
-
-    def place(value):
-        share = (warp(min(max(value, low), high)) - warp(low)) / (warp(high) - warp(low))
-        return round(start + share * (end - start), 1)
-
-    return place, marks[:: 1 + len(marks) // 9]
-
-
-def plot(title, x_title, lines, marks=None):
-    """Return a line plot as SVG; lines: {label: [(x, value, low, high)]}, x logarithmic; `marks` are x to name."""
-    points = [point for line in lines.values() for point in line]
-    values = [point[1] for point in points]
-    is_log = min(values) > 0 and max(values) > 20 * min(values)
-    seen = values + [edge for p in points for edge in p[2:] if edge is not None and (edge > 0 or not is_log)]
-    (x, x_marks), (y, y_marks) = axis([p[0] for p in points], 62, 450, True), axis(seen, 262, 34, is_log)
-    parts = [
-        f'<text x="8" y="18" font-weight="bold">{html.escape(title)}</text>',
-        f'<text x="256" y="297" text-anchor="middle">{html.escape(x_title)}</text>',
-    ]
-    parts += [f'<text x="{x(mark)}" y="280" text-anchor="middle">{mark:g}</text>' for mark in marks or x_marks]
-    for mark in y_marks:
-        parts.append(f'<path d="M62 {y(mark)}H450" stroke="currentColor" stroke-opacity=".15"/>')
-        parts.append(f'<text x="56" y="{y(mark) + 4:.1f}" text-anchor="end">{mark:g}</text>')
-    for number_, (label, line) in enumerate(lines.items()):
-        colour, dash = COLOURS[number_ % len(COLOURS)], "5 4" * (number_ >= len(COLOURS))
-        stroke = f'stroke="{colour}" stroke-width="2" fill="none"'
-        path, at = "M" + "L".join(f"{x(px)} {y(value)}" for px, value, *_ in line), 320 + 18 * number_
-        parts.append(f'<path d="{path}" {stroke} stroke-dasharray="{dash}"/>')
-        parts += [f'<circle cx="{x(px)}" cy="{y(value)}" r="3.5" fill="{colour}"/>' for px, value, *_ in line]
-        bars = [f"M{x(px)} {y(low)}V{y(high)}" for px, _, low, high in line if low is not None]
-        parts.append(f'<path d="{"".join(bars)}" {stroke} stroke-opacity=".5"/>')
-        parts.append(f'<path d="M62 {at - 4}h20" {stroke} stroke-dasharray="{dash}"/>')
-        parts.append(f'<text x="90" y="{at}">{html.escape(label)}</text>')
-    size = f'viewBox="0 0 460 {312 + 18 * len(lines)}"'
-    head = f'<svg {size} role="img" aria-label="{html.escape(title)} by {x_title}">'
-    return f"<figure>{head}{''.join(parts)}</svg></figure>"
-
-
 def series(row):
-    """Return the name of the line that a row is a point of."""
     return f"{row['label']}, guidance {row['guidance']:g}"
 
 
 def plots(results):
-    """Return a pair of plots for each figure but the seconds: over steps, and over seconds a picture."""
-    found = []
-    for key, title in columns(results).items():
-        over_steps, over_time = {}, {}
-        for row in results["rows"]:
-            figure, seconds = row["figures"].get(key), row["figures"].get("seconds")
-            if key == "seconds" or not figure or not seconds:
-                continue
-            place = (figure["value"], figure["low"], figure["high"])
-            over_steps.setdefault(series(row), []).append((row["steps"], *place))
-            over_time.setdefault(series(row), []).append((seconds["value"], *place))
-        if over_steps:
-            steps = sorted({point[0] for line in over_steps.values() for point in line})
-            found += [plot(title, "steps", over_steps, steps), plot(title, "seconds a picture", over_time)]
-    return f'<div class="plots">{"".join(found)}</div>'
-
-
-def data_uri(picture):
-    """Return a picture as a data URI, at most MAX_THUMB_PX wide: PNG if small as it is, else JPEG."""
-    kind, buffer = "PNG" if picture.width <= MAX_THUMB_PX else "JPEG", io.BytesIO()
-    picture.thumbnail((MAX_THUMB_PX, 4 * MAX_THUMB_PX), Image.Resampling.LANCZOS)
-    picture.save(buffer, kind, quality=88)
-    return f"data:image/{kind.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    """Return one picture, a row of plots for each figure but the seconds: over steps, and over seconds a picture."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        return "<p>Plots need matplotlib: pip install -r scripts/requirements-eval.txt</p>"
+    lines = {}
+    for row in results["rows"]:
+        lines.setdefault(series(row), []).append(row)
+    titles = [(key, title) for key, title in columns(results).items() if key != "seconds"]
+    drawing, drawn = Figure((10, 4 * len(titles)), layout="constrained"), io.BytesIO()
+    grid = drawing.subplots(len(titles), 2, squeeze=False)
+    for (key, title), axes in zip(titles, grid, strict=True):
+        for label, rows in lines.items():
+            places = [(row["steps"], row["figures"]["seconds"]["value"]) for row in rows if row["figures"].get(key)]
+            figures = [row["figures"][key] for row in rows if row["figures"].get(key)]
+            values = [figure["value"] for figure in figures]
+            halves = [0 if figure["low"] is None else figure["high"] - figure["value"] for figure in figures]
+            for ax, x in zip(axes, zip(*places, strict=True), strict=False):  # no place where there is no figure
+                ax.errorbar(x, values, halves, marker="o", capsize=2, label=label)
+        for ax, x_title in zip(axes, ("steps", "seconds a picture"), strict=True):
+            ax.set(title=title, xlabel=x_title, xscale="log", yscale="log" if key.startswith("FD") else "linear")
+    drawing.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    drawing.savefig(drawn, format="svg")
+    image = base64.b64encode(drawn.getvalue()).decode()
+    return f'<img class="plots" alt="plots of the table" src="data:image/svg+xml;base64,{image}">'
 
 
 def picture_grid(results, pictures):
-    """Return a block of pictures per prompt; pictures: {(row name, index): PIL}, index < results["shown"]."""
-    lines, blocks = {}, []
-    for row in results["rows"]:
-        lines.setdefault(series(row), []).append(row)
-    for index in range(results["shown"]):
-        prompt, body = results["prompts"][index % len(results["prompts"])], []
-        for label, rows in lines.items():
-            body.append(f"<tr><th>{html.escape(label)}</th>")
-            for row in rows:
-                alt = html.escape(f"{prompt}: {label}, {row['steps']} steps", quote=True)
-                picture = f'<img alt="{alt}" src="{data_uri(pictures[row["name"], index])}">'
-                body.append(f"<td>{picture}<small>{row['steps']} steps</small></td>")
-            body.append("</tr>")
-        table = f'<div class="wide"><table class="pictures">{"".join(body)}</table></div>'
-        blocks.append(f"<h3>{html.escape(prompt)}</h3>{table}")
-    return "".join(blocks)
+    """Return sample.py's grid of pictures, {(row name, index): PIL}, as a data URI."""
+    if not results["shown"]:
+        return ""
+    cells, labels = {}, {series(row): series(row).replace(", ", "\n") for row in results["rows"]}
+    for row, index in product(results["rows"], range(results["shown"])):
+        picture = cells[index, series(row), row["steps"]] = pictures[row["name"], index].copy()
+        picture.thumbnail((MAX_THUMB_PX, MAX_THUMB_PX), Image.Resampling.LANCZOS)
+    prompts = [results["prompts"][index % len(results["prompts"])] for index in range(results["shown"])]
+    steps, buffer = sorted({row["steps"] for row in results["rows"]}), io.BytesIO()
+    make_grid(prompts, labels, steps, cells).save(buffer, "PNG")
+    uri = f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
+    return f'<div class="wide"><img alt="{html.escape("; ".join(prompts), quote=True)}" src="{uri}"></div>'
 
 
 def html_report(results, pictures):
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in results["notes"])
     title = html.escape(f"{results['settings']['teacher']}: few-step samplers compared")
     head, body, floor = summary(results)
-    points = [(name, point) for name, curve in results["bias"].items() for point in curve]
-    bias = [[name, str(point["pictures"]), number(point["distance"])] for name, point in points]
     settings = [[key, str(value)] for key, value in results["settings"].items()]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -232,8 +167,6 @@ def html_report(results, pictures):
 <h2>Figures</h2>{html_table(*full_table(results))}
 <h2>Quality over steps and over time</h2>{plots(results)}
 <h2>Pictures, the same noise in each column</h2>{picture_grid(results, pictures)}
-<h2>What small samples add to the Fréchet distance</h2>
-{html_table(["features", "pictures", "Fréchet distance of two draws of the teacher"], bias)}
 <h2>Settings</h2>{html_table(["setting", "value"], settings)}
 </body></html>
 """

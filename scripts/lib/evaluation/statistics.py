@@ -3,7 +3,7 @@
 
 A mean gets the percentile bootstrap. The Fréchet distance must not: a resample repeats pictures, which adds
 as much as drawing fewer of them does (with 192 pictures and 64 features more than the distance itself), so
-the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures; so does KID.
+the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures.
 The interval says how far another such sample of as many pictures would fall; it does not hold the bias, which
 is much the same for every row of the same number of pictures: compare with the floor.
 """
@@ -44,19 +44,6 @@ def split_groups(count, seed=0):
     return torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % GROUPS
 
 
-def interval(value, left_out):
-    """Return {value, low, high}, 95%, of a figure and of those without one group each (None: no interval).
-
-    Var = (G-1)/G sum (d_g - mean d)^2, d_g without the g-th of G groups of both sets (Efron and Stein 1981;
-    Kott 2001 for groups).
-    """
-    if left_out is None:
-        return {"value": value, "low": None, "high": None}
-    left_out = torch.tensor(left_out, dtype=torch.float64)
-    error = ((GROUPS - 1) / GROUPS * (left_out - left_out.mean()).square().sum()).sqrt().item()
-    return {"value": value, "low": value - T_95 * error, "high": value + T_95 * error}
-
-
 def jackknife(distance, a, b):
     """Return {value, low, high} of a distance of two sets: the delete-a-group jackknife, 95%.
 
@@ -66,51 +53,12 @@ def jackknife(distance, a, b):
     """
     value, groups = distance(a, b), [split_groups(len(x)) for x in (a, b)]
     if min(len(a), len(b)) < 2 * GROUPS:
-        return interval(value, None)
-    return interval(value, [distance(a[groups[0] != g], b[groups[1] != g]) for g in range(GROUPS)])
-
-
-def kernel_sums(a, b, skip_same):
-    """Return [2, G, G]: the kernel (x.y/D + 1)^3 summed over pairs by group of x and of y, and their number.
-
-    In blocks of 1,000 rows. `skip_same` leaves the pairs (i, i) out.
-    """
-    marks = [torch.nn.functional.one_hot(split_groups(len(x)), GROUPS).double() for x in (a, b)]
-    blocks = zip(a.split(1000), marks[0].split(1000), strict=True)
-    sums = sum(mark.T @ ((x @ b.T / b.shape[1] + 1) ** 3 @ marks[1]) for x, mark in blocks)
-    counts = torch.outer(marks[0].sum(0), marks[1].sum(0))
-    if skip_same:
-        sums -= torch.diag(marks[0].T @ ((a * b).sum(1) / b.shape[1] + 1) ** 3)
-        counts -= torch.diag(marks[0].sum(0))
-    return torch.stack([sums, counts])
-
-
-class KernelDistance:
-    """KID to a reference: the unbiased squared maximum mean discrepancy, arXiv:1801.01401, section 4.
-
-    Can be below 0. `paired`: pictures i of both sets have the same prompt. As a set's pairs (i, i) are left
-    out, so then are those between the sets (Gretton et al. 2012, JMLR 13, eq. 5): else these, which are
-    alike, make the distance too small. The pairs' sums by group serve the jackknife too.
-    """
-
-    def __init__(self, reference, paired=False):
-        self.reference, self.paired = reference.double(), paired
-        self.own = kernel_sums(self.reference, self.reference, skip_same=True)
-
-    def __call__(self, features):
-        """Return {value, low, high} of features [M, D], as `jackknife` does; M is N where they are paired."""
-        a, b = features.double(), self.reference
-        if min(len(a), len(b)) < 2 or (self.paired and len(a) != len(b)):
-            raise ValueError("KID: give 2 or more features of each set, as many of both where they are paired")
-        parts = (kernel_sums(a, a, True), self.own, kernel_sums(a, b, self.paired))
-
-        def estimate(kept):
-            sums, counts = (torch.stack([part[which][kept][:, kept].sum() for part in parts]) for which in (0, 1))
-            return float((sums / counts) @ torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64))
-
-        every = torch.arange(GROUPS)
-        few = min(len(a), len(b)) < 2 * GROUPS
-        return interval(estimate(every), None if few else [estimate(every[every != g]) for g in every])
+        return {"value": value, "low": None, "high": None}
+    left_out = [distance(a[groups[0] != g], b[groups[1] != g]) for g in range(GROUPS)]
+    left_out = torch.tensor(left_out, dtype=torch.float64)
+    # Var = (G-1)/G sum (d_g - mean d)^2, d_g without the g-th group (Efron and Stein 1981; Kott 2001 for groups).
+    error = ((GROUPS - 1) / GROUPS * (left_out - left_out.mean()).square().sum()).sqrt().item()
+    return {"value": value, "low": value - T_95 * error, "high": value + T_95 * error}
 
 
 def bootstrap_mean(values, resamples=1000, seed=0):
@@ -141,9 +89,3 @@ def spread(mine, teachers):
     if not known.any():
         return None
     return jackknife(lambda a, b: float(a.mean() / b.mean()), mine[known], teachers[known])
-
-
-def bias_curve(a, b):
-    """Return [{pictures, distance}] of two draws of one thing, at several sizes: bias and nothing else."""
-    sizes = sorted({n for n in (len(a) // 8, len(a) // 4, len(a) // 2, len(a)) if n >= 2})
-    return [{"pictures": n, "distance": frechet_distance(a[:n], b[:n])} for n in sizes]
