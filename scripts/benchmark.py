@@ -1,13 +1,12 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Measure speed and memory on this machine: training steps, the data loader, drawing.
+"""Measure speed and memory on this machine: training steps and the data loader.
 
     python scripts/benchmark.py train --all --minutes 8 --json outputs/gpu.json --markdown outputs/gpu.md
     python scripts/benchmark.py train --model sdxl --train_batch_size 4 --mixed_precision fp16 \\
         --gradient_checkpointing --json outputs/one.json
     python scripts/benchmark.py table outputs/gpu.json        # the table of README.md and docs/performance.md
     python scripts/benchmark.py loader --output_dir outputs/loader
-    python scripts/benchmark.py inference --random_weights sdxl --batch_sizes 1 8 --json outputs/times.json
 
 `COMMAND --help` describes each command. Exit codes: 0 done; 2 wrong usage or unusable input; 1 anything else.
 """
@@ -18,7 +17,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from lib import cli
 from lib.benchmark import sweep, table
-from lib.benchmark.sweep import KNOWN_MODELS, REAL_MODELS, RECIPES
+from lib.benchmark.sweep import KNOWN_MODELS, RECIPES
 
 TRAIN_HELP = """Measure training steps: samples/s, peak memory, share of the matmul rate.
 
@@ -37,12 +36,6 @@ The shards hold JPEGs made on the spot (noise at every scale, quality 90). Measu
 its shuffle, filters, crop and batches, without loader workers, and Pillow's full-size decoding of the same bytes.
 JPEGs of twice the training size or more are decoded at half size, so the loader can be the faster of the two.
 Rates are pictures per CPU second, so that other work on the machine counts for little."""
-INFERENCE_HELP = """Time 4 steps with an LCM-LoRA against 25 steps of the standard pipeline.
-
---random_weights draws noise with the real architecture and a random LoRA of rank 64, in the real time. Standard
-rows have no LoRA layers, the model's own scheduler and guidance 7.5, so two UNet evaluations a step; LCM rows have
-guidance 1 and one. A cell is the median of --repeats runs after two that do not count (in them --compile
-compiles). Rows are appended to --json."""
 
 
 def add_train(commands):
@@ -72,23 +65,6 @@ def add_loader(commands):
     add("--repeats", type=cli.COUNT, default=7, metavar="N", help="of each measurement (default: %(default)s)")
 
 
-def add_inference(commands):
-    parser = commands.add_parser("inference", description=INFERENCE_HELP)
-    add = cli.add_model_flags(parser, required=False)
-    add("--random_weights", choices=REAL_MODELS, help="in place of a model: its architecture, random weights")
-    add("--lora", metavar="PATH", help="LCM-LoRA of --pretrained_teacher_model (default: a random one)")
-    add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    add = parser.add_argument_group("measurement").add_argument
-    text = "pictures drawn together, each a column of rows (default: 1)"
-    add("--batch_sizes", nargs="+", type=cli.COUNT, default=[1], metavar="N", help=text)
-    add("--lcm_steps", type=int, default=4, metavar="N", help="steps with the LoRA (default: %(default)s)")
-    add("--steps", type=int, default=25, metavar="N", help="steps without it (default: %(default)s)")
-    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
-    add("--repeats", type=cli.COUNT, default=3, metavar="N", help="runs a cell (default: %(default)s)")
-    add("--compile", action="store_true", help="also with the UNet through torch.compile")
-    add("--json", type=Path, metavar="FILE", help="list of rows to append to (default: none)")
-
-
 def add_table(commands):
     parser = commands.add_parser("table", description="Write the GPU table of README.md and docs/performance.md.")
     text = "JSON of `train --all`; none: the places read `not measured`"
@@ -111,32 +87,17 @@ def train_problems(args, words):
     )
 
 
-def inference_problems(args):
-    model = args.pretrained_teacher_model
-    return (
-        (bool(model) == bool(args.random_weights), "give --pretrained_teacher_model or --random_weights"),
-        (args.lora and not model, f"--lora {args.lora}: needs --pretrained_teacher_model"),
-        (args.json and args.json.is_dir(), f"--json {args.json}: is a folder"),
-        *cli.step_problems([args.lcm_steps], ["lcm-lora"]),
-        *cli.step_problems([args.steps], []),
-        *(cli.model_problems(args) if model else ()),
-        *cli.lora_problems([(args.lora, 1)] * bool(args.lora)),
-    )
-
-
 def parse_args(argv=None):
     """Return (checked flags, words for the training script); wrong flags exit with 2 and one line."""
     parser = cli.ToolParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for add in (add_train, add_loader, add_inference, add_table):
+    for add in (add_train, add_loader, add_table):
         add(commands)
     args, words = parser.parse_known_args(argv)
     if args.command == "train":
         cli.refuse(parser, train_problems(args, words))
     elif words:
         parser.error(f"unrecognized arguments: {' '.join(words)}")
-    elif args.command == "inference":
-        cli.refuse(parser, inference_problems(args))
     elif args.command == "table" and args.figures and not args.figures.is_file():
         parser.error(f"{args.figures}: no such file; `train --all --json FILE` writes one")
     return args, words
@@ -148,13 +109,10 @@ def main(args, words):
         return table.write_tables(args.figures)
     if args.command == "train":
         return sweep.measure_all(args) if args.all else sweep.measure_one(args, words)
-    if args.command == "loader":
-        from lib.benchmark.loader_speed import measure_loader as measure
-    else:
-        from lib.benchmark.inference_speed import measure_inference as measure
+    from lib.benchmark.loader_speed import measure_loader
     from lib.trainers import exit_code
 
-    return exit_code(measure, args)
+    return exit_code(measure_loader, args)
 
 
 if __name__ == "__main__":

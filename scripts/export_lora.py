@@ -28,6 +28,12 @@ from types import SimpleNamespace
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 from lib.cli import COUNT, ToolParser, refuse
 
+# What names a family in a header, in a run's args.json or in a model's unet/config.json.
+FAMILY_MARKS = {
+    "sdxl": r'sdxl|stable-diffusion-xl|ssd-1b|"text_time"',
+    "sd": r'_sd15|sd_v\d|stable.diffusion.v?[12]|"addition_embed_type": null',
+}
+
 
 def parse_args(argv=None):
     cli = ToolParser(__doc__)
@@ -37,7 +43,7 @@ def parse_args(argv=None):
     add("--format", choices=("kohya", "diffusers"), help="keys of the file; required without --merge_into")
     add("--dtype", choices=("fp16", "bf16", "fp32"), default="fp16", help="of the weights (default: fp16)")
     add("--rank", type=COUNT, metavar="R", help="smaller rank, each layer's best approximation (SVD)")
-    text = "model family; auto: by the LoRA's text width and names (default: auto)"
+    text = "model family; auto: by the LoRA's text width, names and header, and a run's args.json (default: auto)"
     add("--family", choices=("auto", "sd", "sdxl"), default="auto", help=text)
     add("--bare_header", action="store_true", help="kohya header without title and rank")
     add("--merge_into", metavar="MODEL", help="Hub id, diffusers folder or single file to add the LoRA to")
@@ -91,7 +97,7 @@ def text_width(loras):
 
 
 def find_trainer(args, loras):
-    """Return the family's script: by --family, or the LoRA's text width or names.
+    """Return the family's script: by --family, the LoRA's text width, its names and header, or args.json.
 
     Raises:
         UnusableInput: --family contradicts the text width, or nothing tells.
@@ -101,9 +107,20 @@ def find_trainer(args, loras):
     if args.family != "auto" and family not in (None, args.family):
         fault = f"the LoRA's attention reads text of width {width}, which {family} models have"
         raise UnusableInput(f"--family {args.family}: {fault}; leave the flag out")
-    with safe_open(sd15.lora_file(args.input), framework="pt") as file:
-        if any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in file.keys()):
-            family = family or "sdxl"
+    path = sd15.lora_file(args.input)
+    with safe_open(path, framework="pt") as file:
+        header = file.metadata() or {}
+        is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in file.keys())
+    facts = [str(header.get(name)) for name in ("ss_base_model_version", "modelspec.architecture")]
+    for record in (folder / "args.json" for folder in path.parents[:2]):
+        if record.is_file():
+            text = record.read_text("utf-8", "replace")
+            teacher = (re.findall(r'"pretrained_teacher_model": "([^"]+)"', text) or ["none"])[0]
+            config = Path(teacher, "unet", "config.json")
+            facts += [path.name for path in record.parent.glob("train_lcm_lora_*.py")]  # the run's own copy
+            facts += [config.read_text("utf-8", "replace") if config.is_file() else teacher]
+    found = [name for fact in facts for name, mark in FAMILY_MARKS.items() if re.search(mark, fact, re.I)]
+    family = family or ("sdxl" if is_original else next(iter(found), None))
     family = args.family if args.family != "auto" else family
     if not family:
         raise UnusableInput(f"--family auto: text width {width} belongs to no known model; give sd or sdxl")

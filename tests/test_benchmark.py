@@ -61,12 +61,6 @@ WRONG_LINES = {
     "table none.json": "none.json",
     "loader --output_dir x --cases 512": "--cases",
     "loader --output_dir x --picture 3": "--picture",
-    "inference": "--random_weights",
-    "inference --random_weights sd15 --lora x/y": "--lora",
-    "inference --random_weights sd15 --batch_sizes 0": "--batch_sizes",
-    "inference --random_weights sd15 --lcm_steps 51": "50",
-    "inference --random_weights sd15 --resolution 100": "--resolution",
-    "inference --pretrained_teacher_model ./none": "./none",
 }
 
 
@@ -185,63 +179,20 @@ def test_the_loader_is_measured(tmp_path, capsys):
     assert re.search(r"\| 64 px, [\d.]+ kB \| 32 px \| [\d.]+ \(", capsys.readouterr().out)
 
 
-@pytest.fixture(scope="module")
-def drawing():
-    from lib.benchmark import inference_speed
-
-    return inference_speed
-
-
-def draw_rows(drawing, teacher, output, *flags):
-    usual = ["inference", "--pretrained_teacher_model", str(teacher), "--device", "cpu", "--json", str(output)]
-    tool = load_script("scripts/benchmark.py")
-    args, _ = tool.parse_args([*usual, "--lcm_steps", "2", "--steps", "5", "--repeats", "2", *flags])
-    drawing.measure_inference(args)
-    return json.loads(output.read_text())
-
-
-def test_rows_are_appended_and_tabled(drawing, teacher, tmp_path, capsys):
-    output = tmp_path / "new" / "times.json"
-    rows = draw_rows(drawing, teacher, output, "--batch_sizes", "1", "2")
-    kinds = [("standard", 5, 1), ("standard", 5, 2), ("lcm-lora", 2, 1), ("lcm-lora", 2, 2)]
-    assert [(r["sampler"], r["steps"], r["batch"]) for r in rows] == kinds
-    assert all(r["seconds"] > 0 and r["peak_gib"] > 0 and r["resolution"] == SIDE for r in rows)
-    assert {r["precision"] for r in rows} == {"float32"} and {r["mode"] for r in rows} == {"eager"}
-    lines = capsys.readouterr().out.strip().splitlines()
-    assert len(lines) == 4 and f"{rows[1]['seconds'] / rows[3]['seconds']:.1f}" in lines[3]
-    assert draw_rows(drawing, teacher, output)[:4] == rows
-
-
-def test_standard_rows_are_guided_and_have_no_lora_layers(drawing, teacher, tmp_path, monkeypatch):
-    seen = []
-
-    def draw(pipe, prompts, steps, guidance, *_args, **_kwargs):
-        active = any(hasattr(module, "lora_A") for module in pipe.unet.modules())
-        seen.append((type(pipe.scheduler).__name__, steps, guidance, active, len(prompts)))
-        return [], 0.5
-
-    monkeypatch.setattr(drawing, "draw", draw)
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda _unet: None)
-    rows = draw_rows(drawing, teacher, tmp_path / "times.json", "--batch_sizes", "3", "--compile")
-    standard, lcm = ("DDIMScheduler", 5, 7.5, False, 3), ("LCMScheduler", 2, 1.0, True, 3)
-    runs = drawing.WARMUP_RUNS + 2
-    assert seen == ([standard] * runs + [lcm] * runs) * 2  # eager, then compiled
-    assert rows[0]["seconds"] == 1.5  # 3 pictures of 0.5 s
-
-
 @pytest.mark.parametrize(
     ("family", "millions", "lora"),
     [("sd15", 859.520964, 67252224), ("sdxl", 2567.463684, 196751360), ("ssd1b", 1331.334404, 104902656)],
 )
-def test_random_weights_have_the_real_sizes(drawing, family, millions, lora):
+def test_random_weights_have_the_real_sizes(family, millions, lora):
     from lib.benchmark.real_models import build_unet
+    from lib.trainers import sd15
     from peft import LoraConfig
 
     with torch.device("meta"):
         unet = build_unet(family)
         assert sum(p.numel() for p in unet.parameters()) / 1e6 == pytest.approx(millions)
-        targets = drawing.sd15.LORA_TARGETS.split(",")
-        unet.add_adapter(LoraConfig(r=drawing.LORA_RANK, target_modules=targets))
+        targets = sd15.LORA_TARGETS.split(",")
+        unet.add_adapter(LoraConfig(r=64, target_modules=targets))
     assert sum(p.numel() for name, p in unet.named_parameters() if "lora_" in name) == lora
 
 

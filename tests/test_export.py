@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
@@ -501,19 +502,43 @@ def wide(width):
     return {f"{name}.lora_down.weight": torch.zeros(2, width), f"{name}.lora_up.weight": torch.zeros(8, 2)}
 
 
-def test_family_by_width_and_names(tool, tmp_path):
+def test_family_by_width_header_names_and_args_json(tool, tmp_path):
+    config = tmp_path / "teacher" / "unet" / "config.json"
+    config.parent.mkdir(parents=True)
+    config.write_text(json.dumps({"addition_embed_type": "text_time"}))
     original = {k.replace("down_blocks_0_attentions_0", "input_blocks_1_1"): v for k, v in wide(16).items()}
-    sd15, sdxl = trainer_of("sd15"), trainer_of("sdxl")
-    cases = ((wide(768), sd15), (wide(1024), sd15), (wide(2048), sdxl), (original, sdxl), (wide(16), None))
-    for state, expected in cases:
-        save_file(state, tmp_path / sd15.WEIGHTS_NAME)
-        words = ["--input", str(tmp_path), "--format", "kohya", "--output", "x.safetensors"]
-        args, loras = tool.parse_args(words), tool.sd15.read_lora(tmp_path)
-        if expected:
-            assert tool.find_trainer(args, loras).FAMILY == expected.FAMILY
-        else:
-            with pytest.raises(tool.UnusableInput, match="give sd or sdxl"):
-                tool.find_trainer(args, loras)
+    folder, sd15, sdxl = tmp_path / "run", trainer_of("sd15"), trainer_of("sdxl")
+    for state, header, record, expected in (
+        (wide(768), {}, None, sd15),
+        (wide(1024), {}, None, sd15),
+        (wide(2048), {}, None, sdxl),
+        (wide(2048), {"ss_base_model_version": "sd_v1"}, None, sdxl),
+        (original, {}, None, sdxl),
+        (wide(16), {"ss_base_model_version": "sd_v1"}, None, sd15),
+        (wide(16), {"ss_base_model_version": "sdxl_base_v1-0"}, None, sdxl),
+        (wide(16), {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}, None, sdxl),
+        (wide(16), {"modelspec.architecture": "stable-diffusion-v1/lora"}, None, sd15),
+        (wide(16), {}, "stable-diffusion-v1-5/stable-diffusion-v1-5", sd15),
+        (wide(16), {}, "stabilityai/stable-diffusion-xl-base-1.0", sdxl),
+        (wide(16), {}, str(tmp_path / "teacher"), sdxl),
+        (wide(16), {}, "owner/name", None),
+        (wide(16), {}, None, None),
+    ):
+        shutil.rmtree(folder, ignore_errors=True)
+        (folder / "checkpoint-2").mkdir(parents=True)
+        if record:
+            text = json.dumps({"output_dir": "sdxl", "pretrained_teacher_model": record}, indent=1)
+            (folder / "args.json").write_text(text)
+        for place in (folder, folder / "checkpoint-2"):
+            save_file(state, place / sd15.WEIGHTS_NAME, metadata=header)
+            words = ["--input", str(place), "--format", "kohya", "--output", "x.safetensors"]
+            args, loras = tool.parse_args(words), tool.sd15.read_lora(place)
+            if expected:
+                found = tool.find_trainer(args, loras)
+                assert found.FAMILY == expected.FAMILY, (header, record)
+            else:
+                with pytest.raises(tool.UnusableInput, match="give sd or sdxl"):
+                    tool.find_trainer(args, loras)
 
 
 @pytest.mark.parametrize(("family", "width"), [("sdxl", 768), ("sdxl", 1024), ("sd", 2048)])

@@ -36,6 +36,11 @@ SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 # What datasets, pyarrow, pandas and huggingface_hub raise for data that are damaged or cannot be reached.
 ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
+CONVERTERS = {
+    "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
+    "cr2 cr3 nef arw dng raf orf rw2": "rawpy", "exr hdr": "imageio", "mp4 mov mkv webm avi": "ffmpeg",
+    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng j2c jpc jpf": "Pillow",
+}  # fmt: skip
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
 
@@ -177,15 +182,17 @@ def relative_name(path, folder):
 
 def walk(folder):
     """Yield the files below a folder; linked folders come last, and each folder once, so that a loop ends."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=refuse_folder, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:
-            folders.clear()
-            continue
-        seen.add(real)
-        shown = sorted(name for name in folders if not name.startswith("."))
-        folders[:] = sorted(shown, key=lambda name, parent=parent: os.path.islink(Path(parent, name)))
-        yield from (Path(parent, name) for name in names if not name.startswith("."))
+    waiting, seen = [folder], set()
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=refuse_folder):
+            found = os.stat(parent)
+            if (identity := (found.st_dev, found.st_ino)) in seen:
+                folders.clear()
+                continue
+            seen.add(identity)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
 
 
 def refuse_folder(error):
@@ -222,7 +229,8 @@ def why_unread(suffix):
         return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
     if suffix == "tar":
         return "tars are shards already; give them to the training script"
-    return f".{suffix} files are not read; convert pictures to PNG"
+    package = next((package for suffixes, package in CONVERTERS.items() if suffix in suffixes.split()), None)
+    return f".{suffix} files are not read" + (f", convert them with {package}" if package else "")
 
 
 def read_caption(path):
