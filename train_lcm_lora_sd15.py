@@ -439,7 +439,7 @@ def public_flags(args):
     for name, value in flags.items():
         if isinstance(value, str):
             flags[name] = masked(value)
-        elif isinstance(value, list):
+        elif isinstance(value, list) and name != "validation_prompts":  # in which "basic ..." is no credential
             flags[name] = [masked(item) for item in value]
     return flags
 
@@ -650,22 +650,26 @@ def list_shards(values):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
             remedy = f"{scheme}:// is read through a command; give 'pipe:{program}'"
             raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
-        if is_remote(value):
-            found = []
-        elif Path(value).is_dir():
-            found = list_folder(Path(value))
-        else:
-            found = [value] if Path(value).is_file() else sorted(glob.glob(value, recursive=True))
-        # A file that is there must not be taken for a command or an address because of its name.
-        found = [os.path.join(".", name) if is_remote(name) else name for name in found]
         try:
-            shards += found or braceexpand.braceexpand(value)
+            names = [value] if Path(value).exists() else [*braceexpand.braceexpand(value)]
         except ValueError as error:
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
+        for name in names:
+            shards += [name] if is_remote(value) else find_local(name)
     for shard in shards:
         if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
+
+
+def find_local(name):
+    """Return the shards that a local path, folder or glob names; the name itself where nothing is there."""
+    if Path(name).is_dir():
+        found = list_folder(Path(name))
+    else:
+        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True)) or [name]
+    # A file that is there must not be taken for a command or an address because of its name.
+    return [os.path.join(".", path) if is_remote(path) else path for path in found]
 
 
 def list_folder(folder):
@@ -1056,8 +1060,8 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.shards, self.args, self.tokenizers = shards, args, tokenizers
         self.cache = cache  # the head of shards that hold cached tensors, None for pictures
         self.consumers, self.first_consumer, self.workers = consumers, first_consumer, workers
-        self.num_batches = 0  # read by this process so far; the next one comes from worker num_batches % workers
-        self.positions = {}  # of its consumers: (epoch, samples read in it)
+        # Where a resumed run goes on: after so many batches of this process, from these (epoch, samples read in it).
+        self.start_batch, self.start_positions = 0, {}
 
     def raw_samples(self, epoch, consumer, skipped):
         order = list(range(len(self.shards)))
@@ -1075,9 +1079,9 @@ class ShardStream(torch.utils.data.IterableDataset):
         """Yield batches: pixels uint8 [B,R,R,3] and token ids, or cached tensors; captions; the position; skips."""
         info = torch.utils.data.get_worker_info()
         # The DataLoader begins with its worker 0, which takes the part of the worker whose turn is next.
-        worker = ((info.id if info else 0) + self.num_batches) % self.workers
+        worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
-        epoch, start = self.positions.get(str(consumer), (0, 0))
+        epoch, start = self.start_positions.get(str(consumer), (0, 0))
         skipped, batch, usable = Skipped(), [], 0
         while True:
             buffer = self.args.shuffle_buffer_samples
@@ -1624,7 +1628,7 @@ class RunState:
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     waits_at: int | None = None  # the update whose data it waits for
     is_alone: bool = True  # the only process; several have to agree before they save
-    is_saved: bool = False  # all updates are in a checkpoint
+    is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
     lock: object = None  # on the output folder, for as long as the process lives
 
@@ -1938,7 +1942,10 @@ def prune_checkpoints(output_dir, limit):
     written = sorted((path.stat().st_mtime_ns if path.exists() else 0, folder) for path, folder in manifests)
     spare = [folder for _, folder in written[:-limit]] if limit else []
     for path in chain(output_dir.glob(".writing-checkpoint-*"), spare):
-        shutil.rmtree(path)
+        try:
+            shutil.rmtree(path)
+        except OSError as error:  # the new checkpoint is whole all the same
+            tqdm.write(f"warning: {path} cannot be removed: {one_line(error)}", file=sys.stderr)
 
 
 def read_manifest(folder):
@@ -2100,7 +2107,10 @@ def log_pictures(tracker, drawn, prompts, global_step):
     elif hasattr(tracker, "log_images"):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         for steps, pictures in drawn.items():
-            tracker.log_images({f"validation/{steps} steps": np.stack(pictures)}, step=global_step, **options)
+            values = {f"validation/{steps} steps": np.stack(pictures)}
+            if tracker.name in ("aim", "clearml"):  # which take one picture a name
+                values = {f"validation/{steps} steps/{n}": np.array(picture) for n, picture in enumerate(pictures)}
+            tracker.log_images(values, step=global_step, **options)
 
 
 def write_card(job, drawn):
@@ -2197,7 +2207,9 @@ def push(args, folder):
 
 SCHEDULES_WITHOUT_END = ("constant", "constant_with_warmup")
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
-    "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
+    "--mixed_precision fp16": lambda args: (
+        (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION")) in ("fp16", "bf16")
+    ),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
     "--use_8bit_adam": lambda args: args.use_8bit_adam,
     "a smaller --train_batch_size with more --gradient_accumulation_steps": lambda args: args.train_batch_size == 1,
@@ -2328,9 +2340,12 @@ def samples_per_update(args, accelerator):
 
 
 def count_updates(args, accelerator):
-    if args.max_train_steps:
-        return args.max_train_steps
-    return math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
+    updates = args.max_train_steps
+    if not updates:
+        updates = math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= updates:  # it would divide by zero
+        raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the run's {updates} updates")
+    return updates
 
 
 def count_workers(args, accelerator, manifest):
@@ -2558,8 +2573,8 @@ def make_stream(job, shards, workers, cache):
     stream = ShardStream(shards, job.args, consumers, first, each, tokenizers, cache)
     mine = range(first, first + each)  # each process saves the positions of its own consumers
     state.positions = {name: place for name, place in state.positions.items() if int(name) in mine}
-    stream.num_batches = state.global_step * job.args.gradient_accumulation_steps
-    stream.positions = dict(state.positions)
+    stream.start_batch = state.global_step * job.args.gradient_accumulation_steps
+    stream.start_positions = dict(state.positions)
     return stream
 
 
@@ -2593,7 +2608,9 @@ def main(args, state):
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
-    workers, max_train_steps = count_workers(args, accelerator, manifest), count_updates(args, accelerator)
+    # Agreed, because processes whose CPUs differ would divide the data differently.
+    workers = agree(accelerator, count_workers, args, accelerator, manifest)
+    max_train_steps = count_updates(args, accelerator)
     settings = settings_of(args, accelerator, max_train_steps, len(shards), workers)
     say(describe_data(shards, report, args, accelerator, workers))
     if manifest:

@@ -488,3 +488,11 @@ def test_old_checkpoints_go_and_the_one_just_written_stays(script, tmp_path):
     assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-9", "checkpoint-notes"}, "damaged ones go first"
     script.prune_checkpoints(tmp_path, 1)
     assert checkpoints(tmp_path) == {"checkpoint-9", "checkpoint-notes"}
+
+
+def test_an_old_checkpoint_that_cannot_be_removed_is_reported(script, tmp_path, monkeypatch, capsys):
+    for step in (1, 2):
+        make_checkpoint(script, tmp_path, step)
+    monkeypatch.setattr(script.shutil, "rmtree", mock.Mock(side_effect=PermissionError(13, "not yours")))
+    script.prune_checkpoints(tmp_path, 1)
+    assert "checkpoint-1 cannot be removed" in capsys.readouterr().err

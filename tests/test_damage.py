@@ -275,7 +275,7 @@ def stream_of(script, shards, args, processes, rank, done=0, positions=None):
     """Return the stream of one of several processes after `done` of its batches."""
     workers = max(1, args.dataloader_num_workers or 0)
     stream = script.ShardStream(shards, args, processes * workers, rank * workers, workers)
-    stream.num_batches, stream.positions = done, positions or {}
+    stream.start_batch, stream.start_positions = done, positions or {}
     return stream
 
 

@@ -53,7 +53,7 @@ def make_stream(script, shards, processes=1, rank=0, done=0, positions=None, **c
     args = make_args(script, shards, **changes)
     workers = max(1, args.dataloader_num_workers or 0)
     stream = script.ShardStream(script.list_shards([str(shards)]), args, processes * workers, rank * workers, workers)
-    stream.num_batches, stream.positions = done, positions or {}
+    stream.start_batch, stream.start_positions = done, positions or {}
     return stream
 
 
@@ -375,6 +375,8 @@ def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, la
     assert script.list_shards([str(folder)]) == names
     assert script.list_shards([f"{folder}/{{00000..00002}}.tar"]) == names
     assert script.list_shards([f"{folder}/{{00000..00001}}.tar", names[2]]) == names
+    assert script.list_shards([f"{folder.parent}/{{{folder.name},{folder.name}}}"]) == names * 2, "of folders"
+    assert script.list_shards([f"{folder}/{{00000,00001}}*"]) == names[:2], "of patterns"
     assert len(script.list_shards([f"{server}/{{00000..00002}}.tar"])) == 3
     for url in (f"{server}/00001.tar", f"pipe:cat {names[1]}"):
         skipped = Counter()

@@ -643,6 +643,7 @@ IN_PROCESS = {
     "no teacher": ("pretrained_teacher_model", "no-such/model", "no-such/model cannot be loaded (no such path"),
     "xformers on a CPU": ("enable_xformers_memory_efficient_attention", None, "leave it out: PyTorch's SDPA"),
     "solver steps": ("num_ddim_timesteps", 1001, "--num_ddim_timesteps 1001"),
+    "polynomial": ("lr_scheduler", "polynomial", "--lr_warmup_steps 4: give fewer than the run's 4 updates"),
 }
 
 
@@ -650,7 +651,8 @@ def line_of(case, teacher, shards, unusable, out):
     """Return a command line with one flag changed, and what has to be named."""
     flag, value, named = case
     value, named = (str(text).replace("{}", str(unusable)) for text in (value, named))
-    line = flags(teacher, shards, out, num_ddim_timesteps=50, lora_target_modules="to_q")
+    changes = {"num_ddim_timesteps": 50, "lora_target_modules": "to_q", "lr_scheduler": "linear", "lr_warmup_steps": 4}
+    line = flags(teacher, shards, out, **changes)
     line = [str(part) for part in line]
     if value == "None":
         line.append(f"--{flag}")

@@ -232,6 +232,12 @@ def test_2_the_command_line_that_trackers_read_is_masked(script, monkeypatch):
     assert SECRET not in " ".join(sys.argv)
 
 
+def test_2_prompts_are_recorded_as_they_were_given(script):
+    prompts = ["a basic landscape at dusk", "the secret: garden"]
+    args = script.parse_args(flags("a/teacher", "x", "unused", validation_prompts=prompts))
+    assert script.public_flags(args)["validation_prompts"] == prompts
+
+
 def test_2_a_teacher_s_address_is_masked(script):
     address = f"https://user:{SECRET}@host/model.safetensors?key={SECRET}"
     args = script.parse_args(flags(address, "x", "unused"))

@@ -14,6 +14,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from diffusers.models.embeddings import Timesteps
 from peft import LoraConfig
 from peft.tuners.lora import Linear, LoraLayer
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
@@ -400,7 +401,7 @@ def test_an_update_on_pictures_waits_for_nothing(script, args, job_of, shards, u
     """Captions are tokenized by the loader, and no loss is read between two log lines."""
     args.use_8bit_adam, args.gradient_accumulation_steps = use_8bit_adam, 2
     job = job_of()
-    stream = script.make_stream(job, script.list_shards([shards]), 0, None, None)
+    stream = script.make_stream(job, script.list_shards([shards]), 0, None)
     job.pipe.tokenizer = None
     batches = iter(script.make_loader(stream, 0, CPU))
     script.update(job, batches)  # the first one makes the optimizer's state
@@ -419,7 +420,7 @@ def test_gradients_are_clipped_to_the_flags_norm(script, args, job_of, shards):
         job.optimizer.optimizer.register_step_pre_hook(
             lambda *_given: norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
         )
-        stream = script.make_stream(job, script.list_shards([shards]), 0, None, None)
+        stream = script.make_stream(job, script.list_shards([shards]), 0, None)
         batches = iter(script.make_loader(stream, 0, CPU))
         _, noted = script.update(job, batches)
         return norms, noted.item()
@@ -586,6 +587,14 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
     difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
+
+
+@pytest.mark.parametrize(("name", "count", "shape"), [("tensorboard", 1, 4), ("swanlab", 1, 4), ("aim", 2, 3)])
+def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, count, shape):
+    taken = []
+    tracker = SimpleNamespace(name=name, log_images=lambda values, **_: taken.append(values))
+    script.log_pictures(tracker, {4: [Image.new("RGB", (8, 8))] * 2}, ["sea", "hill"], 1)
+    assert len(taken[0]) == count and {value.ndim for value in taken[0].values()} == {shape}
 
 
 @pytest.mark.parametrize(
