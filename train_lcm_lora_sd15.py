@@ -1266,18 +1266,6 @@ def unet_inputs(embeds, _batch):
     return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
-def kohya_name(module, _layers_per_block):
-    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
-
-
-def kohya_model(text_width):
-    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
-    if text_width == 1024:
-        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
-        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
-    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
-
-
 # >>> shared: models
 
 
@@ -1811,6 +1799,18 @@ def next_batch(job, batches, positions):
 # <<< shared: step
 
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
+
+
+def kohya_name(module, _layers_per_block):
+    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
+
+
+def kohya_model(text_width):
+    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
+    if text_width == 1024:
+        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
+    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
 
 
 # >>> shared: run

@@ -1296,30 +1296,6 @@ LDM_MODULES = {
 }  # fmt: skip
 
 
-def kohya_name(module, layers_per_block):
-    """Return kohya's name of a UNet's module: for SDXL the original UNet's, because A1111 knows no others."""
-    name = LDM_MODULES.get(module, module)
-    parts = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)s\.(\d+)\.(.+)", module)
-    if parts:
-        side, block, kind, layer, inner = parts.groups()
-        place = {"resnet": 0, "attention": 1, "downsampler": 0, "upsampler": 2}[kind]
-        if side == "mid":
-            name = f"middle_block.{2 * int(layer) + place}"
-        else:
-            layer = layers_per_block if kind.endswith("sampler") else int(layer)
-            first = int(block) * (layers_per_block + 1) + (side == "down")  # input block 0 is conv_in
-            name = f"{'input' if side == 'down' else 'output'}_blocks.{first + layer}.{place}"
-        inner = "op" if kind == "downsampler" else LDM_LAYERS.get(inner, inner)
-        name += f".{inner}"
-    return "lora_unet_" + name.replace(".", "_")
-
-
-def kohya_model(_text_width):
-    """Return the header fields that name the base model."""
-    names = {"ss_base_model_version": "sdxl_base_v1-0"}
-    return names | {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-
-
 # >>> shared: models
 
 
@@ -1853,6 +1829,30 @@ def next_batch(job, batches, positions):
 # <<< shared: step
 
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
+
+
+def kohya_name(module, layers_per_block):
+    """Return kohya's name of a UNet's module: for SDXL the original UNet's, because A1111 knows no others."""
+    name = LDM_MODULES.get(module, module)
+    parts = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)s\.(\d+)\.(.+)", module)
+    if parts:
+        side, block, kind, layer, inner = parts.groups()
+        place = {"resnet": 0, "attention": 1, "downsampler": 0, "upsampler": 2}[kind]
+        if side == "mid":
+            name = f"middle_block.{2 * int(layer) + place}"
+        else:
+            layer = layers_per_block if kind.endswith("sampler") else int(layer)
+            first = int(block) * (layers_per_block + 1) + (side == "down")  # input block 0 is conv_in
+            name = f"{'input' if side == 'down' else 'output'}_blocks.{first + layer}.{place}"
+        inner = "op" if kind == "downsampler" else LDM_LAYERS.get(inner, inner)
+        name += f".{inner}"
+    return "lora_unet_" + name.replace(".", "_")
+
+
+def kohya_model(_text_width):
+    """Return the header fields that name the base model."""
+    names = {"ss_base_model_version": "sdxl_base_v1-0"}
+    return names | {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
 
 
 # >>> shared: run
