@@ -359,7 +359,7 @@ def check_args(args, error):
     if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
         error(f"--learning_rate {args.learning_rate}: must be over 1e-7, where the polynomial schedule ends")
     if args.max_train_steps is None and args.max_train_samples is None:
-        error("--max_train_steps is missing: streamed shards have no known length; or give --max_train_samples")
+        error("--max_train_steps is missing; or give --num_train_epochs with --max_train_samples, the data's size")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         error("--push_checkpoints_to_hub: needs --push_to_hub")
     if not args.lora_target_modules.strip(", "):
@@ -1147,7 +1147,8 @@ def audit(shards, args):
         raise UnusableInput(
             f"none of the first {examined} samples of --train_shards_path_or_url can be used "
             f"({describe(skipped) or 'no samples'}); shards and folders hold KEY.jpg|png|webp with KEY.txt or a "
-            "caption in KEY.json; loosen the filters or mend the data"
+            "caption in KEY.json; loosen the filters, mend the data, or let scripts/make_shards.py --default_caption "
+            "give captions"
         )
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
@@ -1316,7 +1317,7 @@ def loading_error(args, error):
     while each:  # the first cause is often the telling one
         reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
     name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
-    keys = weight_names(path)
+    keys = weight_names(path / WEIGHTS_NAME if path.is_dir() else path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
@@ -1330,6 +1331,8 @@ def loading_error(args, error):
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
             remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
     where = "" if path.exists() else " (no such path here, so it was taken for a Hub id)"
+    if not path.exists() and "://" not in str(path):
+        remedy = "; check the id and the network, or name a local folder or file"
     return f"{name} cannot be loaded{where}: {masked(reason)[:400]}{remedy}"
 
 
@@ -1986,6 +1989,8 @@ def check_resume(folder, manifest, settings, max_train_steps):
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
     if changed := differences(old, settings):
         remedy = f"give the same ones, or start from its LoRA in another --output_dir with --init_lora {folder}"
+        if not manifest["global_step"]:
+            remedy = "it holds no update: remove it, or choose another --output_dir"
         raise UnusableInput(f"{folder} was made with other settings ({changed}); {remedy}")
     done = manifest["global_step"]
     if done > max_train_steps:
@@ -2090,7 +2095,7 @@ def validate(job):
     grid = ImageOps.expand(make_image_grid(list(chain(*rows)), len(rows), len(drawn)), (0, 20, 0, 0), "white")
     for column, steps in enumerate(drawn):
         place = (column * grid.width // len(drawn) + 4, 3)
-        ImageDraw.Draw(grid).text(place, f"{steps} steps", fill="black", font=ImageFont.load_default(12))
+        ImageDraw.Draw(grid).text(place, f"steps: {steps}", fill="black", font=ImageFont.load_default(12))
     grid.save(folder / f"step-{job.state.global_step:07d}.png")
     for tracker in job.accelerator.trackers:
         log_pictures(tracker, drawn, job.prompts, job.state.global_step)
@@ -2329,6 +2334,10 @@ def describe_models(job, samples):
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
         lines += [f"captions cut at {limit} tokens: {cut} of the first {len(samples)}"] * bool(cut)
+    side = job.student_unet.config.sample_size
+    if job.pipe.vae and isinstance(side, int) and side * job.pipe.vae_scale_factor != job.args.resolution:
+        made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
+        lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
         remedy = "give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
         lines.append(f"the teacher's own VAE overflows in fp16 and computes in float32, slowly; {remedy}")
@@ -2438,6 +2447,9 @@ def listen(state):
         name = signal.Signals(number).name
         if not state.is_training or name == "SIGINT" and state.is_interrupted:
             leave(name, number)
+        if not state.stop_signal and int(os.environ.get("RANK", 0)) == 0:
+            # Not by `print`, which may not be entered twice.
+            os.write(2, f"\n{name}: a checkpoint is saved after this update; a second Ctrl-C does not wait\n".encode())
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader process that ends must not raise while one saves
@@ -2473,7 +2485,7 @@ def stop_if_asked(job, save):
     if job.accelerator.reduce(asked, "sum").item():
         save()
         cause = job.state.stop_signal or "a signal to another process"
-        raise StoppedBySignal(f"stopped by {cause}{saved_line(job.state)}")
+        raise StoppedBySignal(f"{cause}{saved_line(job.state)}")
 
 
 def train(job, loader, save):
@@ -2521,7 +2533,8 @@ def finish(job):
 
 
 def load_models(args, dtype, device, samples, cache):
-    chosen = samples[:: max(1, len(samples) // 4)][:4]  # spread over what the audit read
+    distinct = list({sample["caption"]: sample for sample in samples}.values())
+    chosen = distinct[:: max(1, len(distinct) // 4)][:4]  # spread over what the audit read
     given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else ())  # captions may be private
     prompts = list(given) or [sample["caption"] for sample in chosen]
     with torch.no_grad():

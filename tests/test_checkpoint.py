@@ -294,6 +294,15 @@ def test_a_finished_run_started_again_ends_at_once(again, unbroken, tmp_path):
     assert not any("loading the models" in line for line in said) and contents(tmp_path / "out") == before
 
 
+def test_a_run_stopped_before_its_first_update_does_not_hold_its_folder(script, teacher, shards, tmp_path):
+    line = flags(teacher, shards, tmp_path / "out", max_train_steps=2, gradient_accumulation_steps=2)
+    said = finish(script, line, tmp_path / "first", 3, hook=at_call("draw", 1, send(signal.SIGINT)))
+    assert any(text.startswith("SIGINT: a checkpoint is saved after this update") for text in said)
+    assert said[-1].startswith("stopped: SIGINT; checkpoint-0 is saved")
+    said = finish(script, [*line, "--lora_rank", "2"], tmp_path / "second", 2)
+    assert said[-1].endswith("it holds no update: remove it, or choose another --output_dir")
+
+
 def test_a_finished_run_is_uploaded_when_asked_later(again, unbroken, tmp_path):
     def stub(script):
         script.push = lambda _args, folder: script.tqdm.write(f"pushed {folder}")

@@ -24,6 +24,7 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     SCRIPTS,
+    SIDE,
     Run,
     at_call,
     build_teacher,
@@ -40,7 +41,7 @@ from conftest import (
 )
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from test_checkpoint import assert_same, checkpoints
 from torch.nn.parallel import DistributedDataParallel
 
@@ -575,6 +576,13 @@ def test_the_data_line_tells_samples_epochs_and_what_may_be_wrong(script, teache
     assert "warning: an update takes 26 samples" in text
     assert "smaller than --resolution, enlarged: 6" in text
     assert re.search(r"captions cut at 24 tokens: 10 of the first 24", text)
+    assert "made for" not in text, "the teacher's own size"
+
+
+def test_a_resolution_that_is_not_the_teachers_is_said(script, teacher, shards, tmp_path):
+    line = flags(teacher, shards, tmp_path / "out", resolution=2 * SIDE, max_train_steps=1, validation_steps=-1)
+    said = finish(script, line, tmp_path / "said")
+    assert f"warning: --resolution is {2 * SIDE}, the teacher was made for {SIDE} px" in said
 
 
 def test_default_prompts_are_spread_over_the_data(script, teacher, shards, tmp_path):
@@ -584,6 +592,10 @@ def test_default_prompts_are_spread_over_the_data(script, teacher, shards, tmp_p
         args.push_to_hub = push
         loaded = script.load_models(args, torch.float32, torch.device("cpu"), samples, None)
         assert set(loaded["prompts"]) == wanted
+    samples = [{"caption": "sea"}] * 6 + [{"caption": "hill"}] * 2
+    args.push_to_hub = False
+    loaded = script.load_models(args, torch.float32, torch.device("cpu"), samples, None)
+    assert loaded["prompts"] == ["sea", "hill"], "each caption once"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -595,10 +607,12 @@ GOOD = [{"png": picture_bytes(number), "txt": "sea"} for number in range(8)]
 
 
 @pytest.fixture(scope="module")
-def unusable(teacher, teachers, tmp_path_factory):
+def unusable(script, teacher, teachers, tmp_path_factory):
     """Return a folder with teachers and shards that are wrong in one way each."""
     folder = tmp_path_factory.mktemp("unusable")
     (folder / "empty").mkdir()
+    (folder / "run").mkdir()
+    save_file({"lora_unet_conv_in.lora_down.weight": torch.zeros(1)}, folder / "run" / script.WEIGHTS_NAME)
     config = dict(UNet2DConditionModel.load_config(teacher / "unet"))
     shutil.copytree(teacher, folder / "inpainting")
     inpainting = UNet2DConditionModel.from_config(config | {"in_channels": 9})
@@ -642,6 +656,7 @@ IN_PROCESS = {
     "LoRA targets": ("lora_target_modules", "to_q,to_nowhere", "'to_nowhere'"),
     "no teacher": ("pretrained_teacher_model", "no-such/model", "no-such/model cannot be loaded (no such path"),
     "xformers on a CPU": ("enable_xformers_memory_efficient_attention", None, "leave it out: PyTorch's SDPA"),
+    "a run as teacher": ("pretrained_teacher_model", "{}/run", "this is a LoRA; name the model that it was made for"),
     "solver steps": ("num_ddim_timesteps", 1001, "--num_ddim_timesteps 1001"),
     "polynomial": ("lr_scheduler", "polynomial", "--lr_warmup_steps 4: give fewer than the run's 4 updates"),
 }

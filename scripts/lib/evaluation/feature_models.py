@@ -56,7 +56,7 @@ def load_features(spec, device="cpu"):
             return DemoJudge(spec)
         return TransformerFeatures(source or HUB_MODELS.get(name, spec))
 
-    remedy = "give a local folder or file, --features NAME=PATH, where there is no network"
+    remedy = "without network give a folder, --features clip=FOLDER, or the demo's judge: --features judge.safetensors"
     return load_judge("--features", spec, device, kind, remedy)
 
 
