@@ -2358,7 +2358,10 @@ def count_updates(args, accelerator):
 
 
 def count_workers(args, accelerator, manifest):
-    """Return the loader processes of each training process: the flag's, a checkpoint's, or what fits the machine."""
+    """Return the loader processes of each training process: the flag's, a checkpoint's, or what fits the machine.
+
+    Processes whose CPUs differ have to agree on it, because the data is divided by it.
+    """
     if args.dataloader_num_workers is not None:
         return args.dataloader_num_workers
     if manifest:
@@ -2591,6 +2594,11 @@ def make_stream(job, shards, workers, cache):
     return stream
 
 
+def push_finished(args, accelerator):
+    if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
+        push(args, args.output_dir)
+
+
 def how_to_go_on(args, folder):
     if args.lr_scheduler in SCHEDULES_WITHOUT_END:
         return "a greater --max_train_steps goes on"
@@ -2612,16 +2620,13 @@ def main(args, state):
         if accelerator.is_main_process:
             tqdm.write(message, file=sys.stderr)
 
-    say(describe_device(accelerator))
-    for line in without_effect(args):
-        say(line)
+    say("\n".join([describe_device(accelerator), *without_effect(args)]))
     # What cannot be trained on is an error before any model loads.
     agree(accelerator, check_teacher, args)
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
-    # Agreed, because processes whose CPUs differ would divide the data differently.
     workers = agree(accelerator, count_workers, args, accelerator, manifest)
     max_train_steps = count_updates(args, accelerator)
     settings = settings_of(args, accelerator, max_train_steps, len(shards), workers)
@@ -2630,9 +2635,7 @@ def main(args, state):
         check_resume(folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
-            if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-                push(args, args.output_dir)
-            return
+            return push_finished(args, accelerator)
         say(f"resuming from {folder}")
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
