@@ -230,6 +230,8 @@ def draw_all(pipe, args, rows, extra):
 def main(args):
     # Pictures first: a model takes minutes to load.
     rows, extra, device = sample_rows(args), start_pictures(args), pipelines.choose_device(args.device)
+    if (args.output_dir / "samples.json").exists():
+        print(f"--output_dir {args.output_dir} holds another run's pictures; those of the same names are overwritten")
     pipe = load_teacher(args, device)
     for index, (source, _) in enumerate(args.loras):
         load_lora(pipe, source, f"style{index}" if index else "lcm")

@@ -813,6 +813,7 @@ WRONG_FLAGS = [
     (["--source", "nowhere"], "nowhere: no such file"),
     (["--source", "./no/where"], "./no/where: no such file"),
     (["--source", ".", "--caption_extention", "x"], "did you mean --caption_extension?"),
+    (["--sorce", "."], "unknown flag --sorce; did you mean --source?"),
     (["--prompts_file", __file__], "give both, or --source"),
     (["--source", ".", "--pretrained_teacher_model", "a/b"], "give both, or --source"),
     (["--source", ".", "--samples_per_shard", "0"], "--samples_per_shard: 0: give 1 or more"),

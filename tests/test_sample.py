@@ -422,6 +422,15 @@ def test_inpainting_models_draw_with_a_mask(sample, models, tmp_path):
     assert draw(sample, models, tmp_path / "out", *flags, prompts=["sea"])
 
 
+def test_another_runs_pictures_are_not_overwritten_in_silence(sample, models, tmp_path, capsys):
+    args = sample.parse_args(usual_flags(models, tmp_path, "--prompts", "a", "--steps", "1", "--samplers", "ddim"))
+    said = []
+    for _ in range(2):
+        assert exit_code(sample.main, args) == 0
+        said.append(capsys.readouterr().out)
+    assert "another run's pictures" not in said[0] and f"{args.output_dir} holds another run's pictures" in said[1]
+
+
 def test_a_disk_that_fills_up_ends_with_one_line(sample, models, tmp_path, capsys, monkeypatch):
     def full(*_arguments, **_options):
         raise OSError(28, "No space left on device")

@@ -8,6 +8,7 @@ import argparse
 import difflib
 import math
 import re
+import sys
 import tempfile
 from pathlib import Path
 
@@ -25,6 +26,14 @@ class ToolParser(argparse.ArgumentParser):
     def __init__(self, description, **options):
         raw = argparse.RawDescriptionHelpFormatter
         super().__init__(description=description, formatter_class=raw, allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        """Look for a mistyped flag first: argparse would only report the required one that it stands for."""
+        words = sys.argv[1:] if args is None else args
+        flags = {str(word).partition("=")[0] for word in words if re.match(r"--\w", str(word))}
+        if unknown := flags.difference(*(action.option_strings for action in self._actions)):
+            self.error(f"unrecognized arguments: {min(unknown)}")
+        return super().parse_args(args, namespace)
 
     def error(self, message):
         if message.startswith("unrecognized arguments"):
