@@ -348,7 +348,7 @@ def test_unusable_file_is_named_in_one_line(trainer, shards, unusable, case):
 def test_sampler_ends_with_the_same_line(sample, unusable, tmp_path, capfd, case):
     model, config, words = unusable[case]
     args = sampler_args(sample, model, config)
-    args.output_dir = str(tmp_path / "out")
+    args.output_dir = tmp_path / "out"
     assert sample.exit_code(sample.main, args) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(said) == 1 and words in said[0] and str(model) in said[0]
