@@ -651,7 +651,8 @@ def list_shards(values):
             remedy = f"{scheme}:// is read through a command; give 'pipe:{program}'"
             raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
         try:
-            names = [value] if Path(value).exists() else [*braceexpand.braceexpand(value)]
+            # os.path, because pathlib raises where an address is longer than a file name can be.
+            names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value)]
         except ValueError as error:
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
         for name in names:
@@ -1304,7 +1305,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
 def check_teacher(args):
     """Raise UnusableInput where a folder or a Hub repository holds no pipeline; reads its `model_index.json` alone."""
     teacher = args.pretrained_teacher_model
-    if Path(teacher).is_file() or "://" in teacher:
+    if "://" in teacher or Path(teacher).is_file():
         return
     try:
         diffusers.DiffusionPipeline.load_config(teacher, cache_dir=args.cache_dir, revision=args.teacher_revision)

@@ -378,6 +378,7 @@ def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, la
     assert script.list_shards([f"{folder.parent}/{{{folder.name},{folder.name}}}"]) == names * 2, "of folders"
     assert script.list_shards([f"{folder}/{{00000,00001}}*"]) == names[:2], "of patterns"
     assert len(script.list_shards([f"{server}/{{00000..00002}}.tar"])) == 3
+    assert len(script.list_shards([f"{server}/{{0..2}}.tar?sig={'s' * 400}", f"pipe:cat {'x' * 400}"])) == 4
     for url in (f"{server}/00001.tar", f"pipe:cat {names[1]}"):
         skipped = Counter()
         captions = [sample["txt"].decode() for sample in script.read_shard(url, skipped)]
