@@ -1245,7 +1245,7 @@ def load_pipeline(args, dtype, **options):
     options |= {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
     options |= {"dtype": dtype, "cache_dir": args.cache_dir}
     teacher = args.pretrained_teacher_model
-    if Path(teacher).is_file() or teacher.startswith(("http://", "https://")):
+    if teacher.startswith(("http://", "https://")) or Path(teacher).is_file():
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(teacher, config=args.teacher_config, **options)
     else:
         if "vae" not in options and not Path(teacher).exists() and dtype != torch.float32:
@@ -1361,8 +1361,9 @@ def loading_error(args, error):
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
             remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
-    where = "" if path.exists() else " (no such path here, so it was taken for a Hub id)"
-    if not path.exists() and "://" not in str(path):
+    is_elsewhere = "://" not in args.pretrained_teacher_model and not path.exists()
+    where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
+    if is_elsewhere:
         remedy = "; check the id and the network, or name a local folder or file"
     return f"{name} cannot be loaded{where}: {masked(reason)[:400]}{remedy}"
 
@@ -2167,7 +2168,7 @@ def write_card(job, drawn):
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = masked(args.pretrained_teacher_model)
-    from_hub, teachers_card = not Path(teacher).exists() and "://" not in teacher, Path(teacher) / "README.md"
+    from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
     if args.prediction_type:
