@@ -102,7 +102,7 @@ TRACKERS = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
 )  # fmt: skip
 READ_ATTEMPTS = 3
-DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run starts, 3 do
+DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
 STALL_S = 30  # a server that sends nothing for so long is given up
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
@@ -121,30 +121,26 @@ FOREIGN_FLAGS = {
     "num_inference_steps": "--num_ddim_timesteps", "instance_data_dir": "--train_data_dir",
     "batch_size": "--train_batch_size", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
-
-
-STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
-STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
+STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
 
 class UnusableInput(Exception):
     """Something the user must change: one line that names the thing and the remedy."""
 
     exit_code = 2
-
-
-class OutOfData(UnusableInput):
-    """This process alone has no data left, so no other process raises this error with it."""
+    is_agreed = False  # whether every process raises it together
 
 
 class NonFiniteLoss(Exception):
     exit_code = 1
+    is_agreed = True
 
 
 class StoppedBySignal(Exception):
     """A signal asked the run to stop and its checkpoint is saved."""
 
     exit_code = 3
+    is_agreed = True
 
 
 class StopWaiting(BaseException):
@@ -287,7 +283,7 @@ def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-lora", help="folder for everything the run leaves")
     add("--resume_from_checkpoint", default="latest",
-        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': there must be none")
+        help="'latest': the complete one of most updates, if any; a checkpoint's name or path; 'none': must be none")
     add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
@@ -311,7 +307,7 @@ def add_system_args(parser):
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=SEED, default=0, help="seeds sample order, noise, timesteps, w and LoRA weights")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="compute dtype; default: accelerate's configuration")
-    add("--allow_tf32", action="store_true", help="TF32 matrix products on Ampere and later GPUs")
+    add("--allow_tf32", action="store_true", help="TF32 matrix products; convolutions use it anyway")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--use_4bit_base", action="store_true",
         help="frozen weights of the attention blocks in 4 bits (NF4, bitsandbytes): less memory, slower")
@@ -431,7 +427,7 @@ def masked(text):
 
 
 def one_line(error):
-    return masked(" ".join(str(error).split())[:300]) or type(error).__name__
+    return masked(" ".join(str(error).split()))[:300] or type(error).__name__
 
 
 def public_flags(args):
@@ -477,13 +473,7 @@ import psutil
 import torch
 import webdataset as wds
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import (
-    GradientAccumulationPlugin,
-    broadcast_object_list,
-    concatenate,
-    gather_object,
-    send_to_device,
-)
+from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -755,8 +745,8 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
     is_dead = is_remote(shard) and not done  # the network, not one file
-    skipped.dead_shards = getattr(skipped, "dead_shards", 0) + 1 if is_dead else 0
-    if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
+    skipped.dead_shards = skipped.dead_shards + 1 if is_dead else 0
+    if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else DEAD_SHARDS_AT_START):
         found = f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause})"
         raise UnusableInput(f"{found}; check the address or command, the network and the permissions")
 
@@ -997,13 +987,10 @@ def crop(picture, args, rng):
     size = tuple(max(side, round(length * scale)) for length in (width, height))
     spare = (size[1] - side, size[0] - side)
     top, left = (n // 2 for n in spare) if args.center_crop else (rng.randint(0, n) for n in spare)
-    if size == (width, height):
-        picture = picture.crop((left, top, left + side, top + side))
-    else:  # only the part that is kept is resized: a strip would grow without bound
-        x, y = width / size[0], height / size[1]
-        box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
-        method = Image.Resampling[args.interpolation_type.removesuffix("_exact").upper()]
-        picture = picture.resize((side, side), method, box)
+    x, y = width / size[0], height / size[1]
+    box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
+    method = Image.Resampling[args.interpolation_type.removesuffix("_exact").upper()]
+    picture = picture.resize((side, side), method, box)  # only the part that is kept: a strip would grow without bound
     if args.random_flip and rng.random() < 0.5:
         picture, left = ImageOps.mirror(picture), spare[1] - left
     return np.array(picture), (top, left)
@@ -1019,10 +1006,7 @@ def prepare_sample(sample, args, epoch, cached=False):
     check_metadata(unmeasured | metadata, args)
     caption = caption_of(sample, metadata)
     if cached:
-        tensors = cached_tensors(sample)
-        if "time_ids" in tensors:
-            check_metadata({"side": tensors["time_ids"][:2].min().item()} | metadata, args)
-        return tensors | {"caption": caption}
+        return cached_tensors(sample) | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
     check_metadata({"side": min(original)} | metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
@@ -1088,24 +1072,21 @@ class ShardStream(torch.utils.data.IterableDataset):
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
             shuffled = wds.shuffle(buffer, initial=buffer, rng=rng)(self.raw_samples(epoch, consumer, skipped))
-            samples = enumerate(islice(shuffled, start, None), start + 1)
-            while True:
-                try:
-                    number, raw = next(samples)
-                    batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
-                except SkippedSample as cause:
-                    skipped[str(cause)] += 1
-                    continue
-                except StopIteration:
-                    break
-                except UnusableInput as error:  # as data, because an exception loses its type between processes
-                    yield {"error": str(error)}
-                    return
-                usable += 1
-                if len(batch) == self.args.train_batch_size:
-                    yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
-                    skipped.clear()
-                    batch = []
+            try:
+                for number, raw in enumerate(islice(shuffled, start, None), start + 1):
+                    try:
+                        batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
+                    except SkippedSample as cause:
+                        skipped[str(cause)] += 1
+                        continue
+                    usable += 1
+                    if len(batch) == self.args.train_batch_size:
+                        yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
+                        skipped.clear()
+                        batch = []
+            except UnusableInput as error:  # as data, because an exception loses its type between processes
+                yield {"error": str(error)}
+                return
             if not usable and not start:
                 causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
                 yield {"error": f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"}
@@ -1133,8 +1114,8 @@ def audit(shards, args):
     skipped, usable, examined, cache = Skipped(), [], 0, None
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
-        if sample["__key__"] == CACHE_KEY:  # from now on `samples`, which is lazy, leaves other caches' shards out
-            cache = sample
+        if sample["__key__"] == CACHE_KEY:
+            cache = sample  # `samples` is lazy: from here it leaves out the shards of other caches
             check_cache(cache, args)
             continue
         examined += 1
@@ -1324,7 +1305,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
         for name, module in pipe.components.items():
             if isinstance(module, torch.nn.Module) and name not in given:  # a given student must stay trainable
                 module.requires_grad_(False).eval().to(device)
-    except UnusableInput:
+    except (UnusableInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise almost anything for a missing, cut or foreign model
         raise UnusableInput(loading_error(args, error)) from error
@@ -1412,15 +1393,14 @@ def quantize_4bit(unet):
     """Turn attention's linear layers into bitsandbytes' NF4 ones (arXiv:2305.14314), packed when they move."""
     import bitsandbytes
 
-    linears = {name: layer for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
+    linears = [(name, layer) for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)]
     # Where a block of 64 weights spans two rows, bitsandbytes 0.50 unpacks it wrongly on CPUs with AVX-512.
-    fitting = [name for name, layer in linears.items() if ".attentions." in name and layer.in_features % 64 == 0]
+    fitting = [(name, layer) for name, layer in linears if ".attentions." in name and layer.in_features % 64 == 0]
     if not fitting:
         lack = "the teacher has no attention layer of a multiple of 64 inputs"
         raise UnusableInput(f"--use_4bit_base: {lack}; leave it out")
     options = {"compress_statistics": False, "quant_type": "nf4"}
-    for name in fitting:
-        linear = linears[name]
+    for name, linear in fitting:
         shape = linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
         packed = bitsandbytes.nn.Linear4bit(*shape, device="meta", **options)
         packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, module=packed, **options)
@@ -1501,9 +1481,8 @@ def encode_prompts(pipe, captions, device):
     ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
     embeds = encode_ids(pipe, ids)
     if pipe.config.get("force_zeros_for_empty_prompt"):  # as SDXL has it
-        kept = torch.tensor([caption != "" for caption in captions], device=device)
-        shapes = {name: (-1, *[1] * (value.ndim - 1)) for name, value in embeds.items()}
-        embeds = {name: torch.where(kept.view(shapes[name]), value, 0) for name, value in embeds.items()}
+        for value in embeds.values():
+            value[[caption == "" for caption in captions]] = 0
     return embeds
 
 
@@ -1824,7 +1803,7 @@ def next_batch(job, batches, positions):
     batch = next(batches)
     state.waits_at = None
     if "error" in batch:
-        raise OutOfData(batch["error"])
+        raise UnusableInput(batch["error"])
     consumer, epoch, number = batch["position"]
     positions[str(consumer)] = (epoch, number)
     state.skipped.update(batch["skipped"])
@@ -1908,8 +1887,7 @@ def save_lora(unet, path, args):
 def save_for_peft(unet, folder):
     """Write the LoRA in float32 as `PeftModel.from_pretrained(unet, folder)` reads it; resuming reads it too."""
     unet.peft_config["default"].save_pretrained(folder)
-    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
-    state = {f"base_model.model.{name}": value for name, value in state.items()}
+    state = {f"base_model.model.{name}": value for name, value in get_peft_model_state_dict(unet).items()}
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
@@ -1923,7 +1901,7 @@ def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     settings["number of shards"] = num_shards  # one more or less would move every position
     settings["number of processes"] = accelerator.num_processes
     settings["mixed_precision"] = accelerator.mixed_precision
-    return json.loads(json.dumps(settings))
+    return settings
 
 
 def save_checkpoint(job, settings):
@@ -1967,10 +1945,7 @@ def stateful_parts(job):
 
 def load_checkpoint(job, folder, manifest):
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
-    weights = load_file(folder / "unet" / "adapter_model.safetensors")
-    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
-    set_peft_model_state_dict(job.student_unet, weights)
-    cast_training_params(job.student_unet, dtype=torch.float32)
+    set_peft_model_state_dict(job.student_unet, load_file(folder / "unet" / "adapter_model.safetensors"))
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     for name, part in stateful_parts(job).items():
         part.load_state_dict(states[name])
@@ -2066,14 +2041,14 @@ class Log:
             write_atomically(self.path, "".join(kept))
 
     def add(self, step, loss, grad_norm, lr):
-        self.rows.append((step, loss.detach(), grad_norm, lr))
+        self.rows.append((step, loss, grad_norm, lr))
         self.bar.update()
 
     def flush(self):
         """Average the noted losses over processes, write them everywhere, and raise NonFiniteLoss on a bad one."""
         if not self.rows:
             return
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
+        values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.rows])
         values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
         samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
         speed, lines, error = samples / (time.monotonic() - self.started), [], None
@@ -2274,17 +2249,17 @@ def start(args):
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
-    # A plugin, because accelerate's environment variable would win over the plain argument.
-    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
     folder = Path(args.output_dir) / args.logging_dir
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload meanwhile
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, project_dir=str(folder),
-            log_with=None if args.report_to == "none" else args.report_to, kwargs_handlers=[patience],
+            mixed_precision=args.mixed_precision, project_dir=str(folder), kwargs_handlers=[patience],
+            log_with=None if args.report_to == "none" else args.report_to,
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    # Not as an argument, over which accelerate's environment variable would win.
+    accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     if args.report_to not in ("none", "all") and not accelerator.log_with:
         remedy = "its package is not installed; install it or choose another"
         raise UnusableInput(f"--report_to {args.report_to}: {remedy}")
@@ -2293,7 +2268,6 @@ def start(args):
         check_xformers(accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.allow_tf32 = True
     return accelerator
 
 
@@ -2383,8 +2357,8 @@ def describe_models(job, samples):
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
         lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        remedy = "give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        lines.append(f"the teacher's own VAE overflows in fp16 and computes in float32, slowly; {remedy}")
+        remedy = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix does not"
+        lines.append(f"this VAE overflows in fp16 and computes in float32, slowly; {remedy}")
     return "\n".join(lines)
 
 
@@ -2425,7 +2399,9 @@ def agree(accelerator, function, *arguments):
             result[1] = str(error)
     broadcast_object_list(result)
     if result[1]:
-        raise UnusableInput(result[1])
+        error = UnusableInput(result[1])
+        error.is_agreed = True
+        raise error
     return result[0]
 
 
@@ -2479,11 +2455,11 @@ def listen(state):
         kill_children()
         os._exit(3 if state.is_saved else 128 + number)
 
-    def watch(name, number, update):
+    def watch(name, number, waited_for):
         """End the run where it waits 10 s for an update's data: the other processes cannot be asked meanwhile."""
 
         def look(*_):
-            if state.waits_at is not None and state.waits_at == update:
+            if state.waits_at is not None and state.waits_at == waited_for:
                 leave(name, number)
             watch(name, number, state.waits_at)
 
@@ -2492,7 +2468,7 @@ def listen(state):
 
     def note(number, _frame):
         name = signal.Signals(number).name
-        if not state.is_training or name == "SIGINT" and state.is_interrupted:
+        if not state.is_training or (name == "SIGINT" and state.is_interrupted):
             leave(name, number)
         if not state.stop_signal and int(os.environ.get("RANK", 0)) == 0:
             # Not by `print`, which may not be entered twice.
@@ -2526,15 +2502,6 @@ def kill_children():
             child.kill()
 
 
-def stop_if_asked(job, save):
-    """Save a checkpoint and raise StoppedBySignal, on all processes, once one of them had a signal."""
-    asked = torch.tensor(float(job.state.stop_signal is not None), device=job.accelerator.device)
-    if job.accelerator.reduce(asked, "sum").item():
-        save()
-        cause = job.state.stop_signal or "a signal to another process"
-        raise StoppedBySignal(f"{cause}{saved_line(job.state)}")
-
-
 def train(job, loader, save):
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
@@ -2546,16 +2513,17 @@ def train(job, loader, save):
             log.add(state.global_step, loss, grad_norm, lr)
         last = state.global_step == job.max_train_steps
         is_due = last or state.global_step % args.checkpointing_steps == 0
-        if is_due or state.global_step % args.logging_steps == 0 or state.is_alone and state.stop_signal:
+        if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
             log.flush()  # also the check that the loss is finite, before anything is saved
-            if not last:
-                stop_if_asked(job, save)
-        if is_due:
-            save()
-            if last:
-                stop_if_asked(job, lambda: None)
-            if args.push_checkpoints_to_hub and accelerator.is_main_process and not last:
-                push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if is_due:
+                save()
+            asked = torch.tensor(float(state.stop_signal is not None), device=accelerator.device)
+            if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
+                if not is_due:
+                    save()
+                raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
+        if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
+            push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
             log.flush()  # trackers take steps in order
             if accelerator.is_main_process:
@@ -2627,11 +2595,11 @@ def make_job(args, accelerator, samples, cache, state):
 
 def make_stream(job, shards, workers, cache):
     """Return the ShardStream of this process, at its start or where a checkpoint left it."""
-    accelerator, state, each = job.accelerator, job.state, max(1, workers)
+    accelerator, state, consumers_here = job.accelerator, job.state, max(1, workers)
     tokenizers = [getattr(job.pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer") and not cache]
-    consumers, first = accelerator.num_processes * each, accelerator.process_index * each
-    stream = ShardStream(shards, job.args, consumers, first, each, tokenizers, cache)
-    mine = range(first, first + each)  # each process saves the positions of its own consumers
+    consumers, first = accelerator.num_processes * consumers_here, accelerator.process_index * consumers_here
+    stream = ShardStream(shards, job.args, consumers, first, consumers_here, tokenizers, cache)
+    mine = range(first, first + consumers_here)  # each process saves the positions of its own consumers
     state.positions = {name: place for name, place in state.positions.items() if int(name) in mine}
     stream.start_batch = state.global_step * job.args.gradient_accumulation_steps
     stream.start_positions = dict(state.positions)
@@ -2676,7 +2644,7 @@ def main(args, state):
     settings = settings_of(args, accelerator, max_train_steps, len(shards), workers)
     say(describe_data(shards, report, args, accelerator, workers))
     if manifest:
-        check_resume(folder, manifest, settings, max_train_steps)
+        agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
             return push_finished(args, accelerator)
@@ -2689,18 +2657,14 @@ def main(args, state):
     agree(accelerator, open_output, args, state)
     if args.push_to_hub:
         state.repository = agree(accelerator, make_repository, args)
-    start_trackers(args, accelerator)
+    agree(accelerator, start_trackers, args, accelerator)
     say("loading the models")
     job = make_job(args, accelerator, samples, cache, state)
     say(describe_models(job, samples))
     if manifest:
         load_checkpoint(job, folder, manifest)
     loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
-    try:
-        train(job, loader, partial(save_checkpoint, job, settings))
-    except BaseException:
-        kill_children()  # before the loader is deleted, which waits 5 s for each process that a stalled shard holds
-        raise
+    train(job, loader, partial(save_checkpoint, job, settings))
     finish(job)
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
@@ -2712,20 +2676,21 @@ def main(args, state):
 def run(args):
     """Return the exit code of a run; every way out prints its reason and ends every process of the run."""
     state = RunState()
-    handlers, code, is_agreed, printed = listen(state), 1, True, ""
+    handlers, code, is_agreed, printed = listen(state), 1, False, ""
     try:
-        main(args, state)
-        code = 0
+        try:
+            main(args, state)
+        finally:
+            kill_children()  # before the loader is deleted: it waits 5 s for each process that a stalled shard holds
+        code, is_agreed = 0, True
     except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
         code = error.exit_code
-        is_agreed = not isinstance(error, OutOfData)
+        is_agreed = error.is_agreed
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except torch.OutOfMemoryError as error:
-        is_agreed = False
         missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
         printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
     except BaseException as error:
-        is_agreed = False
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
             printed = f"error: {cause}; make room, then give the command again"
@@ -2736,7 +2701,6 @@ def run(args):
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
         tqdm.write(printed, file=sys.stderr)  # clears a progress bar
-    kill_children()
     for number, handler in handlers.items():
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.

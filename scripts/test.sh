@@ -12,4 +12,5 @@ fi
 .venv/bin/ruff check --quiet .
 .venv/bin/ruff format --check --quiet .
 .venv/bin/python scripts/dev/check_shared.py
+export CUDA_VISIBLE_DEVICES= # the other tests are those of a CPU
 exec .venv/bin/python -m pytest "$@"

@@ -147,6 +147,7 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     assert 20000 <= int(launch["--master_port"]) < 40000
     variables = dict(line.split("=", 1) for line in noted(tmp_path, "env") if "=" in line)
     assert variables["ACTIVATED"] == variables["HF_HUB_OFFLINE"] == "1" and "USER" not in variables
+    assert variables["SRUN_CPUS_PER_TASK"] == "32", "srun gives its step no more than this says"
     copied = tmp_path / "local" / f"lcm-lora-{os.getuid()}" / "shards"
     assert {path.name for path in copied.iterdir()} == {f"{number:05d}.tar" for number in range(4)}
     args = load_script(words[number]).parse_args(words[number + 1 :])

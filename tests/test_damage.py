@@ -193,7 +193,7 @@ def test_a_run_ends_when_no_shard_can_be_read_any_more(script):
     args = script.parse_args(flags("a/teacher", "pipe:false", "unused"))
     stream = script.ShardStream(["pipe:false"], args, 1, 0, 1)
     job = SimpleNamespace(state=script.RunState(), accelerator=SimpleNamespace(num_processes=1))
-    with pytest.raises(script.OutOfData, match="no usable sample: shard pipe:false broke off"):
+    with pytest.raises(script.UnusableInput, match="no usable sample: shard pipe:false broke off"):
         script.next_batch(job, iter(script.make_loader(stream, 0, torch.device("cpu"))), {})
 
 

@@ -188,6 +188,25 @@ def test_4_one_process_of_two_fails(out_of, rank):
     assert all(codes) and codes[int(rank)] == 1 and "planted" in said
 
 
+def test_4_bad_input_that_one_process_of_two_meets(out_of):
+    """Its words are printed, and it waits for no one."""
+
+    def hook(script):
+        if os.environ["RANK"] == "1":
+            at_call("load_models", 1, fail(script.UnusableInput("no teacher on this node")))(script)
+
+    codes, said = out_of(hook, processes=2, **WORKERS)
+    assert codes[1] == 2 and codes[0] and "error: no teacher on this node" in said
+
+
+def test_4_a_tracker_that_only_the_main_process_starts(out_of):
+    def hook(script):
+        script.Accelerator.init_trackers = lambda self, *_: self.is_main_process and fail(ValueError("no key"))()
+
+    codes, said = out_of(hook, processes=2, report_to="tensorboard", **WORKERS)
+    assert codes == [2, 2] and said.count("cannot start: no key") == 1
+
+
 def test_4_one_process_of_two_is_out_of_data(out_of, tmp_path):
     codes, said = out_of(data=write_data(tmp_path / "data", "0", "1-bad"), processes=2, seed=1, **WORKERS)
     assert 2 in codes and all(codes) and "picture cannot be decoded: 8" in said

@@ -46,6 +46,7 @@ def choose(device):
 @pytest.fixture(autouse=True)
 def _clean(monkeypatch):
     monkeypatch.setenv("ACCELERATE_USE_CPU", "false")  # put back after the test
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)  # convolutions are compared closely
     choose(DEVICE)
     yield
     AcceleratorState._reset_state(reset_partial_state=True)

@@ -3,16 +3,20 @@
 import io
 import shutil
 import signal
+import sys
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SIDE, at_call, build_teacher_xl, finish, flags, load_script, read_log, send
+from conftest import ROOT, SCRIPTS, SIDE, at_call, build_teacher_xl, finish, flags, load_script, read_log, send
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
 from test_checkpoint import assert_same, checkpoints
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from lib.pipelines import draw
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -297,3 +301,16 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     drawn = script.validate(job)
     assert seen == expected, "when pictures are drawn"
     assert np.asarray(drawn[1][0]).std() > 1
+    for _ in range(2):  # the tools draw through the pipeline
+        seen.clear()
+        (picture,), _seconds = draw(loaded, ["sea"], 1, 1.0, [0])
+        assert seen == expected and np.asarray(picture).std() > 1
+
+
+def test_memory_that_is_short_while_loading_is_not_called_a_bad_teacher(script, teacher, monkeypatch):
+    def fail(*_args, **_kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(script, "load_pipeline", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        script.load_teacher(make_args(script, teacher), F32, CPU)

@@ -225,6 +225,10 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     images = {"generator": generators, "output_type": output_type, **extra}
     if resolution:
         images |= {"height": resolution, "width": resolution}
+    # SDXL's own VAE, loaded in float32 because it overflows in float16: diffusers raises it and the latents to float32
+    # while it decodes, if it is in float16 before.
+    if pipe.vae is not None and pipe.vae.dtype != pipe.unet.dtype:
+        pipe.vae.to(pipe.unet.dtype)
     synchronize(pipe.device)
     started = time.perf_counter()
     try:

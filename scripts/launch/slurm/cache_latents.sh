@@ -55,6 +55,8 @@ requeue() { # Nothing has to be saved, because a cached shard is complete or abs
     fi
 }
 trap requeue USR1 TERM
+# Since Slurm 22.05 srun takes the CPUs of a task from this variable alone.
+[[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun python scripts/cache_latents.py --mixed_precision fp16 \
     --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "${mine[@]}" \
     --output_dir "$OUTPUT_DIR/part-$SLURM_ARRAY_TASK_ID" "$@" &

@@ -14,7 +14,8 @@
 #   RECIPE      file of scripts/launch/recipes without .txt (default MODEL-24gb), a path, or none
 #   VENV        virtual environment to activate (default .venv, where it exists)
 #   LOCAL_DISK  node-local disk (default /tmp)    STAGE=1     copy SHARDS, a folder, to LOCAL_DISK first
-#   OFFLINE=1   nodes without network: first fetch the teacher elsewhere with `hf download TEACHER`
+#   OFFLINE=1   nodes without network: first fetch the teacher elsewhere with `hf download TEACHER`, and for SDXL the
+#               VAE with `hf download madebyollin/sdxl-vae-fp16-fix`
 # Tokens come from `hf auth login` and `wandb login`; none belongs in this file.
 #SBATCH --job-name=lcm-lora
 #SBATCH --nodes=1
@@ -59,6 +60,9 @@ fi
 GPUS=${SLURM_GPUS_ON_NODE:-1} NNODES=${SLURM_NNODES:-1}
 WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
 flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)))
+
+# Since Slurm 22.05 srun takes the CPUs of a task from this variable alone.
+[[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 
 # Caches and data lie on the node's own disk. The path must not change between jobs, because a resumed run compares
 # the shards' path.
