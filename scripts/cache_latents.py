@@ -20,6 +20,7 @@ import io
 import json
 import os
 import sys
+import zlib
 from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
@@ -161,13 +162,22 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
             bar.update(len(batch))
         if written:
             written.result()
-    if any(cause.startswith("shard ") for cause in skipped):  # it broke off
+    if not done or any(cause.startswith("shard ") for cause in skipped):  # it broke off
         scratch.unlink()
         return skipped
-    stats = json.dumps({"samples": done, "skipped": dict(skipped)}, indent=1)
-    trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), stats)
+    stats = {"samples": done, "source": source_of(trainer, shard), "skipped": dict(skipped)}
+    trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), json.dumps(stats, indent=1))
     os.replace(scratch, target)
     return skipped
+
+
+def source_of(trainer, shard):
+    """Return what tells a shard from others: its name with its size, or with the sizes of a picture folder's files."""
+    if isinstance(shard, trainer.PictureFolder):
+        sizes = [(name, (shard.folder / name).stat().st_size) for name in shard.files]
+        return f"{len(sizes)} files, crc32 {zlib.crc32(json.dumps(sizes).encode()):08x}"
+    is_remote = trainer.is_remote(shard)
+    return trainer.masked(shard) if is_remote else f"{Path(shard).name}, {Path(shard).stat().st_size} bytes"
 
 
 def missing_shards(trainer, folder, head, shards):
@@ -177,6 +187,12 @@ def missing_shards(trainer, folder, head, shards):
     if any(old.get("json") != head["json"] for old in heads):
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
+    for shard, target in targets:
+        stats = target.with_name(f"{target.stem}_stats.json")
+        source = json.loads(stats.read_text()).get("source") if target.exists() and stats.exists() else None
+        if source and source != source_of(trainer, shard):
+            remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"
+            raise trainer.UnusableInput(f"{target}: was made of {source}; {remedy}")
     return [(shard, target) for shard, target in targets if not target.exists()]
 
 
@@ -202,6 +218,8 @@ def main(own):
     accelerator.end_training()
     if broken:
         raise trainer.UnusableInput(f"{len(broken)} shards are missing in {own.output_dir}; run again")
+    if not any(own.output_dir.glob("[!.]*.tar")):
+        raise trainer.UnusableInput(f"no sample can be cached: {trainer.describe(skipped)}")
 
 
 if __name__ == "__main__":

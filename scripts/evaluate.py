@@ -28,7 +28,7 @@ def parse_args(argv=None):
     parser = cli.ToolParser(__doc__)
     add = cli.add_model_flags(parser)
     text = "LCM-LoRAs to compare: files, folders with one, PEFT folders or Hub ids (default: none)"
-    add("--lora", nargs="+", default=[], metavar="PATH", help=text)
+    add("--lora", nargs="+", action="extend", default=[], metavar="PATH", help=text)
     text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
     add("--offload", action="store_true", help=text)
     add_picture_flags(parser.add_argument_group("pictures"))
@@ -86,21 +86,26 @@ def add_figure_flags(group):
 
 def yardstick_problems(args):
     """Return what is wrong with --yardstick, as `cli.refuse` takes it; fill in the prompts that it holds."""
-    path, known, shape, steps = args.yardstick, None, (0, 0), args.teacher_steps
+    path, known, shape, steps, seed = args.yardstick, None, (0, 0), args.teacher_steps, args.seed
     flag, is_drawn = f"--yardstick {path}", bool(args.draw_yardstick)
     if is_drawn:
         args.num_images = args.draw_yardstick * len(args.prompts or ())
     elif path:
-        known, shape, guidance, steps = read_yardstick(path)
+        known, shape, guidance, steps, seed = read_yardstick(path)
         args.prompts = args.prompts or known
         args.guidance_scale = list(dict.fromkeys([guidance, *args.guidance_scale]))
     args.gap = shape[0] * shape[1]
-    uneven = args.num_images > shape[0] and args.num_images % max(1, shape[0])
+    prompts = len(args.prompts or ())
+    uneven = args.num_images > prompts and args.num_images % max(1, prompts)
+    far = args.gap + prompts + args.num_images  # beyond the yardstick's seeds
     one = "--draw_yardstick: give --yardstick FILE, one --features"
-    count = f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
+    count = f"--num_images {args.num_images}: {prompts} prompts of {flag}; give at most as many, or a multiple"
     return (
         (is_drawn and not (path and len(args.features) == 1), one),
+        (is_drawn and path and path.exists(), f"{flag}: exists; remove it or name a new one"),
+        *(cli.folder_problems(path.parent) if is_drawn and path else ()),
         (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
+        (0 < abs(args.seed - seed) < far, f"{flag}: holds pictures of near seeds; give --seed {seed} or {seed + far}"),
         (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
         (known and uneven, count),
         (known and steps != args.teacher_steps, f"{flag}: was made with {steps} steps; give --teacher_steps {steps}"),
@@ -109,13 +114,14 @@ def yardstick_problems(args):
 
 
 def read_yardstick(path):
-    """Return (prompts, (their number, pictures of each), guidance, steps) of a yardstick's header."""
+    """Return (prompts, (their number, pictures of each), guidance, steps, seed) of a yardstick's header."""
     try:
         with safe_open(path, "np") as file:
             known, shape = file.metadata(), file.get_slice("features").get_shape()[:2]
-        return (json.loads(known["prompts"]), shape, float(known["guidance_scale"]), int(known["teacher_steps"]))
+        numbers = float(known["guidance_scale"]), int(known["teacher_steps"]), int(known["seed"])
+        return json.loads(known["prompts"]), shape, *numbers
     except (OSError, SafetensorError, ValueError, LookupError, TypeError):
-        return None, (0, 0), 7.5, 50
+        return None, (0, 0), 7.5, 50, 0
 
 
 def figure_problems(args):

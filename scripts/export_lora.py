@@ -57,7 +57,7 @@ def parse_args(argv=None):
     problems = [
         (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
-        (args.merge_into and args.output.exists(), f"--output {args.output}: exists; name a new one"),
+        (args.output.exists(), f"--output {args.output}: exists; name a new one"),
         (
             args.format and args.output.suffix != ".safetensors",
             f"--output {args.output}: name a file that ends in .safetensors",
@@ -97,11 +97,7 @@ def text_width(loras):
 
 
 def find_trainer(args, loras):
-    """Return the family's script: by --family, the LoRA's text width, its names and header, or args.json.
-
-    Raises:
-        UnusableInput: --family contradicts the text width, or nothing tells.
-    """
+    """Return the family's script: by --family, the LoRA's text width, names and header, or args.json."""
     width = text_width(loras)
     family = {768: "sd", 1024: "sd", 2048: "sdxl"}.get(width)
     if args.family != "auto" and family not in (None, args.family):

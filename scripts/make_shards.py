@@ -46,7 +46,7 @@ def parse_args(argv=None):
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--source", metavar="PATH", help="folder, table or data set of pictures")
     what.add_argument("--dataset_name", metavar="NAME", help="data set of the Hub, owner/name")
-    what.add_argument("--prompts_file", type=cli.a_file, metavar="FILE", help="UTF-8 text, one prompt a line")
+    what.add_argument("--prompts_file", type=cli.prompts_in, metavar="FILE", help="UTF-8 text, one prompt a line")
     add = parser.add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the shards")
     add("--samples_per_shard", type=cli.COUNT, default=1000, metavar="N", help="default: %(default)s")
@@ -108,11 +108,7 @@ from tqdm import tqdm
 
 
 def encode_to_fit(data, args):
-    """Return (suffix, bytes for the shard, their (width, height), the original's) of an encoded picture.
-
-    Raises:
-        SkippedSample: it cannot be decoded to its end, or has more pixels than --max_image_pixels.
-    """
+    """Return (suffix, bytes, (width, height), the original's); raises SkippedSample for damaged or too large ones."""
     suffix = next((suffix for start, suffix in KEPT_FORMATS.items() if data.startswith(start)), None)
     # A JPEG that goes into the shard as it is gets decoded at an eighth of its size: enough to find damage.
     draft_px = (args.max_side_px or 1) if suffix else None

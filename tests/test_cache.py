@@ -323,6 +323,23 @@ def test_a_folder_with_other_shards_is_left_alone(cache, shards, cached, tmp_pat
         assert contents(out) == before
 
 
+@one_family
+def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path):
+    first = min(Path(shards).glob("*.tar"))
+    cache(shards, tmp_path / "out")
+    shutil.copytree(shards, tmp_path / "moved")
+    cache(tmp_path / "moved", tmp_path / "out")  # the same shards elsewhere
+    before = contents(tmp_path / "out")
+    (tmp_path / "moved" / first.name).unlink()
+    said = cache(tmp_path / "moved", tmp_path / "out", 2)
+    assert f"00000.tar: was made of {first.name}" in said[-1] and contents(tmp_path / "out") == before
+    (tmp_path / "moved" / "no-caption.png").write_bytes(picture_bytes(0))
+    for tar in (tmp_path / "moved").glob("*.tar"):
+        tar.unlink()
+    said = cache(tmp_path / "moved", tmp_path / "empty", 2)
+    assert "no sample can be cached: no caption: 1" in said[-1]
+
+
 FILTERED = [
     {"png": picture_bytes(0), "txt": "fine", "json": {"pwatermark": 0.1}},
     {"png": picture_bytes(1), "txt": "marked", "json": {"pwatermark": 0.9}},

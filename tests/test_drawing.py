@@ -246,6 +246,19 @@ def test_a_file_that_is_no_picture_exits_with_2(sample, teacher, loras, tmp_path
     assert "adapter_config.json" in message and message.count("\n") == 1
 
 
+def test_a_lora_that_is_not_finite_and_ctrl_c_end_with_one_line(teacher, loras, tmp_path, capsys):
+    weights = load_file(loras[0] / "lcm" / "pytorch_lora_weights.safetensors")
+    first = next(iter(weights))
+    save_file(weights | {first: torch.full_like(weights[first], float("nan"))}, tmp_path / "nan.safetensors")
+    with pytest.raises(UnusableInput, match="not finite"):
+        pipelines.load_lora(load(teacher), str(tmp_path / "nan.safetensors"))
+
+    def interrupted(_args):
+        raise KeyboardInterrupt
+
+    assert exit_code(interrupted, None) == 130 and capsys.readouterr().err.split() == ["stopped", "by", "SIGINT"]
+
+
 def test_the_trainers_file_draws_what_was_trained(script, teacher, shards, tmp_path):
     """The one LoRA file, with alpha unlike the rank, against the UNet that the trainer itself holds."""
     args = script.parse_args(flags(teacher, shards, tmp_path, lora_rank=4, lora_alpha=6))

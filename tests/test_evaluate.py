@@ -664,6 +664,40 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora
     assert row["figures"]["spread/mean"]["value"] > 0
     assert run(evaluate, [*line, "--features", str(judges / "clip.py")]) == 2
     assert "--features" in capsys.readouterr().err.splitlines()[-1]
+    before = kept.read_bytes()
+    for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "1"], "near seeds")):
+        with pytest.raises(SystemExit):
+            evaluate.parse_args([*line, *more])
+        assert named in capsys.readouterr().err
+    assert kept.read_bytes() == before
+    # Two of its three prompts: their features alone are the yardstick, and two pictures of each are drawn.
+    few = [*line, "--num_images", "4", "--prompts", *PROMPTS[:2], "--output_dir", str(tmp_path / "few")]
+    assert run(evaluate, few[:position] + few[position + 2 :]) == 0
+    (row,) = json.loads((tmp_path / "few" / "results.json").read_text())["rows"][1:]
+    pictures = [Image.open(tmp_path / "few" / "pictures" / row["name"] / f"{i:05d}.png") for i in range(4)]
+    mine = model["load"]("cpu")(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+    expected = frechet_distance(mine, features[:2].flatten(0, 1))
+    assert row["figures"]["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-9)
+
+
+def test_prompts_of_another_encoding_and_a_lora_given_twice(evaluate, teacher, judges, lora, tmp_path, capsys):
+    assert lora.is_dir()
+    (tmp_path / "prompts.txt").write_text("mountains at dawn", "utf-16")
+    with pytest.raises(SystemExit):
+        evaluate.parse_args(flags(teacher, judges, tmp_path, "--prompts_file", str(tmp_path / "prompts.txt")))
+    assert "is not UTF-8" in capsys.readouterr().err
+    args = evaluate.parse_args(flags(teacher, judges, tmp_path, "--lora", "owner/name"))
+    assert args.lora == [str(judges / "lora"), "owner/name"]
+
+
+@pytest.mark.usefixtures("evaluate")
+def test_accuracy_needs_all_pictures(monkeypatch):
+    from lib.evaluation import measures
+
+    parts = [{"accuracy": {0: torch.ones(1)}, "FD": {0: torch.ones(1), 1: torch.ones(1)}}]
+    monkeypatch.setattr(measures, "gather_object", lambda _mine: parts)
+    gallery = argparse.Namespace(count=2, blocks=[])
+    assert set(measures.Measures.row(argparse.Namespace(), gallery, None)) == {"FD"}
 
 
 def test_judges_load_once_and_collectives_wait_for_hours(evaluate, teacher, judges, lora, tmp_path, monkeypatch):

@@ -656,6 +656,7 @@ def test_wrong_usage_ends_with_one_line_and_2(tool, tmp_path, capsys):
         ([*kohya, "x.bin"], ".safetensors"),
         ([*kohya, "x.safetensors", "--rank", 0], "--rank: 0"),
         (["--input", file, "--merge_into", "a/b", "--output", tmp_path], "exists"),
+        ([*kohya, file], "exists"),
         (["--input", file, "--format", "diffusers", "--output", "x.safetensors", "--bare_header"], "kohya"),
         ([*kohya, "x.safetensors", "--teacher_config", "a/b"], "only with --merge_into"),
         ([*kohya, "x.safetensors", "--network_dim", 8], "--network_dim"),

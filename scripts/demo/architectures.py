@@ -3,14 +3,8 @@
 
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    DDIMScheduler,
-    EulerDiscreteScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 TOKENS = 24
@@ -38,37 +32,39 @@ def text_config(tokenizer, width, layers, activation):
 
 
 def build_sd15(vae, latent_side):
-    """Return a StableDiffusionPipeline with SD 1.5's noise schedule."""
+    """Return a diffusers.StableDiffusionPipeline with SD 1.5's noise schedule."""
     torch.manual_seed(1)
     tokenizer = demo_tokenizer()
     text_encoder = CLIPTextModel(text_config(tokenizer, 96, 2, "quick_gelu"))
-    unet = UNet2DConditionModel(sample_size=latent_side, cross_attention_dim=96, attention_head_dim=4, **BLOCKS)
-    return StableDiffusionPipeline(
+    unet = diffusers.UNet2DConditionModel(
+        sample_size=latent_side, cross_attention_dim=96, attention_head_dim=4, **BLOCKS
+    )
+    return diffusers.StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
-        scheduler=DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
+        scheduler=diffusers.DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),
         safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
 def build_sdxl(vae, latent_side):
-    """Return a StableDiffusionXLPipeline: two text encoders, and a UNet told of pooled text, size and crop.
+    """Return a diffusers.StableDiffusionXLPipeline: two text encoders, and a UNet told of pooled text, size and crop.
 
     As in SDXL, attention reads the layer before the last of both encoders, side by side.
     """
     torch.manual_seed(1)
     tokenizer = demo_tokenizer()
     width, time_width = 64, 32
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         sample_size=latent_side, cross_attention_dim=2 * width, attention_head_dim=(2, 4, 8),
         transformer_layers_per_block=(1, 1, 2), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=time_width, projection_class_embeddings_input_dim=6 * time_width + width,
         **BLOCKS,
     )  # fmt: skip
-    return StableDiffusionXLPipeline(
+    return diffusers.StableDiffusionXLPipeline(
         vae=vae, unet=unet, tokenizer=tokenizer, tokenizer_2=tokenizer,
         text_encoder=CLIPTextModel(text_config(tokenizer, width, 3, "quick_gelu")),
         text_encoder_2=CLIPTextModelWithProjection(text_config(tokenizer, width, 3, "gelu")),
-        scheduler=EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
+        scheduler=diffusers.EulerDiscreteScheduler(**NOISE, timestep_spacing="leading"),
         force_zeros_for_empty_prompt=True, add_watermarker=False,
     )  # fmt: skip
 

@@ -13,6 +13,7 @@ parts=()
 .venv/bin/torchrun --nproc_per_node 2 scripts/demo/train_teacher.py --family "$family" "${parts[@]}" \
   --output_dir "assets/demo-teacher-$family" --work_dir "outputs/demo-teacher-$family" "${@:2}"
 .venv/bin/python scripts/demo/landscapes.py --captions 192 > outputs/demo-prompts.txt
+rm -f "assets/demo-teacher-$family/reference.safetensors"
 .venv/bin/torchrun --nproc_per_node 2 scripts/evaluate.py --draw_yardstick 8 --batch_size 64 \
   --pretrained_teacher_model "assets/demo-teacher-$family" --prompts_file outputs/demo-prompts.txt \
   --features assets/demo-teacher-sd15/judge.safetensors --clip_model none \

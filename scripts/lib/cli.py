@@ -73,7 +73,10 @@ def a_file(text):
 
 
 def prompts_in(text):
-    prompts = read_prompts(Path(text))
+    try:
+        prompts = read_prompts(Path(text))
+    except UnicodeDecodeError as error:
+        raise argparse.ArgumentTypeError(f"{text}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
     if not prompts:
         raise argparse.ArgumentTypeError(f"{text}: not there or empty; write a prompt a line")
     return prompts
@@ -106,7 +109,7 @@ def add_prompt_flags(group, required=True):
 
 def read_prompts(path):
     """Return the prompts of a text file, one a line without blank lines; [] where there is no file."""
-    text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
+    text = path.read_text("utf-8-sig") if path.is_file() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 

@@ -25,7 +25,6 @@ import fsspec
 import huggingface_hub
 import webdataset as wds
 
-from lib.cli import read_prompts
 from lib.pipelines import choose_device, draw, load_teacher, set_sampler
 from lib.trainers import UnusableInput, sd15
 
@@ -280,7 +279,7 @@ def draw_prompts(args):
     """Return the source that draws a file of prompts as PNG; the noise is a function of --seed and both numbers."""
     entries = [
         Entry(f"prompt {p} image {i}", prompt, random.Random(f"{args.seed} {p} {i}").getrandbits(61))
-        for p, prompt in enumerate(read_prompts(args.prompts_file))
+        for p, prompt in enumerate(args.prompts_file)
         for i in range(args.num_images)
     ]
     pipes = []

@@ -149,9 +149,11 @@ def load_lora(pipe, lora, name="lcm"):
         raise UnusableInput(f"LoRA {taken_for(lora)} does not load; {remedy} ({why})") from error
     finally:
         logs.set_verbosity_error()
-    fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name=name)) if found else 0
-    if not found or fitted < found:
-        raise UnusableInput(f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model")
+    fitted = get_peft_model_state_dict(pipe.unet, adapter_name=name) if found else {}
+    if not all(tensor.isfinite().all() for tensor in fitted.values()):
+        raise UnusableInput(f"LoRA {lora}: holds weights that are not finite; take an earlier checkpoint")
+    if not found or len(fitted) < found:
+        raise UnusableInput(f"LoRA {lora}: {len(fitted)} of {found} UNet tensors fit; give one made for this model")
     # New layers come in training mode, where a LoRA trained with dropout would still drop.
     pipe.unet.eval()
 

@@ -2,6 +2,7 @@
 """The two training scripts as modules, for the tools: one reader of shards, one opener of pictures, one loader."""
 
 import os
+import signal
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_lcm_lora_sd15 as sd15
 import train_lcm_lora_sdxl as sdxl
 
+if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+    sd15.end_with_parent(signal.SIGTERM)  # `accelerate launch` of one process does not pass signals on
 UnusableInput = sd15.UnusableInput
 INPUT_ERRORS = (sd15.UnusableInput, sdxl.UnusableInput)  # each script has a class of its own
 DTYPES = sd15.DTYPES
@@ -23,3 +26,6 @@ def exit_code(main, args):
     except INPUT_ERRORS as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("\nstopped by SIGINT", file=sys.stderr)
+        return 128 + signal.SIGINT

@@ -69,7 +69,8 @@ class Measures:
         for part in gather_object([self.read(gallery, row, list(block)) for block in gallery.blocks]):
             for key, values in part.items():
                 found.setdefault(key, {}).update(values)
-        return {key: torch.stack([values[index] for index in sorted(values)]) for key, values in found.items()}
+        whole = {key: values for key, values in found.items() if len(values) == gallery.count}
+        return {key: torch.stack([values[index] for index in sorted(values)]) for key, values in whole.items()}
 
     def real(self, paths, size, accelerator):
         found = {name: [] for name in self.features}
@@ -102,7 +103,7 @@ def load_yardstick(args, names):
         raise UnusableInput(f"--yardstick {args.yardstick}: cannot be read ({error})") from error
     if name not in names:
         raise UnusableInput(f"--yardstick {args.yardstick}: holds features of {name}; give --features of it")
-    return {name: features[: args.num_images]}
+    return {name: features[: len(args.prompts)][: args.num_images]}
 
 
 def save_yardstick(args, features):
