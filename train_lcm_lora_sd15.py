@@ -2264,8 +2264,12 @@ def check_xformers(accelerator):
     try:
         import xformers.ops
 
-        query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=accelerator.device)
-        xformers.ops.memory_efficient_attention(query, query, query)
+        for shape, dtype in (
+            ((1, 8, 1, 64), torch.float16),
+            ((1, 2, 40), torch.float32),
+        ):  # diffusers tries the second
+            query = torch.zeros(shape, dtype=dtype, device=accelerator.device)
+            xformers.ops.memory_efficient_attention(query, query, query)
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
         cause = f"the kernels of xformers do not run with torch {torch.__version__} here ({one_line(error)[:120]})"
         pair = "install a pair made for each other, such as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
