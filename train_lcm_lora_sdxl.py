@@ -229,10 +229,7 @@ def add_distillation_args(parser):
         "guidance_scale is w + 1")
     add("--w_max", type=FINITE, default=15.0, help="greatest w")
     add("--num_ddim_timesteps", type=COUNT, default=50, help="solver steps N over the T training timesteps")
-    add("--stratified_timesteps", action="store_true",
-        help="spread the timesteps of an update's samples evenly over the solver's grid: less noise in the gradient")
-    add("--loss_type", choices=("huber", "huber_norm", "l2"), default="huber",
-        help="distance between prediction and target; huber_norm takes that of a whole sample, not of each element")
+    add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between prediction and target")
     add("--huber_c", type=POSITIVE, default=0.001, help="c of the pseudo-Huber loss sqrt(d^2 + c^2) - c")
     add("--loss_space", choices=("sample", "epsilon"), default="sample",
         help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
@@ -567,13 +564,9 @@ def boundary_scalings(timesteps, timestep_scaling):
 
 
 def distance(pred, target, loss_type, huber_c):
-    """Return the mean squared difference, or the mean pseudo-Huber one (arXiv:2310.14189), of elements or samples."""
+    """Return the mean squared difference, or the mean pseudo-Huber one (arXiv:2310.14189), over elements."""
     squares = (pred - target).square()
-    if loss_type == "l2":
-        return squares.mean()
-    if loss_type == "huber_norm":  # the paper's, with the root mean square in place of the Euclidean norm
-        squares = squares.flatten(1).mean(1)
-    return ((squares + huber_c**2).sqrt() - huber_c).mean()
+    return squares.mean() if loss_type == "l2" else ((squares + huber_c**2).sqrt() - huber_c).mean()
 
 
 def loss_between(schedule, pred, target, timesteps, args):
@@ -1678,7 +1671,7 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
-def draw(args, shape, global_step, micro_step, process_index, num_processes, device):
+def draw(args, shape, global_step, micro_step, process_index, device):
     """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
     key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
     seed, batch = int(key.generate_state(1, np.uint64)[0] >> 1), shape[0]
@@ -1686,11 +1679,6 @@ def draw(args, shape, global_step, micro_step, process_index, num_processes, dev
     generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
     posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
-    if args.stratified_timesteps:  # the low-discrepancy sampler of arXiv:2107.00630, over all samples of the update
-        batches = args.gradient_accumulation_steps * num_processes
-        places = np.arange(batch) * batches + micro_step * num_processes + process_index
-        shares = (np.random.default_rng([args.seed, global_step]).random() + places / (batch * batches)) % 1
-        index = torch.from_numpy((shares * args.num_ddim_timesteps).astype(np.int64))
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
     return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
@@ -1777,8 +1765,7 @@ def batch_loss(job, batch, micro_step):
     with torch.no_grad():
         moments, embeds = encode(job, batch)
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        process = job.accelerator.process_index, job.accelerator.num_processes
-        draws = draw(args, shape, job.state.global_step, micro_step, *process, device)
+        draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
         conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
     return training_loss(job, latents, conditioning, uncond, draws)

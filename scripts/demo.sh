@@ -29,8 +29,8 @@ if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
     --resolution 64 --train_batch_size 16 --max_train_steps "$updates" --learning_rate 2e-3 \
     --lr_scheduler linear --lora_rank 32 --num_ddim_timesteps 20 --w_min 5.5 --w_max 7.5 \
-    --loss_space epsilon --loss_type huber_norm --stratified_timesteps --vae_encode_batch_size 16 \
-    --validation_steps 120 --checkpointing_steps 60 --checkpoints_total_limit 1 --dataloader_num_workers 0
+    --loss_space epsilon --vae_encode_batch_size 16 --validation_steps 120 --checkpointing_steps 60 \
+    --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
 say "3/4 pictures: $out/grid.png, $out/strip/strip.png"

@@ -132,8 +132,7 @@ def meta_job(own, trainer, args):
     job = SimpleNamespace(
         args=args, pipe=pipe, teacher_unet=teacher_unet, student_unet=pipe.unet, student=pipe.unet, dtype=dtype,
         scaling_factor=1.0, schedule=trainer.make_schedule(pipe.scheduler.config, args, META),
-        accelerator=SimpleNamespace(device=META, process_index=0, num_processes=1),
-        state=SimpleNamespace(global_step=0),
+        accelerator=SimpleNamespace(device=META, process_index=0), state=SimpleNamespace(global_step=0),
         uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()},
     )  # fmt: skip
     return job, parameters, saved

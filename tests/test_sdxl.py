@@ -105,7 +105,7 @@ def test_teacher_and_student_are_told_the_size_and_crop_of_their_sample(script, 
     embeds = script.encode_prompts(loaded, batch["caption"], CPU)
     empty = torch.tensor([True, False])
     given = script.condition(script.encode_prompts(loaded, [""], CPU), embeds, batch, empty)
-    draws = script.draw(args, (2, 4, 8, 8), 0, 0, 0, 1, CPU)
+    draws = script.draw(args, (2, 4, 8, 8), 0, 0, 0, CPU)
     schedule = script.make_schedule(loaded.scheduler.config, args, CPU)
     unets = dict.fromkeys(("teacher_unet", "student_unet", "student"), loaded.unet)
     job = SimpleNamespace(args=args, dtype=F32, schedule=schedule, **unets)

@@ -61,7 +61,7 @@ def schedule_of(script, pipe, args, **changes):
 def inputs(script, args, pipe, index=(0, 7, 24, 49), dtype=F32):
     """Return (latents, conditioning, uncond, draws) of a batch with one sample at each index of the grid."""
     shape = (len(index), 4, 8, 8)
-    draws = script.draw(args, shape, 0, 0, 0, 1, CPU)
+    draws = script.draw(args, shape, 0, 0, 0, CPU)
     draws = dataclasses.replace(draws, index=torch.tensor(index))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
