@@ -9,7 +9,7 @@
 
 Beside the flags below it takes the training scripts' flags of the groups `teacher` and `data`, and
 --mixed_precision, --seed and --vae_encode_batch_size. The model decides which training script encodes.
-Input: what a training script takes. Output: one shard for each, 00000.tar onwards, with KEY.txt, KEY.json and
+Input: what a training script takes. Output: a shard for each with a usable sample, 00000.tar on, of KEY.txt, KEY.json,
 KEY.safetensors: in float16 the moments of the VAE's posterior (a latent is drawn from them anew at each use) and
 text embeddings; of SDXL also time ids. The first sample, `_cache`, describes how they were made; a training run
 with other settings is refused. Processes share the shards; a second run makes the missing ones.
@@ -142,7 +142,7 @@ def metadata_with_size(trainer, raw):
 
 def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
     """Write the cached form of a shard, whole or not at all; returns skipped samples by cause."""
-    skipped, done = trainer.Skipped(), 0
+    skipped, done, source = trainer.Skipped(), 0, source_of(trainer, shard)
     scratch = target.with_name(f".writing-{target.name}")
     # One thread writes a batch while the next is encoded. A time of whole seconds saves an extended header for
     # each member.
@@ -165,7 +165,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
     if not done or any(cause.startswith("shard ") for cause in skipped):  # it broke off
         scratch.unlink()
         return skipped
-    stats = {"samples": done, "source": source_of(trainer, shard), "skipped": dict(skipped)}
+    stats = {"samples": done, "source": source, "skipped": dict(skipped)}
     trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), json.dumps(stats, indent=1))
     os.replace(scratch, target)
     return skipped
@@ -190,7 +190,8 @@ def missing_shards(trainer, folder, head, shards):
     for shard, target in targets:
         stats = target.with_name(f"{target.stem}_stats.json")
         source = json.loads(stats.read_text()).get("source") if target.exists() and stats.exists() else None
-        if source and source != source_of(trainer, shard):
+        is_comparable = source and trainer.is_remote(source) == trainer.is_remote(shard)
+        if is_comparable and source != source_of(trainer, shard):
             remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"
             raise trainer.UnusableInput(f"{target}: was made of {source}; {remedy}")
     return [(shard, target) for shard, target in targets if not target.exists()]

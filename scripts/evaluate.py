@@ -97,15 +97,16 @@ def yardstick_problems(args):
     args.gap = shape[0] * shape[1]
     prompts = len(args.prompts or ())
     uneven = args.num_images > prompts and args.num_images % max(1, prompts)
-    far = args.gap + prompts + args.num_images  # beyond the yardstick's seeds
+    far, apart = args.gap + prompts + args.num_images, abs(args.seed - seed)
+    is_near = 0 < apart < far and (prompts < shape[0] or apart % max(1, shape[0]) == 0)  # may draw its very pictures
     one = "--draw_yardstick: give --yardstick FILE, one --features"
     count = f"--num_images {args.num_images}: {prompts} prompts of {flag}; give at most as many, or a multiple"
     return (
         (is_drawn and not (path and len(args.features) == 1), one),
         (is_drawn and path and path.exists(), f"{flag}: exists; remove it or name a new one"),
-        *(cli.folder_problems(path.parent) if is_drawn and path else ()),
+        *(cli.folder_problems(path.parent, flag) if is_drawn and path else ()),
         (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
-        (0 < abs(args.seed - seed) < far, f"{flag}: holds pictures of near seeds; give --seed {seed} or {seed + far}"),
+        (is_near, f"{flag}: holds pictures of --seed {args.seed}; give --seed {seed} or {seed + far}"),
         (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
         (known and uneven, count),
         (known and steps != args.teacher_steps, f"{flag}: was made with {steps} steps; give --teacher_steps {steps}"),

@@ -62,7 +62,6 @@ def parse_args(argv=None):
             args.format and args.output.suffix != ".safetensors",
             f"--output {args.output}: name a file that ends in .safetensors",
         ),
-        (args.output.is_dir(), f"--output {args.output}: is a folder; name a file"),
         (args.bare_header and args.format != "kohya", "--bare_header: only with --format kohya"),
         (of_model and not args.merge_into, "--teacher_config, --variant, --prediction_type: only with --merge_into"),
     ]

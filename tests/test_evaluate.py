@@ -665,11 +665,11 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora
     assert run(evaluate, [*line, "--features", str(judges / "clip.py")]) == 2
     assert "--features" in capsys.readouterr().err.splitlines()[-1]
     before = kept.read_bytes()
-    for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "1"], "near seeds")):
+    for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "3"], "pictures of --seed 3")):
         with pytest.raises(SystemExit):
             evaluate.parse_args([*line, *more])
         assert named in capsys.readouterr().err
-    assert kept.read_bytes() == before
+    assert evaluate.parse_args([*line, "--seed", "1"]).seed == 1 and kept.read_bytes() == before
     # Two of its three prompts: their features alone are the yardstick, and two pictures of each are drawn.
     few = [*line, "--num_images", "4", "--prompts", *PROMPTS[:2], "--output_dir", str(tmp_path / "few")]
     assert run(evaluate, few[:position] + few[position + 2 :]) == 0

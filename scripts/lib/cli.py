@@ -172,7 +172,7 @@ def step_problems(steps, samplers):
     )
 
 
-def folder_problems(folder):
+def folder_problems(folder, flag="--output_dir"):
     """Make the output folder and write to it, so that a full or read-only disk is found before a model loads."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -180,7 +180,7 @@ def folder_problems(folder):
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
-        return ((True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),)
+        return ((True, f"{flag}: {folder} cannot be written to ({error.strerror}); give another folder"),)
     return ()
 
 
