@@ -104,7 +104,7 @@ def yardstick_problems(args):
     return (
         (is_drawn and not (path and len(args.features) == 1), one),
         (is_drawn and path and path.exists(), f"{flag}: exists; remove it or name a new one"),
-        *(cli.folder_problems(path.parent, flag) if is_drawn and path else ()),
+        *(cli.folder_problems(path.parent, "--yardstick") if is_drawn and path else ()),
         (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
         (is_near, f"{flag}: holds pictures of --seed {args.seed}; give --seed {seed} or {seed + far}"),
         (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),

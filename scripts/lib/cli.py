@@ -180,7 +180,7 @@ def folder_problems(folder, flag="--output_dir"):
             file.write(b"\0" * 4096)
             file.flush()
     except OSError as error:
-        return ((True, f"{flag}: {folder} cannot be written to ({error.strerror}); give another folder"),)
+        return ((True, f"{flag} {folder}: cannot be written to ({error.strerror}); give another folder"),)
     return ()
 
 
