@@ -2293,10 +2293,8 @@ def check_xformers(accelerator):
     try:
         import xformers.ops
 
-        for shape, dtype in (
-            ((1, 8, 1, 64), torch.float16),
-            ((1, 2, 40), torch.float32),
-        ):  # diffusers tries the second
+        # The second is what diffusers itself tries.
+        for shape, dtype in ((1, 8, 1, 64), torch.float16), ((1, 2, 40), torch.float32):
             query = torch.zeros(shape, dtype=dtype, device=accelerator.device)
             xformers.ops.memory_efficient_attention(query, query, query)
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
