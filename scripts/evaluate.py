@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
     add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
     args = parser.parse_args(argv)
-    args.samplers = args.samplers or [name for name in cli.SAMPLERS if args.lora or name != "lcm-lora"]
+    args.samplers = args.samplers or [name for name in cli.SAMPLERS if args.lora or name not in cli.LORA_SAMPLERS]
     for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     cli.refuse(parser, yardstick_problems(args))
@@ -130,9 +130,9 @@ def figure_problems(args):
     files = [path for path in (*args.features, args.clip_model) if path.endswith((".py", ".safetensors"))]
     lost = [path for path in files if not Path(path.rpartition("=")[2]).is_file()]
     return (
-        ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
+        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers lcm-lora: give --lora too"),
         *cli.step_problems(args.steps, args.samplers),
-        *cli.step_problems([args.teacher_steps], []),
+        *cli.step_problems([args.teacher_steps], [], "--teacher_steps"),
         (missing, f"--reference {', '.join(missing)}: not there; give a folder of pictures or .tar shards"),
         (lost, f"model {', '.join(lost)}: not there; give a file"),
     )

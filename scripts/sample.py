@@ -84,15 +84,13 @@ def add_sampling_flags(group):
 
 
 def fill_in(args):
-    if args.strength is None:
+    if args.image and not args.strength:
         args.strength = 1.0 if args.mask else 0.8
     share = args.strength if args.image else 1.0
     args.steps = args.steps or [n for n in (1, 2, 4, 8) if n * share >= 1] or [8]
-    samplers = args.samplers or ["ddim", "dpmsolver++"] + ["lcm-lora"] * bool(args.lora)
-    for name, values in (("samplers", samplers), ("steps", args.steps), ("base_steps", args.base_steps)):
-        setattr(args, name, list(dict.fromkeys(values or args.steps)))
-    for name in ("lcm_guidance_scale", "lora_strengths"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    args.samplers = args.samplers or ["ddim", "dpmsolver++"] + ["lcm-lora"] * bool(args.lora)
+    for name in ("samplers", "steps", "base_steps", "lcm_guidance_scale", "lora_strengths"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name) or args.steps)))
     args.loras = [cli.split_weight(text) for text in args.lora]
 
 
@@ -103,10 +101,11 @@ def task_problems(args):
     none_left = f"--strength {args.strength} of {least} steps is no step; give more of either"
     control = f"--controlnet {args.controlnet}: not there; give a folder or Hub id"
     return (
-        ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
+        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers lcm-lora: give --lora too"),
         *cli.step_problems(args.steps, lcm),
-        *(cli.step_problems(args.base_steps, base) if base else ()),
+        *(cli.step_problems(args.base_steps, base, "--base_steps") if base else ()),
         (args.mask and not args.image, "--mask: give --image too, the picture to be inpainted"),
+        (args.strength and not args.image, "--strength: give --image too, the picture to start from"),
         (bool(args.controlnet) != bool(args.control_image), "--controlnet and --control_image: give both"),
         (args.controlnet and not cli.is_source(args.controlnet), control),
         (args.image and int(least * args.strength) < 1, none_left),
@@ -143,17 +142,15 @@ def sample_rows(args):
     weights = {name: weight for name, (_, weight) in zip(adapters, args.loras, strict=False)}
     for sampler in args.samplers:
         is_lcm = sampler.startswith("lcm")
-        strengths = args.lora_strengths if sampler == "lcm-lora" else [1.0]
+        strengths = args.lora_strengths if sampler in cli.LORA_SAMPLERS else [1.0]
         guidances = args.lcm_guidance_scale if is_lcm else [args.guidance_scale]
         for guidance, strength in product(guidances, strengths):
             name, label = sampler, f"{cli.TITLES[sampler]}\nguidance {guidance:g}"
-            if len(guidances) > 1:
-                name += f"-guidance{guidance:g}"
+            name += f"-guidance{guidance:g}" * (len(guidances) > 1)
             if len(strengths) > 1:
                 name, label = f"{name}-strength{strength:g}", f"{label}\nLoRA x {strength:g}"
             mine = {key: w * strength if key == "lcm" else w for key, w in weights.items()}
-            steps = args.steps if is_lcm else args.base_steps
-            rows.append(SampleRow(name, label, sampler, guidance, steps, mine))
+            rows.append(SampleRow(name, label, sampler, guidance, args.steps if is_lcm else args.base_steps, mine))
     return rows
 
 
@@ -198,6 +195,8 @@ def task_pipeline(pipe, args):
         except pipelines.LOAD_ERRORS as error:
             why = textwrap.shorten(str(error), 240)
             raise UnusableInput(f"--controlnet {args.controlnet} does not load ({why})") from error
+        if net.config.cross_attention_dim != pipe.unet.config.cross_attention_dim:
+            raise UnusableInput(f"--controlnet {args.controlnet}: is for another kind of model; take another")
         parts["controlnet"] = net.to(pipe.device).eval()
     if args.image or parts:
         pipe = kind.from_pipe(pipe, **parts)
@@ -207,9 +206,7 @@ def task_pipeline(pipe, args):
 
 def draw_all(pipe, args, rows, extra):
     records, pictures = [], {}
-    options = {"negative_prompt": args.negative_prompt, **extra}
-    if not extra:
-        options["resolution"] = args.resolution
+    options = {"negative_prompt": args.negative_prompt, **(extra or {"resolution": args.resolution})}
     for row in rows:
         set_sampler(pipe, row.sampler, row.weights)
         jobs = list(product(row.steps, enumerate(args.prompts), range(args.num_images)))

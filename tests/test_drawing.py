@@ -182,7 +182,7 @@ def test_inpainting_keeps_what_the_mask_keeps(sample, teacher, loras, tmp_path):
     assert change[:, :8].median() > 1e-2, "what is white in the mask must be drawn"
 
 
-def test_controlnet(sample, teacher, loras, tmp_path):
+def test_controlnet(sample, teacher, loras, tmp_path, capsys):
     folder, _ = loras
     unet = StableDiffusionPipeline.from_pretrained(teacher).unet
     torch.manual_seed(0)
@@ -206,6 +206,11 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     assert abs(light - plain).mean() > 1 and abs(light - controlled("net", "dark")).max() > 1
     assert abs(controlled("net", "light", "--controlnet_scale", "0") - plain).max() <= 1
     assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (SIDE, SIDE, 3)
+    other = ControlNetModel.from_config(net.config, cross_attention_dim=unet.config.cross_attention_dim + 8)
+    other.save_pretrained(tmp_path / "other")
+    with pytest.raises(AssertionError):
+        controlled("other", "light")
+    assert "is for another kind of model" in capsys.readouterr().err
 
 
 @one_family
@@ -217,10 +222,11 @@ def test_controlnet(sample, teacher, loras, tmp_path):
         (["--control_image", "no.png"], "no.png"),
         (["--controlnet", "owner/net"], "--control_image"),
         (["--strength", "0"], "--strength"),
+        (["--strength", "0.5"], "--image"),
         (["--image", "{config}", "--strength", "0.2", "--steps", "4"], "no step"),
         (["--lora_strengths", "nan"], "--lora_strengths"),
         (["--image", "{config}", "--strength", "0.01"], "no step"),
-        (["--base_steps", "1001"], "1001"),
+        (["--base_steps", "1001"], "--base_steps [1001]"),
         (["--lcm_guidance_scale", "1", "-1"], "guidance"),
     ],
 )

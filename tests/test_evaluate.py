@@ -166,7 +166,7 @@ def test_interval_of_a_mean():
 def test_rows_and_figures(evaluated, judges):
     folder, results = evaluated
     rows = {(row["sampler"], row["steps"]): row for row in results["rows"][1:]}
-    samplers = ("ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-without-lora")
+    samplers = ["ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-lora-euler-a", "lcm-lora-tcd", "lcm-without-lora"]
     assert set(rows) == {(s, n) for s in samplers for n in (1, 2)}
     for (sampler, steps), row in rows.items():
         guided = not sampler.startswith("lcm")
@@ -205,7 +205,7 @@ def test_pictures_are_those_of_sample(evaluated, teacher, lora):
     load_lora(pipe, lora)
     set_sampler(pipe, "lcm-lora")
     drawn, _ = draw(pipe, PROMPTS, 2, 1.0, [0, 1, 2])
-    (row,) = (folder / "pictures").glob("lcm-lora-*-2steps-*")
+    (row,) = (folder / "pictures").glob("lcm-lora-guidance*-2steps-*")
     for index, picture in enumerate(drawn):
         kept = np.asarray(Image.open(row / f"{index:05d}.png"), int)
         assert abs(kept - np.asarray(picture, int)).max() <= 1
@@ -281,7 +281,11 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
     before = fingerprint(tmp_path / "lora")
     (tmp_path / "lora" / "README.md").write_text("not the weights")
     assert fingerprint(tmp_path / "lora") == before
-    os.utime(tmp_path / "lora" / "pytorch_lora_weights.safetensors", ns=(1, 1))
+    weights = tmp_path / "lora" / "pytorch_lora_weights.safetensors"
+    os.utime(weights, ns=(1, 1))
+    assert fingerprint(tmp_path / "lora") == before
+    weights.write_bytes(weights.read_bytes()[:-1] + b"x")
+    os.utime(weights, ns=(1, 1))
     assert fingerprint(tmp_path / "lora") != before
     assert fingerprint("owner/name") != fingerprint("owner/other")
 

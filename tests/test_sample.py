@@ -13,7 +13,14 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_teacher, cases, load_script, tiny_unet
-from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    EulerAncestralDiscreteScheduler,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    TCDScheduler,
+    UNet2DConditionModel,
+)
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -255,6 +262,29 @@ def test_samplers_start_in_noise_and_end_clean(models):
         torch.testing.assert_close(latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4)
 
 
+def test_other_samplers_of_an_lcm_lora(models):
+    pipe = load(models / "teacher")
+    pipelines.load_lora(pipe, models / "lora")
+    kinds = {"lcm-lora-tcd": (TCDScheduler, {"eta": 0.3}), "lcm-lora-euler-a": (EulerAncestralDiscreteScheduler, {})}
+    for name, (kind, extra) in kinds.items():
+        pipelines.set_sampler(pipe, name)
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent")
+        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
+        extra["generator"] = noise = torch.Generator().manual_seed(0)
+        options = {
+            "num_inference_steps": 4,
+            "guidance_scale": 1.0,
+            "generator": noise,
+            "output_type": "latent",
+            **extra,
+        }
+        torch.testing.assert_close(latents, pipe("sea", **options).images[0])
+        assert pipe.scheduler.timesteps[0] == 999
+        pipe.disable_lora()
+        noise.manual_seed(0)
+        assert (latents - pipe("sea", **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
+
+
 def test_batch_equals_single_pictures(models):
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
@@ -278,7 +308,7 @@ def test_batch_equals_single_pictures(models):
         (["--teacher_revision", "fp16"], "--teacher_revision"),
         (["--lora", "{models}/no-lora.safetensors"], "no-lora.safetensors"),
         (["--lora", "{models}/empty"], "pytorch_lora_weights.safetensors"),
-        (["--samplers", "lcm-lora"], "--lora"),
+        (["--samplers", "ddim", "lcm-lora-tcd"], "--lora"),
         (["--steps", "0"], "--steps"),
         (["--steps", "4", "51", "--samplers", "lcm-without-lora"], "--steps"),
         (["--steps", "61"], "[61]"),

@@ -12,8 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-without-lora")
-NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
+LORA_SAMPLERS = ("lcm-lora", "lcm-lora-euler-a", "lcm-lora-tcd")
+SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", *LORA_SAMPLERS, "lcm-without-lora")
+NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, Euler a", "LCM-LoRA, TCD", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
@@ -162,13 +163,13 @@ def lora_problems(loras):
     return found
 
 
-def step_problems(steps, samplers):
+def step_problems(steps, samplers, flag="--steps"):
     limit = MAX_LCM_STEPS if any(name.startswith("lcm") for name in samplers) else 1000
     # diffusers 0.42 adds a timestep -1 to trailing schedules of these (61, 103, ...): a division rounds up.
     unmade = [n for n in steps if 1 <= n <= 1000 and math.ceil(1000 / (1000 / n)) != n]
     return (
-        (min(steps) < 1 or max(steps) > limit, f"--steps {steps}: give 1 to {limit}"),
-        (unmade, f"--steps {unmade}: diffusers makes no such schedule; give one less"),
+        (min(steps) < 1 or max(steps) > limit, f"{flag} {steps}: give 1 to {limit}"),
+        (unmade, f"{flag} {unmade}: diffusers makes no such schedule; give one less"),
     )
 
 

@@ -32,8 +32,7 @@ def make_jpeg(side, seed):
 
 
 def measure_rates(side, resolution, args):
-    pictures = [make_jpeg(side, seed) for seed in range(min(args.pictures, 32))]
-    pictures = list(islice(cycle(pictures), args.pictures))
+    pictures = list(islice(cycle([make_jpeg(side, seed) for seed in range(min(args.pictures, 32))]), args.pictures))
     rates = {"loader": [], "decode": []}
     with tempfile.TemporaryDirectory() as folder:
         shard = f"{folder}/00000.tar"
@@ -42,8 +41,8 @@ def measure_rates(side, resolution, args):
                 record = {"__key__": f"{number:05d}", "jpg": data, "txt": "a picture"}
                 writer.write(record | {"json": {"original_width": side, "original_height": side}})
         flags = f"--train_shards_path_or_url {shard} --resolution {resolution} --max_train_steps 1 "
-        flags += "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16"
-        flags += " --dataloader_num_workers 0"
+        flags += "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16 "
+        flags += "--dataloader_num_workers 0"
         stream = sd15.ShardStream([shard], sd15.parse_args(flags.split()), 1, 0, 1)
         for _ in range(args.repeats + 1):
             for name, work in (

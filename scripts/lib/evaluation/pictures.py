@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from lib.cli import LORA_FILE, TITLES
+from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES
 from lib.pipelines import MAX_PICTURE_PX, draw, set_sampler
 from lib.trainers import UnusableInput, sd15
 
@@ -41,14 +41,14 @@ class Row:
 
 
 def fingerprint(source):
-    """Return 8 hex digits that change with a local model's files (names, sizes, times), or with a Hub id."""
-    path, parts = Path(source), [str(source)]
-    if path.exists():
-        names = [LORA_FILE] if (path / LORA_FILE).exists() else ["**/*"]
-        inside = {file for name in names for file in path.glob(name) if file.is_file()}
-        files = [path] if path.is_file() else sorted(inside)
-        parts = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
+    """Return 8 hex digits of what a local model's files hold (of those above 1 GiB size and time), or of a Hub id."""
+    path, digest = Path(source), hashlib.sha256(b"" if Path(source).exists() else str(source).encode())
+    inside = path.glob(LORA_FILE if (path / LORA_FILE).exists() else "**/*")
+    for file in [path] if path.is_file() else sorted(inside):
+        if file.is_file():
+            stat = file.stat()
+            digest.update(file.read_bytes() if stat.st_size < 2**30 else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    return digest.hexdigest()[:8]
 
 
 def teacher_row(args, folder, first_seed):
@@ -60,7 +60,7 @@ def list_rows(args):
     rows = [teacher_row(args, "teacher", args.seed)]
     for sampler in args.samplers:
         is_lcm = sampler.startswith("lcm")
-        loras = list(enumerate(args.lora)) if sampler == "lcm-lora" else [(0, None)]
+        loras = list(enumerate(args.lora)) if sampler in LORA_SAMPLERS else [(0, None)]
         guidances = args.lcm_guidance_scale if is_lcm else args.guidance_scale
         for (index, path), guidance, steps in product(loras, guidances, args.steps):
             folder, label, lora = f"{sampler}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
@@ -85,7 +85,8 @@ class Gallery:
         self.blocks, self.resolution, self.gap = blocks[rank::processes], args.resolution, gap
         self.common = {
             "teacher": fingerprint(args.pretrained_teacher_model),
-            "variant": [args.teacher_revision, args.variant, args.mixed_precision],
+            "teacher_revision": args.teacher_revision, "variant": args.variant,
+            "mixed_precision": args.mixed_precision,
             "resolution": args.resolution, "diffusers": diffusers.__version__, "torch": torch.__version__,
         }  # fmt: skip
         for flag in ("prediction_type", "pretrained_vae_model_name_or_path"):
