@@ -38,7 +38,7 @@ def parse_args(argv=None):
     add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
     add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
     args = parser.parse_args(argv)
-    args.samplers = args.samplers or [name for name in cli.SAMPLERS if args.lora or name not in cli.LORA_SAMPLERS]
+    args.samplers = args.samplers or [*cli.SAMPLERS[:3], *["lcm-lora"] * bool(args.lora), "lcm-without-lora"]
     for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     cli.refuse(parser, yardstick_problems(args))
@@ -55,7 +55,7 @@ def add_picture_flags(group):
     add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
-    text = f"of {', '.join(cli.SAMPLERS)} (default: all, lcm-lora with --lora)"
+    text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: all but -euler-a and -tcd, lcm-lora with --lora)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
     add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)
@@ -130,7 +130,7 @@ def figure_problems(args):
     files = [path for path in (*args.features, args.clip_model) if path.endswith((".py", ".safetensors"))]
     lost = [path for path in files if not Path(path.rpartition("=")[2]).is_file()]
     return (
-        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers lcm-lora: give --lora too"),
+        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers: lcm-lora and its kinds need --lora"),
         *cli.step_problems(args.steps, args.samplers),
         *cli.step_problems([args.teacher_steps], [], "--teacher_steps"),
         (missing, f"--reference {', '.join(missing)}: not there; give a folder of pictures or .tar shards"),

@@ -8,6 +8,7 @@
     --lora outputs/lcm-lora/checkpoint-1000/unet                   a checkpoint's PEFT folder
     --steps 1 2 3 4 5 6 7 8 --base_steps 1 4 8 15 20 25 30 50      LCM rows, and the teacher's
     --lora_strengths 0.25 0.5 0.75 1.0                             a row for each strength of the LCM-LoRA
+    --samplers lcm-lora lcm-lora-euler-a lcm-lora-tcd              LCMScheduler, and two that add less fresh noise
     --lcm_guidance_scale 1.0 1.5 2.0 --negative_prompt "blurry"    a row for each guidance
     --image photo.png --strength 0.6                               image-to-image
     --image photo.png --mask mask.png                              inpainting: white is drawn anew
@@ -16,7 +17,7 @@
 The grid has a row per sampler, all from the same noise. So that the teacher is shown at its best, DDIM and
 the DPM-Solvers (second order, multistep) use "trailing" timesteps, which start where there is only noise
 (arXiv:2305.08891; the "leading" ones of most model folders start at timestep 1 if there is one step), and
-like LCM sampling they end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
+like LCM sampling they end in a clean estimate; DPM-Solver without ++ and TCD end at the schedule's least noise.
 With 1 or 2 steps DDIM and DPM-Solver++ are the same formula.
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of each prompt), samples.json.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
@@ -101,7 +102,7 @@ def task_problems(args):
     none_left = f"--strength {args.strength} of {least} steps is no step; give more of either"
     control = f"--controlnet {args.controlnet}: not there; give a folder or Hub id"
     return (
-        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers lcm-lora: give --lora too"),
+        (not args.lora and {*args.samplers} & {*cli.LORA_SAMPLERS}, "--samplers: lcm-lora and its kinds need --lora"),
         *cli.step_problems(args.steps, lcm),
         *(cli.step_problems(args.base_steps, base, "--base_steps") if base else ()),
         (args.mask and not args.image, "--mask: give --image too, the picture to be inpainted"),
@@ -195,7 +196,8 @@ def task_pipeline(pipe, args):
         except pipelines.LOAD_ERRORS as error:
             why = textwrap.shorten(str(error), 240)
             raise UnusableInput(f"--controlnet {args.controlnet} does not load ({why})") from error
-        if net.config.cross_attention_dim != pipe.unet.config.cross_attention_dim:
+        widths = [(part.config.cross_attention_dim, *part.config.block_out_channels) for part in (net, pipe.unet)]
+        if widths[0] != widths[1]:
             raise UnusableInput(f"--controlnet {args.controlnet}: is for another kind of model; take another")
         parts["controlnet"] = net.to(pipe.device).eval()
     if args.image or parts:

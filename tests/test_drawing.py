@@ -206,11 +206,12 @@ def test_controlnet(sample, teacher, loras, tmp_path, capsys):
     assert abs(light - plain).mean() > 1 and abs(light - controlled("net", "dark")).max() > 1
     assert abs(controlled("net", "light", "--controlnet_scale", "0") - plain).max() <= 1
     assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (SIDE, SIDE, 3)
-    other = ControlNetModel.from_config(net.config, cross_attention_dim=unet.config.cross_attention_dim + 8)
-    other.save_pretrained(tmp_path / "other")
-    with pytest.raises(AssertionError):
-        controlled("other", "light")
-    assert "is for another kind of model" in capsys.readouterr().err
+    wider = {"cross_attention_dim": unet.config.cross_attention_dim + 8}, {"block_out_channels": (16, 32)}
+    for number, change in enumerate(wider):
+        ControlNetModel.from_config(net.config, **change).save_pretrained(tmp_path / f"other{number}")
+        with pytest.raises(AssertionError):
+            controlled(f"other{number}", "light")
+        assert "is for another kind of model" in capsys.readouterr().err
 
 
 @one_family

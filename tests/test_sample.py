@@ -269,6 +269,7 @@ def test_other_samplers_of_an_lcm_lora(models):
     for name, (kind, extra) in kinds.items():
         pipelines.set_sampler(pipe, name)
         (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent")
+        assert pipe.scheduler.timesteps[0] == 999
         pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
         extra["generator"] = noise = torch.Generator().manual_seed(0)
         options = {
@@ -279,10 +280,13 @@ def test_other_samplers_of_an_lcm_lora(models):
             **extra,
         }
         torch.testing.assert_close(latents, pipe("sea", **options).images[0])
-        assert pipe.scheduler.timesteps[0] == 999
         pipe.disable_lora()
         noise.manual_seed(0)
         assert (latents - pipe("sea", **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
+    pipe.scheduler.register_to_config(prediction_type="sample")
+    pipelines.set_sampler(pipe, "lcm-lora-tcd")
+    with pytest.raises(UnusableInput, match="euler-a"):
+        pipelines.set_sampler(pipe, "lcm-lora-euler-a")
 
 
 def test_batch_equals_single_pictures(models):

@@ -201,6 +201,8 @@ def set_sampler(pipe, name, weights=None):
         weights = dict.fromkeys(itertools.chain(*pipe.get_list_adapters().values()), 1.0)
     if name in LORA_SAMPLERS and not any(adapter.startswith("lcm") for adapter in weights):
         raise UnusableInput(f"sampler {name}: the pipeline has no LoRA; load one first")
+    if name == "lcm-lora-euler-a" and pipe.scheduler.config.prediction_type == "sample":
+        raise UnusableInput(f"sampler {name}: diffusers has none for a model that predicts the sample; leave it out")
     active = {key: w for key, w in weights.items() if name in LORA_SAMPLERS or not key.startswith("lcm")}
     if active:
         pipe.enable_lora()

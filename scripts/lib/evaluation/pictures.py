@@ -41,13 +41,14 @@ class Row:
 
 
 def fingerprint(source):
-    """Return 8 hex digits of what a local model's files hold (of those above 1 GiB size and time), or of a Hub id."""
+    """Return 8 hex digits of a Hub id, or of a local model's files: what those of tensors hold, up to 1 GiB each."""
     path, digest = Path(source), hashlib.sha256(b"" if Path(source).exists() else str(source).encode())
     inside = path.glob(LORA_FILE if (path / LORA_FILE).exists() else "**/*")
-    for file in [path] if path.is_file() else sorted(inside):
-        if file.is_file():
-            stat = file.stat()
-            digest.update(file.read_bytes() if stat.st_size < 2**30 else f"{stat.st_size} {stat.st_mtime_ns}".encode())
+    for file in filter(Path.is_file, [path] if path.is_file() else sorted(inside)):
+        stat = file.stat()
+        is_read = file.suffix == ".safetensors" and stat.st_size < 2**30
+        digest.update(f"{file.name} {stat.st_size} {0 if is_read else stat.st_mtime_ns} ".encode())
+        digest.update(file.read_bytes() if is_read else b"")
     return digest.hexdigest()[:8]
 
 
@@ -58,16 +59,15 @@ def teacher_row(args, folder, first_seed):
 def list_rows(args):
     """Return the rows of the report: the teacher's many steps, whose distance is the floor, and the samplers."""
     rows = [teacher_row(args, "teacher", args.seed)]
+    adapters = [(path, (f"lcm{index}", fingerprint(path))) for index, path in enumerate(args.lora)]
     for sampler in args.samplers:
         is_lcm = sampler.startswith("lcm")
-        loras = list(enumerate(args.lora)) if sampler in LORA_SAMPLERS else [(0, None)]
+        loras = adapters if sampler in LORA_SAMPLERS else [(None, None)]
         guidances = args.lcm_guidance_scale if is_lcm else args.guidance_scale
-        for (index, path), guidance, steps in product(loras, guidances, args.steps):
-            folder, label, lora = f"{sampler}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
-            if path:
-                lora = (f"lcm{index}", fingerprint(path))
-                folder = f"{folder}-{lora[1]}"
-                label += f" {path}" if len(args.lora) > 1 else ""
+        for (path, lora), guidance, steps in product(loras, guidances, args.steps):
+            folder, label = f"{sampler}-guidance{guidance:g}-{steps}steps", TITLES[sampler]
+            folder += f"-{lora[1]}" if lora else ""
+            label += f" {path}" if lora and len(args.lora) > 1 else ""
             rows.append(Row(folder, label, sampler, steps, guidance, lora, args.seed))
     return rows
 
@@ -83,14 +83,10 @@ class Gallery:
         size = args.batch_size
         blocks = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
         self.blocks, self.resolution, self.gap = blocks[rank::processes], args.resolution, gap
-        self.common = {
-            "teacher": fingerprint(args.pretrained_teacher_model),
-            "teacher_revision": args.teacher_revision, "variant": args.variant,
-            "mixed_precision": args.mixed_precision,
-            "resolution": args.resolution, "diffusers": diffusers.__version__, "torch": torch.__version__,
-        }  # fmt: skip
-        for flag in ("prediction_type", "pretrained_vae_model_name_or_path"):
-            self.common |= {flag: getattr(args, flag)} if getattr(args, flag) else {}
+        flags = ("teacher_revision", "variant", "mixed_precision", "prediction_type", "resolution")
+        self.common = {flag: getattr(args, flag) for flag in (*flags, "pretrained_vae_model_name_or_path")}
+        self.common |= {"diffusers": diffusers.__version__, "torch": torch.__version__}
+        self.common["teacher"] = fingerprint(args.pretrained_teacher_model)
 
     def path(self, row, index):
         return self.folder / row.folder / f"{index:05d}.png"
