@@ -1212,6 +1212,9 @@ def start_worker(_worker):
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
+    # A run that stops closes the connection on which a batch is handed over: multiprocessing would print a traceback.
+    shown = sys.excepthook
+    sys.excepthook = lambda kind, *rest: issubclass(kind, (ConnectionError, EOFError)) or shown(kind, *rest)
 
 
 # <<< shared: data

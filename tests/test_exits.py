@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import multiprocessing.connection
 import os
 import resource
 import signal
@@ -237,6 +238,21 @@ def test_18_5_the_first_signal_in_training_saves(out_of, tmp_path, name):
     assert codes == [3] and last.startswith("stopped: ") and name in last and "Traceback" not in said
     (folder,) = (tmp_path / "out").glob("checkpoint-*")
     assert folder.name in last and read_log(tmp_path / "out")[-1]["step"] == int(folder.name[11:])
+
+
+def test_18_5_a_signal_while_a_loader_process_hands_over_a_batch(out_of):
+    def hook(_script):
+        main, answer = os.getpid(), multiprocessing.connection.answer_challenge
+
+        def interrupted(*args):
+            if os.getpid() == main and threading.current_thread() is threading.main_thread():
+                send(signal.SIGINT)()
+            return answer(*args)
+
+        multiprocessing.connection.answer_challenge = interrupted
+
+    codes, said = out_of(hook, **WORKERS)
+    assert codes == [3] and "Traceback" not in said
 
 
 @pytest.mark.parametrize("first", STOPPING)
