@@ -271,14 +271,9 @@ def test_other_samplers_of_an_lcm_lora(models):
         (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent")
         assert pipe.scheduler.timesteps[0] == 999
         pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-        extra["generator"] = noise = torch.Generator().manual_seed(0)
-        options = {
-            "num_inference_steps": 4,
-            "guidance_scale": 1.0,
-            "generator": noise,
-            "output_type": "latent",
-            **extra,
-        }
+        noise = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"} | extra
+        options["generator"] = noise
         torch.testing.assert_close(latents, pipe("sea", **options).images[0])
         pipe.disable_lora()
         noise.manual_seed(0)
