@@ -54,6 +54,7 @@ from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from itertools import chain, islice, product
 from pathlib import Path
+from types import SimpleNamespace
 from typing import NamedTuple
 
 SCRIPT_VERSION = "0.2.0"
@@ -241,6 +242,21 @@ def add_distillation_args(parser):
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
 
+def add_matching_args(parser):
+    add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
+    add("--objective", choices=("consistency", "matching"), default="consistency",
+        help="consistency: LCM-LoRA. matching: bring the pictures of an LCM-LoRA (--init_lora) closer to the "
+        "teacher's; trains on captions alone, and the file is drawn with as before")
+    add("--init_lora", metavar="PATH", help="LCM-LoRA to start from: a run's folder or a file of any rank and alpha")
+    add("--prompts_file", metavar="FILE",
+        help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
+    add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
+        help="step counts to train for; an update draws one of them")
+    add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times --learning_rate")
+    add("--fake_updates", type=COUNT, default=1, help="updates of the fake score for each one of the LoRA")
+    add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which only the fake score learns")
+
+
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", "--train_data_dir", nargs="+", metavar="SHARDS",
@@ -327,8 +343,8 @@ def build_parser():
         description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
     )
     for add_group in (
-        add_model_args, add_lora_args, add_distillation_args, add_data_args, add_optimizer_args,
-        add_output_args, add_system_args,
+        add_model_args, add_lora_args, add_distillation_args, add_matching_args, add_data_args,
+        add_optimizer_args, add_output_args, add_system_args,
     ):  # fmt: skip
         add_group(parser)
     return parser
@@ -351,8 +367,14 @@ def unknown_flag(word, parser):
 def check_args(args, error):
     """Call `error` where flags contradict each other or one is missing; single values are checked by their type."""
     for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
-        if not getattr(args, flag):
+        if not getattr(args, flag) and not (flag.startswith("train") and args.prompts_file):
             error(f"--{flag} is missing")
+    if args.prompts_file and (args.objective != "matching" or args.train_shards_path_or_url):
+        error("--prompts_file: only for --objective matching, and in place of --train_shards_path_or_url")
+    if args.objective == "matching" and not args.init_lora:
+        error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
+    if args.objective == "matching" and max(args.student_steps) > args.num_ddim_timesteps:
+        error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
@@ -371,6 +393,9 @@ def check_paths(args, error):
     """Call `error` with the flag and the path where a local path leads nowhere."""
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
+    for flag in ("init_lora", "prompts_file"):
+        if not Path(getattr(args, flag) or ".").exists():
+            error(f"--{flag} {getattr(args, flag)}: no such file or folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -399,6 +424,7 @@ def parse_args(argv=None):
     check_paths(args, parser.error)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
+    args.fake_learning_rate = args.fake_learning_rate or 3 * args.learning_rate
     if argv is None:  # trackers record the command line
         sys.argv = [masked(word.replace(args.hub_token or "\0", "***")) for word in sys.argv]
     return args
@@ -425,7 +451,7 @@ def public_flags(args):
         if isinstance(value, str):
             flags[name] = masked(value)
         elif isinstance(value, list):
-            flags[name] = [masked(item) for item in value]
+            flags[name] = [masked(item) if isinstance(item, str) else item for item in value]
     return flags
 
 
@@ -459,9 +485,11 @@ from accelerate.utils import (
     gather_object,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
+from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
+from diffusers.utils import convert_unet_state_dict_to_peft
 from diffusers.utils import logging as diffusers_logging
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
@@ -469,6 +497,7 @@ from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFound
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils.other import get_pattern_key
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
@@ -633,6 +662,12 @@ class PictureFolder(NamedTuple):
         return self.name
 
 
+class PromptsFile(NamedTuple):
+    """A virtual shard: the lines of a text file, each a caption."""
+
+    path: str
+
+
 def is_remote(shard):
     """Return whether a shard is read through a command or a network address."""
     return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
@@ -778,6 +813,10 @@ def shard_members(shard):
     if isinstance(shard, PictureFolder):
         for name in shard.files:
             yield name, (shard.folder / name).read_bytes()
+        return
+    if isinstance(shard, PromptsFile):
+        lines = enumerate(Path(shard.path).read_bytes().splitlines())
+        yield from ((f"{number}.txt", line) for number, line in lines if line.strip())
         return
     with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
         for member in tar:
@@ -1042,11 +1081,15 @@ def prepare_sample(sample, args, epoch, cached=False):
         SkippedSample: a filter rejects it, or it cannot be read.
     """
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if image is None and not cached:
+    is_matching, whole = getattr(args, "objective", None) == "matching", (args.resolution, args.resolution)
+    if image is None and not cached and not is_matching:
         raise SkippedSample("no picture")
     metadata = metadata_of(sample)
     check_metadata(metadata, args)
     caption = caption_of(sample, metadata)
+    if is_matching:  # takes captions alone; size and crop are those that a pipeline draws with
+        tensors = cached_tensors(sample) if cached else {}
+        return tensors | {"caption": caption} | size_and_crop(whole, (0, 0), whole, args)
     if cached:
         tensors = cached_tensors(sample)
         if "time_ids" in tensors:
@@ -1605,6 +1648,101 @@ def add_lora(unet, args):
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
+class Lora(NamedTuple):
+    """The change of one layer's weight: alpha / rank * up @ down."""
+
+    down: torch.Tensor  # [rank, in] or [rank, in, kh, kw]
+    up: torch.Tensor  # [out, rank] or [out, rank, 1, 1]
+    alpha: float
+
+
+def lora_file(path):
+    """Return the weight file of a folder that a run, a checkpoint or PEFT left; a file's path as it is."""
+    names = (WEIGHTS_NAME, "adapter_model.safetensors", "unet/adapter_model.safetensors")
+    return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+
+
+def read_lora(path, layers_per_block=None):
+    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder.
+
+    Raises:
+        UnusableInput: the path holds no LoRA of a UNet, or more than that.
+    """
+    path = lora_file(path)
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
+        beside, state = path.with_name("adapter_config.json"), load_file(path)
+        text = text or (beside.read_text("utf-8") if beside.is_file() else "{}")
+        config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
+        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # the end of each block
+        unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
+        number = sum(not name.endswith(".alpha") for name in state)
+        found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
+        state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
+        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({one_line(error)}); name another file") from error
+    loras, patterns = {}, config.get("alpha_pattern") or {}
+    for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
+        key = name.removesuffix(".lora_A.weight")
+        module = re.sub(r"^(unet\.)?(base_model\.model\.)?", "", key)
+        down, up = state.pop(name), state.pop(f"{key}.lora_B.weight", torch.zeros(0, 0))
+        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
+        alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
+        loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
+    rest = [*state, *(name for name, one in loras.items() if one.up.shape[1:2] != one.down.shape[:1])]
+    if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
+        raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
+    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
+        raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
+    return loras
+
+
+def reduce_rank(one, rank):
+    """Return a Lora's best approximation of at most this rank, by SVD; alpha is the new rank."""
+    if rank >= len(one.down):
+        return one
+    q_up, r_up = torch.linalg.qr(one.up.flatten(1).float())
+    q_down, r_down = torch.linalg.qr(one.down.flatten(1).float().T)
+    # The core between two thin QRs has the singular values of up @ down.
+    u, s, v = torch.linalg.svd(one.alpha / len(one.down) * (r_up @ r_down.T))
+    up, down = (q_up @ u[:, :rank]) * s[:rank].sqrt(), (s[:rank].sqrt() * (q_down @ v[:rank].T)).T
+    down = down.reshape(len(down), *one.down.shape[1:])
+    return Lora(down, up.reshape(*up.shape, *one.up.shape[2:]), float(len(down)))
+
+
+@torch.no_grad()
+def load_init_lora(unet, source):
+    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha.
+
+    Raises:
+        UnusableInput: the LoRA has a layer that the adapter lacks, or one of another shape.
+    """
+    layers = {
+        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
+        for name, layer in unet.named_modules()
+        if isinstance(layer, lora.LoraLayer)
+    }
+    loras, misfits = read_lora(source, unet.config.layers_per_block), []
+    for name, one in loras.items():
+        down, up, scale = layers.get(name, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
+        if (one.down[0].numel(), len(one.up)) != (down[0].numel(), len(up)):
+            misfits.append(f"{name} ({one.down[0].numel()} x {len(one.up)})")
+            continue
+        one = reduce_rank(one, len(down))
+        rank = len(one.down)
+        # Rows of A beyond the LoRA's rank keep their random start: B's zeros leave the output as it is, and
+        # zeros in both would never get a gradient.
+        down[:rank] = one.down.view_as(down[:rank])
+        up.zero_()[:, :rank] = (one.up.float() * (one.alpha / rank / scale)).view_as(up[:, :rank])
+    if misfits:
+        some = ", ".join(misfits[:3])
+        raise UnusableInput(
+            f"--init_lora {source}: {len(misfits)} of {len(loras)} layers do not fit, such as {some}; name an "
+            "LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
+        )
+
+
 def prepare_unet(unet, args):
     """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
     if args.gradient_checkpointing:
@@ -1718,6 +1856,7 @@ class Job:
     prompts: list  # to draw at validation
     prompt_embeds: dict  # of the prompts
     state: RunState
+    fake: object = None  # a Fake, for --objective matching
 
 
 @dataclass
@@ -1738,12 +1877,16 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def make_generator(*key):
+    """Return a generator on the CPU, so that every device gets the same numbers, that is a function of the key."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
 def draw(args, shape, global_step, micro_step, process_index, device):
     """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
-    key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
-    seed = int(key.generate_state(1, np.uint64)[0] >> 1)
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
+    generator = make_generator(args.seed, global_step, micro_step, process_index)
+    torch.manual_seed(generator.initial_seed())
     batch = shape[0]
     posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
@@ -1755,8 +1898,15 @@ def draw(args, shape, global_step, micro_step, process_index, device):
 def encode(job, batch):
     """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
     if "moments" in batch:
-        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
-    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
+        return batch["moments"], encode_text(job, batch)
+    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_text(job, batch)
+
+
+def encode_text(job, batch):
+    """Return the text embeddings by name of a batch of token ids or of cached tensors."""
+    if "ids" in batch:
+        return encode_ids(job.pipe, batch["ids"])
+    return {name: batch[name] for name in job.uncond_embeds}
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1800,14 +1950,18 @@ def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
     return c_skip * z_t + c_out * z0
 
 
-def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
-    """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
+def guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype):
+    """Return the teacher's guided (z0, eps) at z_t; both halves of the guidance are one batch."""
     twice, z_twice = timesteps.repeat(2), z_t.repeat(2, 1, 1, 1)
     output = predict(unet, z_twice, twice, join(conditioning, uncond), dtype)
     z0, eps = clean_estimate(schedule, output, z_twice, twice)
     (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
-    z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
-    eps_cfg = eps_cond + w * (eps_cond - eps_uncond)
+    return z0_cond + w * (z0_cond - z0_uncond), eps_cond + w * (eps_cond - eps_uncond)
+
+
+def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
+    """Return z_prev, the guided DDIM step of the teacher."""
+    z0_cfg, eps_cfg = guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype)
     return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
 
 
@@ -1859,22 +2013,31 @@ def move(value, device):
 
 def update(job, batches):
     """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
+    if job.fake:
+        return update_matching(job, batches)
     losses, positions = [], {}
-    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
     for micro_step in range(job.args.gradient_accumulation_steps):
         batch = next_batch(batches, job.state, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
-            job.accelerator.backward(loss)
             losses.append(loss.detach())
-            if job.accelerator.sync_gradients:
-                grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
-            job.optimizer.step()
-            job.optimizer.zero_grad()
+            grad_norm = descend(job, job.optimizer, loss)
     job.lr_schedule.step()
     job.state.global_step += 1
     job.state.positions |= positions  # only now: a checkpoint between micro steps would lose their samples
     return torch.stack(losses).mean(), grad_norm
+
+
+def descend(job, optimizer, loss):
+    """Add a loss's gradient; at an update's last micro step, clip, step, and return the gradient's norm."""
+    job.accelerator.backward(loss)
+    grad_norm = None
+    if job.accelerator.sync_gradients:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def next_batch(batches, state, positions):
@@ -1896,6 +2059,179 @@ def next_batch(batches, state, positions):
 
 
 # <<< shared: step
+
+# ----------------------------------------------------------------------------------------------------------
+# Matching: the second stage. Whoever wants an LCM-LoRA alone may pass over this section.
+#
+# The student draws as a pipeline does, x = f(z_i, t_i), from pure noise. Two scores look at x, noised again to
+# a random tau: the teacher's, guided, says where a picture that the teacher draws lies; the fake's, learned on
+# the student's own pictures, where one that the student draws lies. x moves along their difference (DMD,
+# arXiv:2311.18828; with an LCM-LoRA as its start: TDM, arXiv:2503.06674).
+# ----------------------------------------------------------------------------------------------------------
+
+
+# >>> shared: matching
+TAU_MIN, TAU_END = 0.02, 0.98  # share of the T timesteps; outside, the teacher's estimate says little
+MIN_SIZE = 0.05  # of the latents' error, by which the direction is divided
+
+
+@dataclass
+class Fake:
+    """The fake score: a UNet on the teacher's weights, whose LoRA learns to denoise what the student draws."""
+
+    unet: torch.nn.Module
+    model: torch.nn.Module  # unet, wrapped in DDP for several processes
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    grids: dict  # step count -> LCMScheduler's timesteps, descending
+    watched: dict = field(default_factory=dict)  # of the last update, on the device
+
+
+@dataclass
+class MatchingDraws:
+    """The random numbers of one forward pass: a function of (seed, update, micro step, process)."""
+
+    timesteps: list  # of the roll-out; the last one is trained; the same on all processes, so that none waits
+    noise: torch.Tensor  # [len(timesteps),B,4,h,w]
+    tau: torch.Tensor  # [1+M,B] int64: of the student's loss, and of the M of the fake
+    tau_eps: torch.Tensor  # [1+M,B,4,h,w]
+    w: torch.Tensor  # [B,1,1,1] guidance
+    empty: torch.Tensor  # [B] bool, captions to drop; on the CPU
+
+
+def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
+    """Return the Fake on the weights of a UNet that has no LoRA yet."""
+    unet = make_twin(base_unet)
+    options = {"lora_dropout": 0.0, "learning_rate": args.fake_learning_rate, "seed": args.seed + 1}
+    own = argparse.Namespace(**vars(args) | options)
+    parameters = add_lora(unet, own)
+    prepare_unet(unet.train(), args)  # checkpointing is for a UNet in training
+    optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
+    scheduler, grids = LCMScheduler.from_config(scheduler_config), {}
+    for steps in args.student_steps:
+        scheduler.set_timesteps(steps, original_inference_steps=args.num_ddim_timesteps)
+        grids[steps] = scheduler.timesteps.tolist()
+    model = wrap(unet, accelerator)
+    return Fake(unet, model, accelerator.prepare_optimizer(optimizer), lr_schedule, grids)
+
+
+def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
+    """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
+    common = make_generator(args.seed, global_step, micro_step)
+    grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
+    timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
+    generator = make_generator(args.seed, global_step, micro_step, process_index)
+    batch, times = shape[0], 1 + args.fake_updates
+    low, high = round(TAU_MIN * num_timesteps), round(TAU_END * num_timesteps)
+    noise = torch.randn(len(timesteps) + times, *shape, generator=generator)
+    tau = torch.randint(num_timesteps, (times, batch), generator=generator)
+    tau[0] = torch.randint(low, high, (batch,), generator=generator)
+    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
+    empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
+    noise, tau, w = (send(part, device) for part in (noise, tau, w))
+    return MatchingDraws(timesteps, noise[:-times], tau, noise[-times:], w, empty)
+
+
+def roll_out(unet, schedule, timesteps, noise, conditioning, dtype):
+    """Return z at the last of the timesteps [len,B], drawn from pure noise as LCMScheduler draws."""
+    z_t = noise[0]
+    for t, next_t, eps in zip(timesteps, timesteps[1:], noise[1:], strict=False):
+        z_t = add_noise(schedule, consistency(unet, schedule, z_t, t, conditioning, dtype), eps, next_t)
+    return z_t
+
+
+def two_estimates(teacher, fake, schedule, x, tau, eps, conditioning, uncond, w, dtype):
+    """Return (the guided teacher's, the fake's) clean estimate of x [B,4,h,w] noised to tau."""
+    z_tau = add_noise(schedule, x, eps, tau)
+    real_z0, _ = guided_estimate(teacher, schedule, z_tau, tau, conditioning, uncond, w, dtype)
+    fake_z0, _ = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
+    return real_z0, fake_z0
+
+
+def matching_loss(x, real_z0, fake_z0):
+    """Return a loss whose gradient moves x from the fake's estimate towards the teacher's (DMD, eq. 7 and 8)."""
+    size = (x - real_z0).abs().mean((1, 2, 3), keepdim=True).clamp(min=MIN_SIZE)
+    target = (x + (real_z0 - fake_z0) / size).detach()
+    return (x - target).square().mean() / 2
+
+
+def fake_loss(fake, schedule, x, tau, eps, conditioning, dtype):
+    """Return the fake's denoising loss on what the student drew, without guidance."""
+    z_tau = add_noise(schedule, x, eps, tau)
+    _, fake_eps = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
+    return (fake_eps - eps).square().mean()
+
+
+@torch.no_grad()
+def matching_inputs(job, batch, micro_step):
+    """Return (z_t drawn by the student, its timestep [B], conditioning, uncond, draws) for captions of a batch."""
+    args, accelerator, unet = job.args, job.accelerator, job.student_unet
+    batch = {name: move(value, accelerator.device) for name, value in batch.items()}
+    sides = [args.resolution // job.pipe.vae_scale_factor] * 2 if "ids" in batch else batch["moments"].shape[2:]
+    draws = draw_matching(
+        args, job.fake.grids, (len(batch["caption"]), unet.config.in_channels, *sides), len(job.schedule.alphas),
+        job.state.global_step, micro_step, accelerator.process_index, accelerator.device,
+    )  # fmt: skip
+    conditioning, uncond = condition(job.uncond_embeds, encode_text(job, batch), batch, draws.empty)
+    timesteps = draws.tau.new_tensor(draws.timesteps)[:, None].expand(-1, len(batch["caption"]))
+    was_training = unet.training
+    unet.eval()  # pictures are drawn without dropout
+    z_t = roll_out(unet, job.schedule, timesteps, draws.noise, conditioning, job.dtype)
+    unet.train(was_training)
+    return z_t, timesteps[-1], conditioning, uncond, draws
+
+
+def student_loss(job, x, conditioning, uncond, draws):
+    """Return the matching loss of the student's clean latents x, noting what tells a fake that lags."""
+    with torch.no_grad():
+        real_z0, fake_z0 = two_estimates(
+            job.teacher_unet, job.fake.unet, job.schedule, x, draws.tau[0], draws.tau_eps[0], conditioning, uncond,
+            draws.w, job.dtype,
+        )  # fmt: skip
+        cosine = functional.cosine_similarity(real_z0.flatten(1), fake_z0.flatten(1)).mean()
+        job.fake.watched = {
+            "fake_norm_ratio": fake_z0.norm() / real_z0.norm(),
+            "fake_cosine": cosine,
+            "x_std": x.std(),
+        }
+    return matching_loss(x, real_z0, fake_z0)
+
+
+def update_matching(job, batches):
+    """Make one update of the student's LoRA, then those of the fake's; return (loss, gradient norm).
+
+    In the first updates the fake alone learns, and loss and norm are its own.
+    """
+    args, fake, losses, drawn, positions = job.args, job.fake, [], [], {}
+    is_trained = job.state.global_step >= args.fake_warmup_steps
+    for micro_step in range(args.gradient_accumulation_steps):
+        inputs = matching_inputs(job, next_batch(batches, job.state, positions), micro_step)
+        z_t, timesteps, conditioning, uncond, draws = inputs
+        with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
+            student = job.student if is_trained else job.student_unet  # DDP would expect a backward pass
+            x = consistency(student, job.schedule, z_t, timesteps, conditioning, job.dtype)
+            drawn.append((x.detach(), conditioning, draws))
+            if is_trained:
+                loss = student_loss(job, x, conditioning, uncond, draws)
+                losses.append(loss.detach())
+                grad_norm = descend(job, job.optimizer, loss)
+    for number in range(1, 1 + args.fake_updates):
+        for x, conditioning, draws in drawn:
+            with job.accelerator.accumulate(fake.model):
+                tau, eps = draws.tau[number], draws.tau_eps[number]
+                loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
+                fake_norm = descend(job, fake.optimizer, loss)
+                if not is_trained:
+                    losses.append(loss.detach())
+    if is_trained:
+        job.lr_schedule.step()
+    fake.lr_schedule.step()
+    job.state.global_step += 1
+    job.state.positions |= positions
+    return torch.stack(losses).mean(), grad_norm if is_trained else fake_norm
+
+
+# <<< shared: matching
 
 # ----------------------------------------------------------------------------------------------------------
 # Files: LoRA weights and checkpoints
@@ -1995,12 +2331,12 @@ def write_checkpoint(job, manifest):
     scratch = output_dir / f".writing-{final.name}"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / "unet").mkdir(parents=True)
+        scratch.mkdir(parents=True)
         save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
-        save_for_peft(job.student_unet, scratch / "unet")
-        scaler = job.accelerator.scaler
-        parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": scaler}
-        states = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        for folder_name, unet in trained_unets(job).items():
+            (scratch / folder_name).mkdir(parents=True)
+            save_for_peft(unet, scratch / folder_name)
+        states = {name: part.state_dict() for name, part in training_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
             torch.save(states, file)
             os.fsync(file.fileno())
@@ -2019,19 +2355,28 @@ def write_checkpoint(job, manifest):
 
 
 def load_checkpoint(job, folder):
-    """Load LoRA, optimizer, schedule and loss scaler of a checkpoint, through the CPU."""
-    weights = load_file(folder / "unet" / "adapter_model.safetensors")
-    weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
-    set_peft_model_state_dict(job.student_unet, weights)
-    cast_training_params(job.student_unet, dtype=torch.float32)
+    """Load LoRAs, optimizers, schedules and loss scaler of a checkpoint, through the CPU."""
+    for folder_name, unet in trained_unets(job).items():
+        weights = load_file(folder / folder_name / "adapter_model.safetensors")
+        weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
+        set_peft_model_state_dict(unet, weights)
+        cast_training_params(unet, dtype=torch.float32)
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    for name, part in (
-        ("optimizer", job.optimizer),
-        ("lr_schedule", job.lr_schedule),
-        ("scaler", job.accelerator.scaler),
-    ):
-        if part is not None:
-            part.load_state_dict(states[name])
+    for name, part in training_parts(job).items():
+        part.load_state_dict(states[name])
+
+
+def trained_unets(job):
+    """Return the UNets with a LoRA that is trained, by their folder in a checkpoint."""
+    return {"unet": job.student_unet} | ({"fake": job.fake.unet} if job.fake else {})
+
+
+def training_parts(job):
+    """Return what a checkpoint holds beside LoRAs, by name."""
+    parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": job.accelerator.scaler}
+    if job.fake:
+        parts |= {"fake_optimizer": job.fake.optimizer, "fake_lr_schedule": job.fake.lr_schedule}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def list_checkpoints(output_dir):
@@ -2137,7 +2482,7 @@ class Log:
     def __init__(self, job):
         self.job, self.accelerator = job, job.accelerator
         self.path = Path(job.args.output_dir) / "log.jsonl"
-        self.rows = []  # (step, loss, gradient norm, learning rate) of updates since the last flush
+        self.rows = []  # (step, loss, gradient norm, learning rate, more by name) of updates since the last flush
         self.skipped_updates = 0
         self.started = time.monotonic()
         self.bar = tqdm(
@@ -2151,9 +2496,9 @@ class Log:
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
             write_atomically(self.path, "".join(kept))
 
-    def add(self, step, loss, grad_norm, lr):
+    def add(self, step, loss, grad_norm, lr, watched=None):
         """Note one update; tensors are kept as they are."""
-        self.rows.append((step, loss.detach(), grad_norm, lr))
+        self.rows.append((step, loss.detach(), grad_norm, lr, watched or {}))
         self.bar.update()
 
     def flush(self):
@@ -2183,16 +2528,20 @@ class Log:
 
     def read(self):
         """Return the noted updates as lines of log.jsonl; waits for the device and for the other processes."""
-        values = torch.stack([torch.stack([loss, norm.to(loss)]) for _, loss, norm, _ in self.rows])
+        names = self.rows[-1][4]  # the first updates of a run may have fewer
+        values = [
+            [loss, norm, *(watched.get(name, loss * 0) for name in names)] for _, loss, norm, _, watched in self.rows
+        ]
+        values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
         values = self.accelerator.reduce(values, "mean").tolist()
         elapsed = time.monotonic() - self.started
         speed = len(self.rows) * samples_per_update(self.job.args, self.accelerator) / elapsed
         return [
             {
                 "step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
-                "samples_per_second": speed,
+                "samples_per_second": speed, **dict(zip(names, watched, strict=True)),
             }
-            for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True)
+            for (step, _, _, lr, _), (loss, norm, *watched) in zip(self.rows, values, strict=True)
         ]  # fmt: skip
 
     def checked(self, lines):
@@ -2669,7 +3018,7 @@ def train(job, loader, save):
         lr = job.lr_schedule.get_last_lr()[0]
         with suppress(StopWaiting):
             loss, grad_norm = update(job, batches)
-            log.add(state.global_step, loss, grad_norm, lr)
+            log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
         last = state.global_step == job.max_train_steps
         is_due = last or state.global_step % args.checkpointing_steps == 0
         if is_due or state.global_step % args.logging_steps == 0 or is_alone and state.stop_signal:
@@ -2730,25 +3079,35 @@ def load_models(args, dtype, device, samples, cache):
     return {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts} | embeds
 
 
+def wrap(unet, accelerator):
+    """Return the UNet, in DDP where there are several processes."""
+    if accelerator.num_processes == 1:
+        return unet
+    # By hand, because accelerate's `prepare` adds autocast.
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
+
+
 def make_job(args, accelerator, samples, cache, state):
     """Return the Job of a run from its start: models, LoRA, optimizer."""
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
-    teacher_unet = make_twin(student_unet)
+    teacher_unet, fake = make_twin(student_unet), None
+    if args.objective == "matching":
+        fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
     parameters = add_lora(student_unet, args)
+    if args.init_lora:
+        load_init_lora(student_unet, args.init_lora)
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)
-    student = student_unet
-    if accelerator.num_processes > 1:  # by hand, because accelerate's `prepare` adds autocast
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        student = torch.nn.parallel.DistributedDataParallel(student_unet, devices, gradient_as_bucket_view=True)
+    updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max(1, updates))
     return Job(
         args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
-        student=student, schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, **loaded,
+        student=wrap(student_unet, accelerator), schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
     )  # fmt: skip
 
 
@@ -2799,7 +3158,9 @@ def main(args, state):
         say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is ignored: --gradient_accumulation_steps counts")
     # What cannot be trained on is an error before any model loads.
     say("reading the first samples")
-    shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
+    shards = [PromptsFile(args.prompts_file)]
+    if not args.prompts_file:
+        shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers, max_train_steps = count_workers(args, accelerator, manifest), count_updates(args, accelerator)
