@@ -109,7 +109,7 @@ AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
-    "hub_model_id hub_public_repo hub_token local_rank vae_encode_batch_size logging_dir logging_steps "
+    "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
     "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
     "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
@@ -156,7 +156,7 @@ class OneLineParser(argparse.ArgumentParser):
     """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
 
     def error(self, message):
-        self.exit(2, f"error: {message}; --help lists all flags\n")
+        self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
         return shlex.split(line, comments=True)
@@ -224,6 +224,8 @@ def add_lora_args(parser):
     add("--lora_dropout", type=FRACTION, default=0.0,
         help="dropout on the LoRA's input; the target is computed without it")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
+    add("--init_lora", metavar="PATH",
+        help="LCM-LoRA to start from: a .safetensors file or a run's folder, of any rank and alpha")
 
 
 def add_distillation_args(parser):
@@ -247,7 +249,6 @@ def add_matching_args(parser):
     add("--objective", choices=("consistency", "matching"), default="consistency",
         help="consistency: LCM-LoRA. matching: bring the pictures of an LCM-LoRA (--init_lora) closer to the "
         "teacher's; trains on captions alone, and the file is drawn with as before")
-    add("--init_lora", metavar="PATH", help="LCM-LoRA to start from: a run's folder or a file of any rank and alpha")
     add("--prompts_file", metavar="FILE",
         help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
@@ -352,7 +353,8 @@ def build_parser():
 
 def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
-    name = word.lstrip("-").partition("=")[0]
+    word = word.partition("=")[0]
+    name = word.lstrip("-")
     if name in DATASET_FLAGS:
         remedy = (
             "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
@@ -393,9 +395,8 @@ def check_paths(args, error):
     """Call `error` with the flag and the path where a local path leads nowhere."""
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
-    for flag in ("init_lora", "prompts_file"):
-        if not Path(getattr(args, flag) or ".").exists():
-            error(f"--{flag} {getattr(args, flag)}: no such file or folder")
+    if args.prompts_file and not Path(args.prompts_file).is_file():
+        error(f"--prompts_file {args.prompts_file}: no such file; give a text file of prompts, one a line")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -417,7 +418,11 @@ def checkpoint_paths(args):
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    args, rest = parser.parse_known_args(argv)
+    try:
+        args, rest = parser.parse_known_args(argv)
+    except ValueError as error:  # of a file of flags
+        files = [word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@")]
+        parser.error(f"{', '.join(files)}: {error}; mend the file of flags")
     if rest:
         parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
@@ -430,18 +435,28 @@ def parse_args(argv=None):
     return args
 
 
+SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
+SECRETS = (  # pattern, replacement; in this order
+    (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
+    (r"(\w+:/+[^\s'\"?#]*)[?#]\S+", r"\1?***"),
+    (r"(?i)\b(authorization|cookie)[\"']?\s*:.*", r"\1: ***"),
+    (rf"(?i)({SECRET_NAMES}[\"']?\s*[=:]\s*)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (rf"(?i)(--?(?:[\w-]*{SECRET_NAMES}|u|user|header)\s+)([\"'][^\"']*[\"']|\S+)", r"\1***"),
+    (r"(?i)\b((?:bearer|basic|digest)\s+)\S{8,}", r"\1***"),
+    (r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", r"\1***"),
+)
+
+
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
     if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
-        return " ".join([program, *(["***"] if len(words) > len(places) else []), *places])
-    text = re.sub(r"(\w+://)[^/\s'\"@]*@", r"\1***@", text)
-    text = re.sub(r"(\w+://[^\s'\"?#]*)[?#][^\s'\"]+", r"\1?***", text)
-    names = r"authorization|token|api[_-]?key|secret\w*|passw\w*|sig(?:nature)?|access[_-]?key\w*|cookie"
-    text = re.sub(rf"(?i)((?:{names})\s*[=:]\s*)(?:(?:bearer|basic|token)\s+)?\S+", r"\1***", text)
-    text = re.sub(r"(?i)\b(bearer\s+|basic\s+)\S{8,}", r"\1***", text)
-    return re.sub(r"\b(hf_|sk-|ghp_|AKIA)\w{8,}", r"\1***", text)
+        program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
+        return " ".join([program, *["***"] * (len(words) > len(places)), *places])
+    for pattern, replacement in SECRETS:
+        text = re.sub(pattern, replacement, text)
+    return text
 
 
 def public_flags(args):
@@ -461,6 +476,7 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
+    PARENT = os.getppid()
     print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
@@ -469,6 +485,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in fo
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
 
+import braceexpand
 import diffusers
 import filelock
 import numpy as np
@@ -498,7 +515,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
@@ -646,7 +663,7 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` in a row gave nothing at all."""
+    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
 
     dead_shards = 0
 
@@ -680,8 +697,8 @@ def list_shards(values):
         UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
     """
     flag, shards = "--train_shards_path_or_url", []
-    for value in chain.from_iterable(re.split(r"::(?!\d)", value) for value in values):
-        value = re.sub(r"^file:(//)?(?=/)", "", value)
+    for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
         scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
@@ -703,7 +720,7 @@ def list_shards(values):
 
 def expand_braces(flag, value):
     try:
-        return wds.SimpleShardList(value).urls
+        return list(braceexpand.braceexpand(value))
     except ValueError as error:
         raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
 
@@ -762,7 +779,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     the head of the first shard of a cache, shards cached in another way are counted and left.
 
     Raises:
-        UnusableInput: too many shards in a row cannot be read at all.
+        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -782,7 +799,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done else skipped.dead_shards + 1
+    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         raise UnusableInput(
             f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
@@ -873,10 +890,11 @@ def open_shard(shard):
 
 def last_words(text, shard):
     """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    text, words = masked(" ".join(text.split())[-200:]), re.compile(r"[^\s'\"=:&?]+")
-    for word in set(words.findall(shard)) - set(words.findall(masked(shard))):
+    words = re.compile(r"[^\s'\"=:&?]+")
+    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
+    for word in sorted(hidden, key=len, reverse=True):
         text = text.replace(word, "***") if len(word) > 3 else text
-    return text
+    return text[-200:]
 
 
 def split_name(name):
@@ -886,7 +904,7 @@ def split_name(name):
     suffix = suffix.lower()
     if suffix not in SHARD_SUFFIXES or base.startswith("."):
         return name, ""
-    if suffix not in IMAGE_SUFFIXES and stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
+    if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
     return f"{folder}/{stem}" if folder else stem, suffix
 
@@ -894,34 +912,40 @@ def split_name(name):
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
-    The files of a sample are usually neighbours. Where they are not, parts of samples wait for the rest, up to
-    WAITING_BYTES in all. A sample is whole once it has each kind of file that the shard has had so far.
+    A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
+    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
+    until WAITING_BYTES wait.
     """
-    waiting, given, kinds, held, last = {}, {}, set(), 0, None
+    waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
+
+    def give(key):
+        sample = waiting.pop(key)
+        given[key] = frozenset(sample)
+        # K.mask.png beside K.png belongs to K and is no sample of its own.
+        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        return [] if is_extra else [sample]
+
     for name, data in members:
         key, suffix = split_name(name)
-        if last not in (None, key) and last in waiting and is_whole(waiting[last], kinds):
-            held -= size_of(waiting[last])
-            given[last] = frozenset(waiting[last])
-            yield waiting.pop(last)
-        last = key
-        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
-            lost["file name twice in its shard"] += not lost[key, suffix]
-            continue
-        if key in given:
-            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
-            continue
-        waiting.setdefault(key, {"__key__": key})[suffix] = data
+        if key != last and not key.startswith(f"{last}."):
+            if is_new and last in waiting and is_whole(waiting[last], kinds):
+                held -= size_of(waiting[last])
+                yield from give(last)
+            last, is_new = key, key not in waiting
         kinds.add(kind_of(suffix))
-        held += len(data)
+        if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
+            lost["file name twice in its shard"] += 1
+        elif key in given:
+            lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
+        else:
+            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = waiting.pop(next(iter(waiting)))
-            held -= size_of(oldest)
-            given[oldest["__key__"]] = frozenset(oldest)
-            yield oldest
-    for sample in waiting.values():
-        if sample["__key__"].rpartition(".")[0] not in given:  # K.mask.png beside K.png is no sample of its own
-            yield sample
+            oldest = next(iter(waiting))
+            held -= size_of(waiting[oldest])
+            yield from give(oldest)
+    for key in list(waiting):
+        yield from give(key)
 
 
 def kind_of(suffix):
@@ -1003,11 +1027,11 @@ def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
     try:
-        caption = metadata.get("caption") if data is None else data.decode("utf-8-sig")
+        caption = metadata.get("caption") if data is None else data.decode()
         if caption is None:
             raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
-        return caption.strip()
+        return caption.strip("\ufeff \t\r\n")
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
@@ -1024,13 +1048,13 @@ def open_picture(data, max_pixels, draft_px=None):
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original, orientation = picture.size, picture.getexif().get(ExifTags.Base.Orientation)
-        if orientation in (5, 6, 7, 8):  # stored on its side
-            original = original[::-1]
+        original = picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
+        stored = picture.size
         ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture), original
+        # Not by the orientation: the size of a TIFF is the upright one before and after.
+        return to_rgb(picture), original if picture.size == stored else original[::-1]
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -1278,6 +1302,8 @@ def cache_identity(args):
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
+        elif isinstance(value, str):
+            identity[name] = masked(value)
     return identity
 
 
@@ -1485,7 +1511,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
 def loading_error(args, error):
     """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
-    name = f"--pretrained_teacher_model {masked(str(path))}"
+    name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
@@ -1578,6 +1604,7 @@ def quantize_4bit(unet):
             linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
         )
         packed.bias = linear.bias
+        packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
@@ -1646,6 +1673,77 @@ def add_lora(unet, args):
     unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
+
+
+def prepare_unet(unet, args):
+    """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
+    if args.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.compile:
+        # A graph for each width of the blocks in each of teacher's, target's and student's pass: more than
+        # the 8 of one function after which torch stops compiling.
+        torch._dynamo.config.recompile_limit = 64
+        unet.compile_repeated_blocks()
+
+
+def encode_prompts(pipe, captions, device):
+    """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
+    tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
+    ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
+    return zero_empty(pipe, encode_ids(pipe, ids), captions)
+
+
+def encode_moments(vae, pixels, args):
+    """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
+    pixels = pixels.permute(0, 3, 1, 2)
+    if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
+        pixels = pixels.contiguous()
+    # An SDXL VAE of its own, in float32, takes 2.5 GiB a picture of 1024 px.
+    at_once = 1 if vae.dtype == torch.float32 and pixels.is_cuda else args.vae_encode_batch_size
+    parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
+    return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
+
+
+def make_optimizer(parameters, args, num_processes, max_train_steps):
+    """Return (AdamW or its 8-bit form, learning-rate schedule stepped once an update)."""
+    lr = args.learning_rate
+    if args.scale_lr:
+        lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
+    options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
+    options["weight_decay"] = args.adam_weight_decay
+    optimizer = (
+        adam_8bit(parameters, options) if args.use_8bit_adam else torch.optim.AdamW(parameters, fused=True, **options)
+    )
+    name = args.lr_scheduler
+    if name == "constant" and args.lr_warmup_steps:
+        name = "constant_with_warmup"
+    return optimizer, get_scheduler(
+        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
+    )
+
+
+def adam_8bit(parameters, options):
+    """Return bitsandbytes' AdamW8bit, whose own `step` waits for the GPU after every matrix; this one does not."""
+    import bitsandbytes
+
+    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
+        @torch.no_grad()
+        def step(self, closure=None):  # noqa: ARG002 - accelerate passes it on
+            if not self.initialized:
+                self.check_overrides()
+                self.to_gpu()
+                self.initialized = True
+            for group_number, group in enumerate(self.param_groups):
+                for number, parameter in enumerate(group["params"]):
+                    if parameter.grad is None:
+                        continue
+                    if not self.state[parameter]:
+                        self.init_state(group, parameter, group_number, number)
+                    self.update_step(group, parameter, group_number, number)
+
+    return AdamW8bit(parameters, **options)
 
 
 class Lora(NamedTuple):
@@ -1743,77 +1841,6 @@ def load_init_lora(unet, source):
         )
 
 
-def prepare_unet(unet, args):
-    """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.compile:
-        # A graph for each width of the blocks in each of teacher's, target's and student's pass: more than
-        # the 8 of one function after which torch stops compiling.
-        torch._dynamo.config.recompile_limit = 64
-        unet.compile_repeated_blocks()
-
-
-def encode_prompts(pipe, captions, device):
-    """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
-    tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
-    ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
-    return zero_empty(pipe, encode_ids(pipe, ids), captions)
-
-
-def encode_moments(vae, pixels, args):
-    """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
-    pixels = pixels.permute(0, 3, 1, 2)
-    if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
-        pixels = pixels.contiguous()
-    # An SDXL VAE of its own, in float32, takes 2.5 GiB a picture of 1024 px.
-    at_once = 1 if vae.dtype == torch.float32 and pixels.is_cuda else args.vae_encode_batch_size
-    parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
-    return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
-
-
-def make_optimizer(parameters, args, num_processes, max_train_steps):
-    """Return (AdamW or its 8-bit form, learning-rate schedule stepped once an update)."""
-    lr = args.learning_rate
-    if args.scale_lr:
-        lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
-    options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
-    options["weight_decay"] = args.adam_weight_decay
-    optimizer = (
-        adam_8bit(parameters, options) if args.use_8bit_adam else torch.optim.AdamW(parameters, fused=True, **options)
-    )
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return optimizer, get_scheduler(
-        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
-
-
-def adam_8bit(parameters, options):
-    """Return bitsandbytes' AdamW8bit, whose own `step` waits for the GPU after every matrix; this one does not."""
-    import bitsandbytes
-
-    class AdamW8bit(bitsandbytes.optim.AdamW8bit):
-        @torch.no_grad()
-        def step(self):
-            if not self.initialized:
-                self.check_overrides()
-                self.to_gpu()
-                self.initialized = True
-            for group_number, group in enumerate(self.param_groups):
-                for number, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
-                        continue
-                    if not self.state[parameter]:
-                        self.init_state(group, parameter, group_number, number)
-                    self.update_step(group, parameter, group_number, number)
-
-    return AdamW8bit(parameters, **options)
-
-
 # <<< shared: models
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1830,6 +1857,7 @@ class RunState:
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
     stop_signal: str | None = None  # the first signal that asked the run to stop
+    is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     is_waiting: bool = False  # for data, as the only process
     is_saved: bool = False  # all updates are in a checkpoint
@@ -2017,7 +2045,7 @@ def update(job, batches):
         return update_matching(job, batches)
     losses, positions = [], {}
     for micro_step in range(job.args.gradient_accumulation_steps):
-        batch = next_batch(batches, job.state, positions)
+        batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
             losses.append(loss.detach())
@@ -2040,14 +2068,15 @@ def descend(job, optimizer, loss):
     return grad_norm
 
 
-def next_batch(batches, state, positions):
+def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
 
     Raises:
         OutOfData: nothing usable is left.
         StopWaiting: a signal came while the only process waited.
     """
-    state.is_waiting = True
+    state = job.state
+    state.is_waiting = job.accelerator.num_processes == 1  # several have to agree first
     batch = next(batches)
     state.is_waiting = False
     if "error" in batch:
@@ -2205,7 +2234,7 @@ def update_matching(job, batches):
     args, fake, losses, drawn, positions = job.args, job.fake, [], [], {}
     is_trained = job.state.global_step >= args.fake_warmup_steps
     for micro_step in range(args.gradient_accumulation_steps):
-        inputs = matching_inputs(job, next_batch(batches, job.state, positions), micro_step)
+        inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
         z_t, timesteps, conditioning, uncond, draws = inputs
         with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
             student = job.student if is_trained else job.student_unet  # DDP would expect a backward pass
@@ -2644,7 +2673,7 @@ def write_card(job, drawn):
     args, folder = job.args, Path(job.args.output_dir)
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
-    teacher = args.pretrained_teacher_model
+    teacher = masked(args.pretrained_teacher_model)
     from_hub = not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     training = "\n".join(
@@ -2930,7 +2959,7 @@ def open_output(args, state):
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state.lock = filelock.FileLock(folder / ".lock", mode=0o666)
+        state.lock = filelock.FileLock(folder / ".lock")
         state.lock.acquire(timeout=0)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
@@ -2976,13 +3005,14 @@ def listen(state):
 
     def note(number, _frame):
         name = signal.Signals(number).name
-        if not state.is_training or name == state.stop_signal == "SIGINT":
+        if not state.is_training or name == "SIGINT" and state.is_interrupted:
             saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
             print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
             kill_children()
             os._exit(3 if state.is_saved else 128 + number)
-        state.stop_signal = state.stop_signal or name
+        state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if state.is_waiting:
+            state.is_waiting = False
             raise StopWaiting
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
@@ -3099,7 +3129,7 @@ def make_job(args, accelerator, samples, cache, state):
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
     parameters = add_lora(student_unet, args)
     if args.init_lora:
-        load_init_lora(student_unet, args.init_lora)
+        load_init_lora(student_unet, args.init_lora)  # where a run is resumed, its checkpoint takes their place
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
@@ -3231,6 +3261,8 @@ if __name__ == "__main__":
     if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
         # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
         end_with_parent(signal.SIGTERM)
+        if os.getppid() != PARENT:  # gone while the libraries loaded
+            sys.exit(1)
     EXIT_CODE = run(ARGS)
     sys.stdout.flush()
     sys.stderr.flush()

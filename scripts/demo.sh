@@ -30,7 +30,7 @@ if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
     --resolution 64 --train_batch_size 16 --max_train_steps "$updates" --learning_rate 2e-3 \
     --lr_scheduler linear --lora_rank 32 --num_ddim_timesteps 20 --w_min 5.5 --w_max 7.5 \
     --loss_space epsilon --vae_encode_batch_size 16 --validation_steps 120 --checkpointing_steps 60 \
-    --checkpoints_total_limit 1
+    --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
 say "3/4 pictures: $out/grid.png"
@@ -40,10 +40,12 @@ if [ ! -e "$out/grid.png" ]; then
     "forest at noon with snow and a house"
 fi
 
-say "4/4 table: $out/results.json"
-if [ ! -e "$out/results.json" ]; then
-  torchrun --nproc_per_node 2 scripts/demo/measure.py \
-    --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out"
+say "4/4 table: $out/evaluation/table.md, report.html"
+if [ ! -e "$out/evaluation/results.json" ]; then
+  torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" --lora "$out" \
+    --yardstick "$teacher/reference.safetensors" --features assets/demo-teacher-sd15/judge.safetensors \
+    --clip_model none --num_images 128 --batch_size 64 --guidance_scale 7.5 2 3 5 \
+    --samplers ddim dpmsolver++ lcm-without-lora lcm-lora --output_dir "$out/evaluation"
 else
-  cat "$out/table.md"
+  sed '/^Teacher/q' "$out/evaluation/table.md"
 fi

@@ -7,66 +7,70 @@
 
 Prompts: a text file, one a line; for COCO or PartiPrompts put their captions there (the first column of
 PartiPrompts' tsv). Picture i has prompt i modulo their number, and the same noise in every row.
-The yardstick needs no real pictures: the teacher's own --teacher_steps samples of the same prompts with other
-noise. A second such draw is the first row: its distance is the floor, what a perfect LoRA would have.
+Distances need no real pictures: they are to the teacher's own --teacher_steps samples of the same prompts
+with other noise. A second such draw is the first row: its distance is the floor, what a perfect LoRA would
+have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, and later
+runs measure to that file.
 Pictures are drawn once, to <output_dir>/pictures/<row>/, and kept: the same command again resumes.
 Output: results.json, table.md, report.html. Exit codes: 0 done, 2 wrong usage or unusable input, 1 other.
 """
 
-import argparse
+import json
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from model_args import (
-    SAMPLERS,
-    InputError,
-    add_model_flags,
-    add_prompt_flags,
-    lora_problems,
-    model_problems,
-    read_prompts,
-    refuse,
-    step_problems,
-)
+from lib import cli
 
 
-def build_parser():
-    """Return the parser of the command line."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = add_model_flags(cli)
+def parse_args(argv=None):
+    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
+    parser = cli.ToolParser(__doc__)
+    add = cli.add_model_flags(parser)
     text = "LCM-LoRAs to compare: files, folders with one, PEFT folders or Hub ids (default: none)"
     add("--lora", nargs="+", default=[], metavar="PATH", help=text)
-    group = cli.add_argument_group("pictures")
-    add_prompt_flags(group)
+    text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
+    add("--offload", action="store_true", help=text)
+    add_picture_flags(parser.add_argument_group("pictures"))
+    add_figure_flags(parser.add_argument_group("figures"))
+    add = parser.add_argument_group("output").add_argument
+    text = "pictures of each row in the report (default: %(default)s)"
+    add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
+    add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
+    args = parser.parse_args(argv)
+    args.samplers = args.samplers or [name for name in cli.SAMPLERS if args.lora or name != "lcm-lora"]
+    for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
+    cli.refuse(parser, yardstick_problems(args))
+    loras = [(path, 1.0) for path in args.lora]
+    cli.refuse(parser, [*cli.model_problems(args), *cli.lora_problems(loras), *figure_problems(args)])
+    cli.refuse(parser, cli.folder_problems(args.output_dir))
+    return args
+
+
+def add_picture_flags(group):
+    cli.add_prompt_flags(group, required=False)
     add = group.add_argument
     text = "pictures a row; 1000 or more for figures to publish (default: %(default)s)"
-    add("--num_images", type=int, default=256, metavar="N", help=text)
+    add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
-    text = f"of {', '.join(SAMPLERS)} (default: all, lcm-lora with --lora)"
-    add("--samplers", nargs="+", choices=SAMPLERS, metavar="NAME", help=text)
+    text = f"of {', '.join(cli.SAMPLERS)} (default: all, lcm-lora with --lora)"
+    add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
-    add("--guidance_scale", nargs="+", type=float, default=[7.5], metavar="G", help=text)
+    add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)
     text = "guidances of the LCM rows, 1 (off) to 2; rows for each (default: 1.0)"
-    add("--lcm_guidance_scale", nargs="+", type=float, default=[1.0], metavar="G", help=text)
-    add(
-        "--teacher_steps",
-        type=int,
-        default=50,
-        metavar="N",
-        help="DDIM steps of the yardstick, at the first guidance (default: %(default)s)",
-    )
-    add("--resolution", type=int, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
-    add("--seed", type=int, default=0, help="of the noise (default: %(default)s)")
-    add(
-        "--batch_size",
-        type=int,
-        default=8,
-        metavar="N",
-        help="pictures drawn together (default: %(default)s)",
-    )
-    add = cli.add_argument_group("figures").add_argument
+    add("--lcm_guidance_scale", nargs="+", type=cli.GUIDANCE, default=[1.0], metavar="G", help=text)
+    text = "DDIM steps of the teacher's own pictures, at the first guidance (default: %(default)s)"
+    add("--teacher_steps", type=int, default=50, metavar="N", help=text)
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
+    add("--seed", type=cli.within(int, 0, 2**30 - 1), default=0, help="of the noise (default: %(default)s)")
+    text = "pictures drawn together; halved where the GPU's memory is too small (default: %(default)s)"
+    add("--batch_size", type=cli.COUNT, default=8, metavar="N", help=text)
+
+
+def add_figure_flags(group):
+    add = group.add_argument
     text = "for distances: inception, clip, dinov2, each also NAME=PATH, or PATH: a transformers folder, the "
     text += "demo's judge (.safetensors), a .py file with load(device) (default: clip)"
     add("--features", nargs="+", default=["clip"], metavar="MODEL", help=text)
@@ -76,64 +80,63 @@ def build_parser():
     add("--lpips", default="none", metavar="MODEL", help=text)
     text = "real pictures to measure the distance to as well: a folder, or .tar shards (default: none)"
     add("--reference", nargs="+", default=[], metavar="PATH", help=text)
-    add = cli.add_argument_group("output").add_argument
-    add(
-        "--shown",
-        type=int,
-        default=4,
-        metavar="N",
-        help="pictures of each row in the report (default: %(default)s)",
+    text = "kept features of the teacher's pictures, and their prompts (default: draw the pictures)"
+    add("--yardstick", type=Path, metavar="FILE", help=text)
+    text = "write --yardstick from N pictures of each prompt, and end"
+    add("--draw_yardstick", type=cli.within(int, 2), metavar="N", help=text)
+
+
+def yardstick_problems(args):
+    """Return what is wrong with --yardstick, as `cli.refuse` takes it; fill in the prompts that it holds."""
+    path, known, shape, steps = args.yardstick, None, (0, 0), args.teacher_steps
+    flag, is_drawn = f"--yardstick {path}", bool(args.draw_yardstick)
+    if is_drawn:
+        args.num_images = args.draw_yardstick * len(args.prompts or ())
+    elif path:
+        known, shape, guidance, steps = read_yardstick(path)
+        args.prompts = args.prompts or known
+        args.guidance_scale = list(dict.fromkeys([guidance, *args.guidance_scale]))
+    args.gap = shape[0] * shape[1]
+    uneven = args.num_images > shape[0] and args.num_images % max(1, shape[0])
+    count = f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
+    return (
+        (
+            is_drawn and not (path and len(args.features) == 1),
+            "--draw_yardstick: give --yardstick FILE, one --features",
+        ),
+        (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
+        (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
+        (known and uneven, count),
+        (known and steps != args.teacher_steps, f"{flag}: was made with {steps} steps; give --teacher_steps {steps}"),
+        (not args.prompts, "give --prompts, --prompts_file or --yardstick"),
     )
-    add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
-    return cli
 
 
-def parse_args(argv=None):
-    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
-    parser = build_parser()
-    args = parser.parse_args(argv)
-    samplers = args.samplers or [name for name in SAMPLERS if args.lora or name != "lcm-lora"]
-    args.samplers = samplers
-    for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
-        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    if args.prompts_file:
-        args.prompts = read_prompts(args.prompts_file)
-    loras = [(path, 1.0) for path in args.lora]
-    refuse(parser, [*model_problems(args), *lora_problems(loras), *problems(args)])
-    return args
+def read_yardstick(path):
+    """Return (prompts, (their number, pictures of each), guidance, steps) of a yardstick's header."""
+    try:
+        with path.open("rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            header = json.loads(file.read(size) if size < 2**26 else b"")
+        known, shape = header["__metadata__"], header["features"]["shape"][:2]
+        return (json.loads(known["prompts"]), shape, float(known["guidance_scale"]), int(known["teacher_steps"]))
+    except (OSError, ValueError, LookupError, TypeError):
+        return None, (0, 0), 7.5, 50
 
 
-def problems(args):
-    """Return pairs (whether it is so, message) of what can be wrong with the values of the flags."""
-    scales, side = args.guidance_scale + args.lcm_guidance_scale, args.resolution
+def figure_problems(args):
     missing = [path for path in args.reference if not Path(path).exists()]
-    files = [
-        path
-        for path in (*args.features, args.clip_model, args.lpips)
-        if path.endswith((".py", ".safetensors"))
-    ]
+    models = (*args.features, args.clip_model, args.lpips)
+    files = [path for path in models if path.endswith((".py", ".safetensors"))]
     lost = [path for path in files if not Path(path.rpartition("=")[2]).is_file()]
-    sizes = {
-        "--num_images": (args.num_images, 2),
-        "--batch_size": (args.batch_size, 1),
-        "--shown": (args.shown, 0),
-    }
+    lpips = f"--lpips {args.lpips}: give none, vgg or a .py file"
     return (
         ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
-        (not args.prompts, f"--prompts_file {args.prompts_file}: not there or empty; write a prompt a line"),
-        *step_problems(args.steps, args.samplers),
-        *step_problems([args.teacher_steps], []),
-        (not all(0 <= scale <= 100 for scale in scales), f"guidance scales {scales}: give 0 to 100"),
-        *((value < least, f"{flag} {value}: give {least} or more") for flag, (value, least) in sizes.items()),
-        (not 0 <= args.seed < 2**30, f"--seed {args.seed}: give 0 to 2^30 - 1"),
-        (side is not None and (side < 8 or side % 8), f"--resolution {side}: give a multiple of 8"),
+        *cli.step_problems(args.steps, args.samplers),
+        *cli.step_problems([args.teacher_steps], []),
         (missing, f"--reference {', '.join(missing)}: not there; give a folder of pictures or .tar shards"),
         (lost, f"model {', '.join(lost)}: not there; give a file"),
-        (
-            args.lpips not in ("none", "vgg") and args.lpips not in files,
-            f"--lpips {args.lpips}: give none, vgg or a .py file",
-        ),
-        (args.output_dir.is_file(), f"--output_dir {args.output_dir}: is a file, give a folder"),
+        (args.lpips not in ("none", "vgg") and args.lpips not in files, lpips),
     )
 
 
@@ -141,75 +144,79 @@ def problems(args):
 if __name__ == "__main__":
     ARGS = parse_args()
 
-import json
+from datetime import timedelta
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, release_memory
-from drawing import load_lora, load_teacher
-from evaluation.gallery import Gallery, list_rows, real_files
-from evaluation.measures import NOTES, Measures, distances_to, records, score_row, titles
-from evaluation.report import html_report, markdown_table
-from evaluation.statistics import bias_curve
-from PIL import Image
+from lib.evaluation import measures as m
+from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
+from lib.evaluation.report import full_table, html_report, markdown_table, summary
+from lib.evaluation.statistics import bias_curve
+from lib.pipelines import load_lora, load_teacher, start_offload, writing_to
+from lib.trainers import exit_code
 from tqdm import tqdm
 
 
 def draw_pictures(args, gallery, rows, accelerator):
     """Draw the pictures that are missing, each process its share; return their number over all processes."""
     missing = gallery.missing(rows)
-    counts = [len(block) for blocks in missing.values() for block in blocks]
-    if sum(gather_object([sum(counts)])):
+    count = sum(gather_object([sum(len(block) for blocks in missing.values() for block in blocks)]))
+    if count:
         pipe = load_teacher(args, accelerator.device)
         for index, path in enumerate(args.lora):
             load_lora(pipe, path, f"lcm{index}")
-        gallery.draw(pipe, missing, not accelerator.is_main_process)
+        start_offload(pipe, args, accelerator.device)
+        with writing_to(args.output_dir):
+            gallery.draw(pipe, missing, accelerator.device, not accelerator.is_main_process)
         release_memory(pipe)
     accelerator.wait_for_everyone()
-    return sum(gather_object([sum(counts)]))
+    return count
 
 
-def measure(args, gallery, rows, accelerator):
+def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
     """Return (rows with their figures, bias of each feature model, titles of the figures)."""
-    measures = Measures(args, accelerator.device)
-    yardstick, teacher = rows[:2]
-    references = {"teacher": measures.row(gallery, yardstick, teacher)}
-    references["teacher"] = {name: references["teacher"][name] for name in measures.features}
+    teacher, names = rows[0], judges.features
+    if yardstick:
+        drawn = judges.row(gallery, yardstick, teacher)
+        references = {"teacher": {name: drawn[name] for name in names}}
+    else:
+        references = {"teacher": m.load_yardstick(args, names)}
     if args.reference:
-        size = Image.open(gallery.path(teacher, 0)).size
-        references["real"] = measures.real(args.reference, size, accelerator)
+        references["real"] = judges.real(args.reference, gallery.picture(teacher, 0).size, accelerator)
     found, bias = [], {}
-    distances = distances_to(references) if accelerator.is_main_process else {}
-    for row in tqdm(rows[1:], desc="measuring", unit="row", disable=not accelerator.is_main_process):
-        values, took = measures.row(gallery, row, teacher), records(gallery, row)
+    distances = m.distances_to(references, len(gallery.prompts)) if accelerator.is_main_process else {}
+    for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
+        values, took = judges.row(gallery, row, teacher), m.records(gallery, row)
         if not accelerator.is_main_process:
             continue
         if row is teacher:
-            bias = {name: bias_curve(values[name], references["teacher"][name]) for name in measures.features}
+            bias = {name: bias_curve(values[name], ref) for name, ref in references["teacher"].items()}
         peaks = [record["peak_gib"] for record in took if record["peak_gib"] is not None]
         found.append({
-            "name": row.name, "label": row.label, "sampler": row.sampler, "steps": row.steps,
+            "name": row.name, "folder": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
-            "figures": score_row(values, distances, took),
+            "figures": m.score_row(values, distances, took),
             "evaluations": took[0]["evaluations"], "peak_gib": max(peaks, default=None),
         })  # fmt: skip
-    return found, bias, titles(measures.features, references)
+    return found, bias, m.titles(names, references)
 
 
-def write(args, results, gallery, rows):
-    """Write results.json, table.md and report.html."""
+def write_report(args, results, gallery, rows):
+    """Write report.html, table.md and, as the last one, results.json."""
     shown = min(args.shown, args.num_images)
     results |= {"shown": shown, "prompts": args.prompts}
-    pictures = {(row.name, i): Image.open(gallery.path(row, i)) for row in rows[1:] for i in range(shown)}
-    table = markdown_table(results)
-    page = html_report(results, pictures)
+    pictures = {(row.name, i): gallery.picture(row, i) for row in rows for i in range(shown)}
+    head, body, floor = summary(results)
+    brief = f"{markdown_table(head, body)}\n\n{floor}"
+    table = "\n\n".join([brief, markdown_table(*full_table(results)), *m.NOTES])
+    (args.output_dir / "report.html").write_text(html_report(results, pictures), "utf-8")
+    (args.output_dir / "table.md").write_text(table + "\n", "utf-8")
     (args.output_dir / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
-    (args.output_dir / "table.md").write_text(f"{table}\n\n" + "\n\n".join(NOTES) + "\n", "utf-8")
-    (args.output_dir / "report.html").write_text(page, "utf-8")
-    print(f"{table}\n\n{args.output_dir / 'report.html'}")
+    print(f"{brief}\n\n{args.output_dir / 'report.html'}")
 
 
-def describe_run(args, accelerator):
+def report_settings(args, accelerator):
     """Return the settings that the report names."""
     device = accelerator.device
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
@@ -220,30 +227,44 @@ def describe_run(args, accelerator):
         "teacher's steps": args.teacher_steps,
         "seed": args.seed, "precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
         "batch size": args.batch_size, "device": name, "processes": accelerator.num_processes,
+        "yardstick": args.yardstick and str(args.yardstick),
     }  # fmt: skip
 
 
 def main(args):
-    """Draw what is missing, measure, write; return the exit code."""
-    accelerator = Accelerator()
-    try:
-        gallery = Gallery(args, accelerator.process_index, accelerator.num_processes)
-        real_files(args.reference)
-        Measures(args, "cpu")  # a judge that is not to be had should be known before hours of drawing
+    # Processes wait for the slowest one's pictures and for the first one's statistics.
+    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    torch.backends.cudnn.allow_tf32 = False  # figures would differ between cards in the third digit
+    judges = m.Measures(args, accelerator.device)  # before hours of drawing, because one may not load
+    if args.reference:
+        m.check_real(args.reference, accelerator)
+    gallery = Gallery(args, accelerator.process_index, accelerator.num_processes, args.gap)
+    if args.draw_yardstick:
+        rows = [teacher_row(args, "yardstick", args.seed + len(args.prompts))]
+        args.lora, yardstick = [], None
+    else:
         rows = list_rows(args)
-        drawn = draw_pictures(args, gallery, rows, accelerator)
-        found, bias, figures = measure(args, gallery, rows, accelerator)
-    except InputError as error:
-        print(f"evaluate.py: error: {error}", file=sys.stderr)
-        return 2
+        yardstick = None if args.yardstick else teacher_row(args, "reference", args.seed + REFERENCE_SEED)
+        if args.yardstick:
+            m.load_yardstick(args, judges.features)
+    drawn = draw_pictures(args, gallery, [*rows, *[yardstick] * bool(yardstick)], accelerator)
+    judges.to(accelerator.device)
+    if args.draw_yardstick:
+        features = judges.row(gallery, rows[0], rows[0])
+        features = {name: features[name] for name in judges.features}
+        if accelerator.is_main_process:
+            m.save_yardstick(args, features)
+        accelerator.end_training()
+        return
+    found, bias, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
     if accelerator.is_main_process:
-        settings = describe_run(args, accelerator)
-        results = {"settings": settings, "notes": NOTES, "figures": figures, "bias": bias, "rows": found}
-        print(f"{drawn} pictures drawn, {len(rows) * args.num_images - drawn} kept from before")
-        write(args, results, gallery, rows)
+        results = {"settings": report_settings(args, accelerator), "notes": m.NOTES}
+        results |= {"figures": figures, "bias": bias, "rows": found}
+        accelerator.print(f"{drawn} pictures drawn; those from before were kept")
+        with writing_to(args.output_dir):
+            write_report(args, results, gallery, rows)
     accelerator.end_training()
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGS))
+    sys.exit(exit_code(main, ARGS))

@@ -1,63 +1,71 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Make training shards from your own pictures, or from pictures that a teacher draws for a file of prompts.
+"""Make training shards from your own pictures, a data set of the Hub, or pictures that a teacher draws.
 
     python scripts/make_shards.py --source pictures --output_dir shards
+    python scripts/make_shards.py --dataset_name owner/name --max_samples 20000 --output_dir shards
     accelerate launch scripts/make_shards.py --prompts_file prompts.txt --output_dir shards \\
         --pretrained_teacher_model stable-diffusion-v1-5/stable-diffusion-v1-5
 
 --source is one of
-  - a folder of pictures, at any depth: the caption of a.jpg is in a.txt, or in a metadata.jsonl, .csv or
-    .parquet with the columns file_name and text (ImageFolder of datasets), in its folder or one above;
+  - a folder of pictures, at any depth: the caption of a.jpg is in a.txt, a.text, a.caption, a.jpg.txt or a.json,
+    or in a metadata.csv, .tsv, .jsonl or .parquet (columns file_name and text) of its folder or one above;
   - a .csv, .tsv, .jsonl or .parquet file with a path (from the file's folder) and a caption in each row;
-  - a folder of datasets: what save_to_disk wrote, or parquet files that hold the pictures.
+  - a folder of datasets: what save_to_disk wrote, or parquet files that hold the pictures;
+  - owner/name of a data set of the Hub, which is streamed; the same as --dataset_name.
 Output: 00000.tar onwards with KEY.jpg|png|webp (the bytes of the source; other formats become PNG), KEY.txt,
-KEY.json; beside each tar a 00000_stats.json with counts of what was left out; make_shards.json.
-The order is that of the sorted names, or of the rows. The same command again makes the missing shards;
-several processes share them. A drawn picture is a function of (--seed, its prompt's number, its own number).
+KEY.json; beside each tar a 00000_stats.json; left_out.jsonl with every picture left out and its cause.
+The same command again makes the missing shards; several processes share them.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
-import argparse
 import hashlib
 import io
 import json
-import math
 import os
+import re
 import sys
 import tarfile
 from collections import Counter
+from itertools import count, groupby
 from pathlib import Path
 
-KEPT_FORMATS = {"JPEG": "jpg", "MPO": "jpg", "PNG": "png", "WEBP": "webp"}  # Pillow's name: suffix in a shard
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+from lib.cli import ToolParser, add_model_flags, folder_problems, model_problems, refuse, step_problems
+
+KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}  # first bytes: suffix
 MANIFEST = "make_shards.json"
-DRAWING = "pretrained_teacher_model teacher_revision variant teacher_config num_images sampler steps "
-DRAWING += "guidance_scale seed resolution mixed_precision batch_size"
+LEFT_OUT = "left_out.jsonl"
+# Flags without an influence on the shards; a run with another value of any other flag must not add to them.
+UNRECORDED = ("source", "output_dir", "prompts_file", "device", "cache_dir")
 
 
-def build_parser():
-    """Return the parser of the command line."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+# fmt: off
+def parse_args(argv=None):
+    cli = ToolParser(__doc__)
     what = cli.add_mutually_exclusive_group(required=True)
-    what.add_argument("--source", type=Path, metavar="PATH", help="folder or table of pictures")
+    what.add_argument("--source", metavar="PATH", help="folder, table or data set of pictures")
+    what.add_argument("--dataset_name", metavar="NAME", help="data set of the Hub, owner/name")
     what.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
     add = cli.add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for the shards")
     add("--samples_per_shard", type=int, default=1000, metavar="N", help="default: %(default)s")
-    add("--shuffle_seed", type=int, metavar="N", help="shuffle with this seed (default: sorted)")
-    text = 'caption of pictures without one, or with an empty one; may be "" (default: they are left out)'
-    add("--default_caption", metavar="TEXT", help=text)
+    add("--max_samples", type=int, metavar="N", help="stop after this many pictures (default: all)")
+    add("--shuffle_seed", type=int, default=0, metavar="N",
+        help="seed of the order; -1 keeps the order of names or rows (default: %(default)s)")
+    add("--default_caption", metavar="TEXT",
+        help='caption of pictures without one, or with an empty one; may be "" (default: they are left out)')
+    add("--caption_extension", metavar="EXT", help="suffix of caption files that is looked for before the usual ones")
+    add("--max_side_px", type=int, metavar="PX",
+        help="shrink pictures whose longer side is larger; give twice the training resolution or more")
     add("--max_image_pixels", type=int, default=100_000_000, metavar="N", help="leave larger pictures out")
-    text = "column of captions (default: text, caption or prompt)"
-    add("--caption_column", metavar="NAME", help=text)
+    add("--caption_column", metavar="NAME", help="column of captions (default: text, caption, prompt, ...)")
     add("--image_column", metavar="NAME", help="column of paths or pictures (default: file_name, image, ...)")
     add("--split", default="train", help="split of a data set that has several (default: %(default)s)")
+    add("--dataset_config_name", metavar="NAME", help="configuration of a data set that has several")
+    add("--dataset_revision", metavar="REV", help="branch, tag or commit of a data set of the Hub")
+    add_model_flags(cli, required=False)
     add = cli.add_argument_group("drawing, with --prompts_file").add_argument
-    text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
-    add("--pretrained_teacher_model", metavar="MODEL", help=text)
-    add("--teacher_config", metavar="MODEL", help="folder or Hub id of one file's configs (default: by Hub)")
-    add("--teacher_revision", metavar="REV", help="branch, tag or commit of a Hub id (default: main)")
-    add("--variant", help="weight files of a folder or Hub id, such as fp16 (default: the plain ones)")
     add("--num_images", type=int, default=1, metavar="N", help="pictures of each prompt (default: 1)")
     add("--sampler", choices=("ddim", "dpmsolver++"), default="dpmsolver++", help="default: %(default)s")
     add("--steps", type=int, default=25, metavar="N", help="solver steps, 1 to 1000 (default: %(default)s)")
@@ -65,143 +73,130 @@ def build_parser():
     add("--seed", type=int, default=0, metavar="N", help="of the noise (default: %(default)s)")
     add("--batch_size", type=int, default=8, metavar="N", help="drawn at a time (default: %(default)s)")
     add("--resolution", type=int, metavar="PX", help="side, a multiple of 8 (default: the model's)")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: fp16 on cuda, else no")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto, one GPU a process)")
-    return cli
-
-
-def parse_args(argv=None):
-    """Return the checked command line; a wrong one exits with 2."""
-    cli = build_parser()
     args = cli.parse_args(argv)
-    for name in ("samples_per_shard", "max_image_pixels", "num_images", "batch_size", "resolution"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            cli.error(f"--{name} {value}: must be at least 1")
-    if not 1 <= args.steps <= 1000 or math.ceil(1000 / (1000 / args.steps)) != args.steps:
-        cli.error(f"--steps {args.steps}: diffusers makes no such schedule; give another of 1 to 1000")
-    if args.resolution and args.resolution % 8:
-        cli.error(f"--resolution {args.resolution}: must be a multiple of 8")
-    if not 0 <= args.guidance_scale <= 100:
-        cli.error(f"--guidance_scale {args.guidance_scale}: must be in 0 to 100")
-    if bool(args.prompts_file) != bool(args.pretrained_teacher_model):
-        cli.error("--prompts_file and --pretrained_teacher_model: give both, or --source")
-    for name in ("source", "prompts_file"):
-        path = getattr(args, name)
-        if path and not path.exists():
-            cli.error(f"--{name} {path}: no such file or folder; check the path")
-    if args.output_dir.exists() and not args.output_dir.is_dir():
-        cli.error(f"--output_dir {args.output_dir}: is a file, give a folder")
+    refuse(cli, flag_problems(args))
+    refuse(cli, folder_problems(args.output_dir))
+    if args.source and not Path(args.source).exists():
+        args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
+    args.shuffle_seed = None if args.shuffle_seed < 0 else args.shuffle_seed
+    args.offload = False
     return args
+
+
+def flag_problems(args):
+    """Return pairs (whether it is so, message) of what can be wrong with the flags."""
+    counts = "samples_per_shard max_samples max_side_px max_image_pixels num_images batch_size resolution".split()
+    values = {f"--{name}": getattr(args, name) for name in counts}
+    source, drawn, prompts = args.source, args.pretrained_teacher_model, args.prompts_file
+    is_there = not source or Path(source).exists() or re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", source)
+    return (
+        *((value is not None and value < 1, f"{flag} {value}: must be at least 1") for flag, value in values.items()),
+        *step_problems([args.steps], [args.sampler]),
+        (args.resolution and args.resolution % 8, f"--resolution {args.resolution}: must be a multiple of 8"),
+        (not 0 <= args.guidance_scale <= 100, f"--guidance_scale {args.guidance_scale}: must be in 0 to 100"),
+        (bool(prompts) != bool(drawn), "--prompts_file and --pretrained_teacher_model: give both, or --source"),
+        *(model_problems(args) if drawn else ()),
+        (not is_there, f"--source {source}: no such file or folder; check the path"),
+        (prompts and not prompts.is_file(), f"--prompts_file {prompts}: no such file; check the path"),
+    )
+# fmt: on
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below
 
-from PIL import ExifTags, Image, ImageOps
+from lib.image_sources import encode_picture, open_source
+from lib.pipelines import choose_device, writing_to
+from lib.trainers import UnusableInput, exit_code, sd15
+from PIL import Image
 from tqdm import tqdm
-
-Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, looked at before a picture is decoded
-
-sys.path.insert(0, str(Path(__file__).parent))
-from picture_sources import InputError, LeftOut, encode_png, open_source
 
 
 def encode(data, args):
-    """Return (suffix, bytes for the shard, upright (width, height)) of an encoded picture.
+    """Return (suffix, bytes for the shard, their (width, height), the original's) of an encoded picture.
 
     Raises:
-        LeftOut: it cannot be decoded to its end, or has more pixels than --max_image_pixels.
+        SkippedSample: it cannot be decoded to its end, or has more pixels than --max_image_pixels.
     """
-    try:
-        picture = Image.open(io.BytesIO(data))
-        size = picture.size
-        if size[0] * size[1] > args.max_image_pixels:
-            raise LeftOut("more pixels than --max_image_pixels")
-        if picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8):  # stored on its side
-            size = size[::-1]
-        picture.draft("RGB", (1, 1))  # JPEG: all of it is read, but decoded at an eighth of the size
-        picture.load()
-        suffix = KEPT_FORMATS.get(picture.format)
-        if suffix is None:
-            picture = ImageOps.exif_transpose(picture)
-            suffix, data, size = "png", encode_png(picture), picture.size
-        return suffix, data, size
-    except LeftOut:
-        raise
-    except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise LeftOut("picture cannot be decoded") from error
+    suffix = next((suffix for start, suffix in KEPT_FORMATS.items() if data.startswith(start)), None)
+    # A JPEG that goes into the shard as it is gets decoded at an eighth of its size: enough to find damage.
+    draft_px = (args.max_side_px or 1) if suffix else None
+    picture, original = sd15.open_picture(data, args.max_image_pixels, draft_px)
+    scale = (args.max_side_px or max(original)) / max(original)
+    if scale >= 1 and suffix:
+        return suffix, data, original, original
+    size = original
+    if scale < 1:
+        size = tuple(max(1, round(side * scale)) for side in original)
+        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    suffix = "jpg" if suffix == "jpg" else "png"
+    return suffix, encode_picture(picture, suffix), size, original
 
 
 def make_sample(entry, data, args):
-    """Return the members {suffix: bytes} of an entry's sample; raises LeftOut if it is not to be used."""
+    """Return the members {suffix: bytes} of an entry's sample; raises SkippedSample if it is not to be used."""
     if entry.fault:
-        raise LeftOut(entry.fault)
+        raise sd15.SkippedSample(entry.fault)
     caption = (entry.caption or "").strip() or args.default_caption
     if caption is None:
-        raise LeftOut("no caption" if entry.caption is None else "empty caption")
-    if isinstance(data, LeftOut):
+        raise sd15.SkippedSample("no caption" if entry.caption is None else "empty caption")
+    if isinstance(data, sd15.SkippedSample):
         raise data
     try:
         text = caption.encode()  # json can hold half a character
     except UnicodeError as error:
-        raise LeftOut("caption is not UTF-8") from error
-    suffix, data, (width, height) = encode(data, args)
+        raise sd15.SkippedSample("caption is not UTF-8") from error
+    suffix, data, (width, height), original = encode(data, args)
     record = {"caption": caption, "width": width, "height": height}
-    record |= {"original_width": width, "original_height": height, "source": entry.name}
+    record |= {"original_width": original[0], "original_height": original[1], "source": entry.name}
     if args.prompts_file:
         record |= {"seed": entry.place, "teacher": Path(args.pretrained_teacher_model).name}
     return {suffix: data, "txt": text, "json": json.dumps(record).encode()}
 
 
-def write_shard(target, first, entries, read, args, bar):
-    """Write the samples of some entries as one tar, whole or not at all; return causes, counted.
+def write_shard(target, pairs, args, bar):
+    """Write the samples of (number, entry, picture) as one tar, whole or not at all.
 
-    The key of a sample is its entry's number, counted from `first`. A tar without samples is not kept.
+    The key of a sample is its entry's number. Returns (number of samples, what was left out and why); a tar
+    without samples is not kept.
     """
-    left_out, scratch = Counter(), target.with_name(f".writing-{target.name}")
+    samples, left_out, scratch = 0, [], target.with_name(f".writing-{target.name}")
     with tarfile.open(scratch, "w") as tar:
-        for number, (entry, data) in enumerate(zip(entries, read(entries), strict=True), first):
+        for number, (entry, data) in pairs:
             bar.update()
             try:
                 members = make_sample(entry, data, args)
-            except LeftOut as cause:
-                left_out[str(cause)] += 1
+            except sd15.SkippedSample as cause:
+                left_out.append({"source": entry.name, "cause": str(cause)})
                 continue
+            samples += 1
             for suffix, content in members.items():
                 member = tarfile.TarInfo(f"{number:09d}.{suffix}")  # owner and time: none, so equal bytes
                 member.size = len(content)
                 tar.addfile(member, io.BytesIO(content))
-    if left_out.total() < len(entries):
+    if samples:
         os.replace(scratch, target)
     else:
         scratch.unlink()
-    return left_out
+    return samples, left_out
 
 
-def write_json(path, record):
-    """Write a record, whole or not at all; processes may do it at the same time."""
-    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    scratch.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def describe_run(args, entries):
+def describe_run(args, source):
     """Return what the shards depend on; a run with other values must not add to them."""
-    names = "samples_per_shard shuffle_seed default_caption max_image_pixels ".split()
-    names += DRAWING.split() if args.prompts_file else []
-    settings = {name: getattr(args, name) for name in names}
-    digest = hashlib.sha256()
-    for entry in entries:
-        is_file = isinstance(entry.place, Path) and entry.place.is_file()
-        size = entry.place.stat().st_size if is_file else None
-        digest.update(json.dumps([entry.name, entry.caption, size]).encode())
-    return settings | {"pictures": len(entries), "contents": digest.hexdigest()}
+    settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
+    if args.prompts_file:
+        is_half = choose_device(args.device).type == "cuda"
+        settings["mixed_precision"] = args.mixed_precision or ("fp16" if is_half else "no")
+        model = Path(args.pretrained_teacher_model)
+        parts = [part for part in (model, model / "unet") if part.exists()]
+        settings["teacher_files"] = [sd15.fingerprint(part) for part in parts]
+    return json.loads(json.dumps(settings)) | {"contents": source.identity}
 
 
 def check_output(folder, run):
-    """Write the manifest of a run; raises InputError where the folder holds shards of another one."""
+    """Write the manifest of a run; raises UnusableInput where the folder holds shards of another one."""
     manifest = folder / MANIFEST
     old = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
     if old == run:
@@ -209,64 +204,60 @@ def check_output(folder, run):
     if next(folder.glob("[!.]*.tar"), None):
         changed = [f"{key} was {old.get(key)!r}, is {run[key]!r}" for key in run if old.get(key) != run[key]]
         why = "; ".join(changed) if old else "this tool did not make them"
-        raise InputError(
-            f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder"
-        )
-    folder.mkdir(parents=True, exist_ok=True)
-    write_json(manifest, run)
+        raise UnusableInput(f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder")
+    sd15.write_atomically(manifest, json.dumps(run, indent=1))
 
 
-def finished(target, run):
-    """Return the counts of a shard's samples by fate, or None if the shard is not finished."""
+def finished(target, digest):
+    """Return the record of a shard of this run, or None if the shard is not finished."""
     stats = target.with_name(f"{target.stem}_stats.json")
-    if not stats.exists():
-        return None
-    record = json.loads(stats.read_text(encoding="utf-8"))
-    if record.pop("run") != run or target.exists() != bool(record["samples"]):
-        return None
-    return record
+    record = json.loads(stats.read_text(encoding="utf-8")) if stats.exists() else {}
+    is_whole = record.get("run") == digest and target.exists() == bool(record["samples"])
+    return record if is_whole else None
 
 
 def main(args):
-    """Make the shards that are not there yet; return the exit code."""
     rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
-    entries, read = open_source(args)
-    run = describe_run(args, entries)
-    check_output(args.output_dir, run)
-    size = args.samples_per_shard
-    firsts = {args.output_dir / f"{n // size:05d}.tar": n for n in range(0, len(entries), size)}
-    missing = [target for target in [*firsts][rank::processes] if finished(target, run["contents"]) is None]
-    parts = {target: entries[firsts[target] : firsts[target] + size] for target in missing}
-    total = sum(len(part) for part in parts.values())
-    with tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
-        for target, part in parts.items():
-            left_out = write_shard(target, firsts[target], part, read, args, bar)
-            samples = len(part) - left_out.total()
-            record = {"run": run["contents"], "samples": samples, "left_out": dict(left_out)}
-            write_json(target.with_name(f"{target.stem}_stats.json"), record)
-    records = [finished(target, run["contents"]) for target in firsts]
-    if None in records:
-        return 0  # other processes are still at work; the last one reports
-    return report(args, records)
+    source = open_source(args)
+    run = describe_run(args, source)
+    digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
+    total = len(source.entries) if isinstance(source.entries, list) else None
+    targets = []
+    with writing_to(args.output_dir):
+        check_output(args.output_dir, run)
+    with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
+        parts = groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard)
+        for part, numbered in parts:
+            target = args.output_dir / f"{part:05d}.tar"
+            targets.append(target)
+            if part % processes != rank or finished(target, digest):
+                continue
+            first = part * args.samples_per_shard
+            read = source.read(entry for _, entry in numbered)
+            samples, left_out = write_shard(target, zip(count(first), read), args, bar)
+            record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
+            sd15.write_atomically(target.with_name(f"{target.stem}_stats.json"), record)
+        records = [finished(target, digest) for target in targets]
+        if None in records:
+            return 0  # other processes are still at work; the last one reports
+        return report(args, records, source.unread)
 
 
-def report(args, records):
-    """Print what the shards hold and what was left out; return the exit code."""
+def report(args, records, unread):
+    """Write left_out.jsonl, print what the shards hold and what was left out; return the exit code."""
+    rows = [row for record in records for row in record["left_out"]]
+    rows += [{"source": name, "cause": cause} for name, cause in unread]
+    sd15.write_atomically(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    causes = Counter(row["cause"] for row in rows)
+    text = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
     samples = sum(record["samples"] for record in records)
-    left_out = sum((Counter(record["left_out"]) for record in records), Counter())
-    causes = ", ".join(f"{cause}: {count}" for cause, count in left_out.most_common())
     if not samples:
         hint = "mend them; captions are a.txt beside a.jpg, a column of a table, or --default_caption"
-        print(f"error: none of {left_out.total()} pictures can be used ({causes}); {hint}", file=sys.stderr)
-        return 2
+        raise UnusableInput(f"none of {len(rows) - len(unread)} pictures can be used ({text}); {hint}")
     shards = sum(bool(record["samples"]) for record in records)
-    print(f"{samples} samples in {shards} shards in {args.output_dir}; left out: {causes or 'none'}")
+    print(f"{samples} samples in {shards} shards in {args.output_dir}; left out: {text or 'none'}")
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main(ARGS))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, ARGS))

@@ -22,77 +22,74 @@ Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of each p
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
-import argparse
 import json
 import sys
+import textwrap
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
-from model_args import (
-    SAMPLERS,
-    TITLES,
-    InputError,
-    add_model_flags,
-    add_prompt_flags,
-    is_source,
-    lora_problems,
-    model_problems,
-    read_prompts,
-    refuse,
-    split_weight,
-    step_problems,
-)
+from lib import cli
 
 
-def build_parser():
-    """Return the parser of the command line."""
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = add_model_flags(cli)
+def parse_args(argv=None):
+    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
+    parser = cli.ToolParser(__doc__)
+    add = cli.add_model_flags(parser)
     text = "file (diffusers or kohya keys), folder, PEFT folder or Hub id; the first is the LCM-LoRA, others "
     text += "are styles, on in every row; repeat the flag, =0.8 sets a weight (default: none)"
     add("--lora", action="append", default=[], metavar="PATH[=WEIGHT]", help=text)
     add("--controlnet", metavar="MODEL", help="folder or Hub id of a ControlNet (default: none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    group = cli.add_argument_group("sampling")
-    add_prompt_flags(group)
-    add = group.add_argument
-    text = (
-        "solver steps, 1 to 1000, LCM rows to 50; a column each (default: those of 1 2 4 8 that --strength "
+    text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
+    add("--offload", action="store_true", help=text)
+    add_sampling_flags(parser.add_argument_group("sampling"))
+    add = parser.add_argument_group("pictures to start from").add_argument
+    add("--image", type=cli.a_file, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
+    add("--mask", type=cli.a_file, metavar="FILE", help="inpainting: white is drawn anew, black stays")
+    text = "share of the noise that --image gets, 0 to 1; that share of the steps is done (default: 0.8)"
+    add("--strength", type=cli.within(float, 1e-6, 1), metavar="S", help=text)
+    add("--control_image", type=cli.a_file, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
+    add(
+        "--controlnet_scale",
+        type=cli.within(float, -100, 100),
+        default=1.0,
+        metavar="S",
+        help="its weight (default: %(default)s)",
     )
-    text += "leaves a step of)"
-    add("--steps", nargs="+", type=int, metavar="N", help=text)
-    text = "steps of the teacher rows (default: --steps)"
-    add("--base_steps", nargs="+", type=int, metavar="N", help=text)
-    text = f"rows, of {', '.join(SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
-    add("--samplers", nargs="+", choices=SAMPLERS, metavar="NAME", help=text)
-    text = "guidance of the teacher rows, the paper's w + 1; up to 1 is off (default: %(default)s)"
-    add("--guidance_scale", type=float, default=7.5, metavar="G", help=text)
-    text = "guidance of the LCM rows, from 1 (off) to 2, a row each (default: 1.0)"
-    add("--lcm_guidance_scale", type=float, nargs="+", default=[1.0], metavar="G", help=text)
-    text = "strengths of the LCM-LoRA, times its weight; a row each (default: 1.0)"
-    add("--lora_strengths", type=float, nargs="+", default=[1.0], metavar="S", help=text)
-    add("--negative_prompt", metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
-    add("--seed", type=int, default=0, help="image i of a prompt starts from seed + i (default: %(default)s)")
-    add("--num_images", type=int, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    add("--resolution", type=int, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
-    add = cli.add_argument_group("pictures to start from").add_argument
-    add("--image", type=Path, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
-    add("--mask", type=Path, metavar="FILE", help="inpainting: white is drawn anew, black stays")
-    text = "how much of the noise --image gets, 0 to 1; of the steps that share is done (default: 0.8)"
-    add("--strength", type=float, metavar="S", help=text)
-    add("--control_image", type=Path, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
-    add("--controlnet_scale", type=float, default=1.0, metavar="S", help="its weight (default: %(default)s)")
-    add = cli.add_argument_group("output").add_argument
+    add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder for pictures, grid.png and samples.json")
-    return cli
-
-
-def parse_args(argv=None):
-    """Return the checked command line, prompts read and samplers chosen; a wrong one exits with 2."""
-    parser = build_parser()
     args = parser.parse_args(argv)
+    fill_in(args)
+    cli.refuse(parser, [*cli.model_problems(args), *cli.lora_problems(args.loras), *task_problems(args)])
+    cli.refuse(parser, cli.folder_problems(args.output_dir))
+    return args
+
+
+def add_sampling_flags(group):
+    cli.add_prompt_flags(group)
+    add = group.add_argument
+    text = "solver steps, 1 to 1000, LCM rows to 50; a column each (default: those of 1 2 4 8 of which "
+    add("--steps", nargs="+", type=int, metavar="N", help=text + "--strength leaves a step)")
+    add("--base_steps", nargs="+", type=int, metavar="N", help="steps of the teacher rows (default: --steps)")
+    text = f"rows, of {', '.join(cli.SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
+    add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
+    text = "guidance of the teacher rows, the paper's w + 1; up to 1 is off (default: %(default)s)"
+    add("--guidance_scale", type=cli.GUIDANCE, default=7.5, metavar="G", help=text)
+    text = "guidance of the LCM rows, from 1 (off) to 2, a row each (default: 1.0)"
+    add("--lcm_guidance_scale", type=cli.GUIDANCE, nargs="+", default=[1.0], metavar="G", help=text)
+    text = "strengths of the LCM-LoRA, times its weight; a row each (default: 1.0)"
+    add("--lora_strengths", type=cli.within(float, -100, 100), nargs="+", default=[1.0], metavar="S", help=text)
+    add("--negative_prompt", metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
+    text = "image i of a prompt starts from seed + i (default: %(default)s)"
+    add("--seed", type=cli.within(int, 0, 2**62), default=0, help=text)
+    add("--num_images", type=cli.COUNT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
+
+
+def fill_in(args):
+    """Set what other flags decide, drop repeated values, read the prompts."""
     if args.strength is None:
         args.strength = 1.0 if args.mask else 0.8
     share = args.strength if args.image else 1.0
@@ -102,43 +99,23 @@ def parse_args(argv=None):
         setattr(args, name, list(dict.fromkeys(values or args.steps)))
     for name in ("lcm_guidance_scale", "lora_strengths"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
-    args.loras = [split_weight(text) for text in args.lora]
-    if args.prompts_file:
-        args.prompts = read_prompts(args.prompts_file)
-    refuse(parser, [*model_problems(args), *lora_problems(args.loras), *problems(args)])
-    return args
+    args.loras = [cli.split_weight(text) for text in args.lora]
 
 
-def problems(args):
-    """Return pairs (whether it is so, message) of what can be wrong with the values of the flags."""
-    side, scales = args.resolution, [args.guidance_scale, *args.lcm_guidance_scale]
+def task_problems(args):
     lcm = [name for name in args.samplers if name.startswith("lcm")]
     base = [name for name in args.samplers if name not in lcm]
     least = min((args.steps if lcm else []) + (args.base_steps if base else []))
-    control = f"--controlnet {args.controlnet}"
     none_left = f"--strength {args.strength} of {least} steps is no step; give more of either"
-    missing = [str(p) for p in (args.image, args.mask, args.control_image) if p and not p.is_file()]
-    strong = not all(abs(s) <= 100 for s in [*args.lora_strengths, args.controlnet_scale])
+    control = f"--controlnet {args.controlnet}: not there; give a folder or Hub id"
     return (
         ("lcm-lora" in args.samplers and not args.lora, "--samplers lcm-lora: give --lora too"),
-        (not args.prompts, f"--prompts_file {args.prompts_file}: not there or empty; write a prompt a line"),
-        *step_problems(args.steps, lcm),
-        *(step_problems(args.base_steps, base) if base else ()),
-        (not all(0 <= scale <= 100 for scale in scales), f"guidance scales {scales}: give 0 to 100"),
-        (strong, f"--lora_strengths {args.lora_strengths}: give -100 to 100, as to --controlnet_scale"),
-        (not 0 <= args.seed < 2**62, f"--seed {args.seed}: give 0 to 2^62 - 1"),
-        (args.num_images < 1, f"--num_images {args.num_images}: give 1 or more"),
-        (side is not None and (side < 8 or side % 8), f"--resolution {side}: give a multiple of 8"),
-        (missing, f"picture {', '.join(missing)}: not there; give a file"),
+        *cli.step_problems(args.steps, lcm),
+        *(cli.step_problems(args.base_steps, base) if base else ()),
         (args.mask and not args.image, "--mask: give --image too, the picture to be inpainted"),
         (bool(args.controlnet) != bool(args.control_image), "--controlnet and --control_image: give both"),
-        (
-            args.controlnet and not is_source(args.controlnet),
-            f"{control}: not there; give a folder or Hub id",
-        ),
-        (not 0 < args.strength <= 1, f"--strength {args.strength}: give more than 0, to 1"),
+        (args.controlnet and not cli.is_source(args.controlnet), control),
         (args.image and int(least * args.strength) < 1, none_left),
-        (args.output_dir.is_file(), f"--output_dir {args.output_dir}: is a file, give a folder"),
     )
 
 
@@ -147,24 +124,15 @@ if __name__ == "__main__":
     ARGS = parse_args()
 
 import diffusers
-from drawing import (
-    LOAD_ERRORS,
-    choose_device,
-    draw,
-    load_lora,
-    load_pipeline,
-    load_teacher,
-    make_grid,
-    set_sampler,
-)
-from PIL import Image, UnidentifiedImageError
+from lib import pipelines
+from lib.pipelines import draw, load_lora, load_teacher, set_sampler
+from lib.trainers import UnusableInput, exit_code
+from PIL import Image
 from tqdm import tqdm
-
-__all__ = ["draw", "load_lora", "load_pipeline", "make_grid", "set_sampler"]  # others import them from here
 
 
 @dataclass
-class Row:
+class SampleRow:
     """A row of the grid: where its pictures go, its label, and how they are drawn."""
 
     name: str
@@ -175,7 +143,7 @@ class Row:
     weights: dict
 
 
-def list_rows(args):
+def sample_rows(args):
     """Return the rows: teacher samplers one each, LCM ones one for each guidance and LoRA strength."""
     rows = []
     adapters = ["lcm", *(f"style{i}" for i in range(1, len(args.loras)))]
@@ -185,58 +153,63 @@ def list_rows(args):
         strengths = args.lora_strengths if sampler == "lcm-lora" else [1.0]
         guidances = args.lcm_guidance_scale if is_lcm else [args.guidance_scale]
         for guidance, strength in product(guidances, strengths):
-            name, label = sampler, f"{TITLES[sampler]}\nguidance {guidance:g}"
+            name, label = sampler, f"{cli.TITLES[sampler]}\nguidance {guidance:g}"
             if len(guidances) > 1:
                 name += f"-guidance{guidance:g}"
             if len(strengths) > 1:
                 name, label = f"{name}-strength{strength:g}", f"{label}\nLoRA x {strength:g}"
             mine = {key: w * strength if key == "lcm" else w for key, w in weights.items()}
             steps = args.steps if is_lcm else args.base_steps
-            rows.append(Row(name, label, sampler, guidance, steps, mine))
+            rows.append(SampleRow(name, label, sampler, guidance, steps, mine))
     return rows
 
 
-def open_picture(path, side, kind="RGB"):
-    """Return a picture file, scaled to side x side px if a side is given; raises InputError."""
-    try:
-        picture = Image.open(path).convert(kind)
-    except (OSError, UnidentifiedImageError) as error:
-        raise InputError(f"picture {path} cannot be read ({error}); give a PNG or JPEG") from error
+def fitted_picture(path, side):
+    """Return a picture file scaled to side x side px, or where no side is given to multiples of 8 px."""
+    picture = pipelines.read_picture(path)
     width, height = (side, side) if side else (max(8, length - length % 8) for length in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def prepare_task(pipe, args):
-    """Return (pipeline of the task, its further inputs): text-to-image, image-to-image or inpainting.
-
-    A ControlNet is added to any of them. All share the modules of `pipe`. Raises InputError.
-    """
-    kind, parts, extra = diffusers.AutoPipelineForText2Image, {}, {}
+def start_pictures(args):
+    """Return what the pipeline of the task takes beside prompts: pictures, strengths, sizes."""
+    extra = {}
     if args.image:
-        kind = diffusers.AutoPipelineForImage2Image
-        extra = {"image": open_picture(args.image, args.resolution), "strength": args.strength}
+        extra = {"image": fitted_picture(args.image, args.resolution), "strength": args.strength}
     if args.mask:
-        kind = diffusers.AutoPipelineForInpainting
         width, height = extra["image"].size
-        mask = open_picture(args.mask, None, "L").resize((width, height), Image.Resampling.NEAREST)
+        mask = pipelines.read_picture(args.mask).convert("L")
+        mask = mask.resize((width, height), Image.Resampling.NEAREST)
         extra |= {"mask_image": mask, "width": width, "height": height}
     if args.controlnet:
-        try:
-            net = diffusers.ControlNetModel.from_pretrained(args.controlnet, torch_dtype=pipe.unet.dtype)
-        except LOAD_ERRORS as error:
-            raise InputError(f"--controlnet {args.controlnet} does not load ({error})") from error
-        parts["controlnet"] = net.to(pipe.device).eval()
-        picture = open_picture(args.control_image, args.resolution)
+        picture = fitted_picture(args.control_image, args.resolution)
         if args.image:
-            picture = picture.resize(extra["image"].size)
+            extra["control_image"] = picture.resize(extra["image"].size)
         else:
-            extra |= {"width": picture.width, "height": picture.height}
-        extra |= {"control_image" if args.image else "image": picture}
+            extra |= {"image": picture, "width": picture.width, "height": picture.height}
         extra["controlnet_conditioning_scale"] = args.controlnet_scale
-    if extra:
+    return extra
+
+
+def task_pipeline(pipe, args):
+    """Return the pipeline of the task, which shares the modules of `pipe`, with the ControlNet if any."""
+    kind, parts = diffusers.AutoPipelineForText2Image, {}
+    if args.image:
+        kind = diffusers.AutoPipelineForImage2Image
+    if args.mask:
+        kind = diffusers.AutoPipelineForInpainting
+    if args.controlnet:
+        options = {"torch_dtype": pipe.unet.dtype, "cache_dir": args.cache_dir}
+        try:
+            net = diffusers.ControlNetModel.from_pretrained(args.controlnet, **options)
+        except pipelines.LOAD_ERRORS as error:
+            why = textwrap.shorten(str(error), 240)
+            raise UnusableInput(f"--controlnet {args.controlnet} does not load ({why})") from error
+        parts["controlnet"] = net.to(pipe.device).eval()
+    if args.image or parts:
         pipe = kind.from_pipe(pipe, **parts)
         pipe.set_progress_bar_config(disable=True)
-    return pipe, extra
+    return pipe
 
 
 def draw_all(pipe, args, rows, extra):
@@ -263,24 +236,22 @@ def draw_all(pipe, args, rows, extra):
 
 
 def main(args):
-    """Load the models, draw the pictures, write grid and records; return the exit code."""
-    rows = list_rows(args)
-    try:
-        pipe = load_teacher(args, choose_device(args.device))
-        for index, (source, _) in enumerate(args.loras):
-            load_lora(pipe, source, f"style{index}" if index else "lcm")
-        pipe, extra = prepare_task(pipe, args)
-    except InputError as error:
-        print(f"sample.py: error: {error}", file=sys.stderr)
-        return 2
-    records, pictures = draw_all(pipe, args, rows, extra)
-    steps = sorted({count for row in rows for count in row.steps})
-    labels = {row.name: row.label for row in rows}
-    make_grid(args.prompts, labels, steps, pictures).save(args.output_dir / "grid.png")
-    (args.output_dir / "samples.json").write_text(json.dumps(records, indent=1, ensure_ascii=False), "utf-8")
+    # Pictures first: a model takes minutes to load.
+    rows, extra, device = sample_rows(args), start_pictures(args), pipelines.choose_device(args.device)
+    pipe = load_teacher(args, device)
+    for index, (source, _) in enumerate(args.loras):
+        load_lora(pipe, source, f"style{index}" if index else "lcm")
+    pipe = task_pipeline(pipe, args)
+    pipelines.start_offload(pipe, args, device)
+    with pipelines.writing_to(args.output_dir):
+        records, pictures = draw_all(pipe, args, rows, extra)
+        steps = sorted({count for row in rows for count in row.steps})
+        labels = {row.name: row.label for row in rows}
+        pipelines.make_grid(args.prompts, labels, steps, pictures).save(args.output_dir / "grid.png")
+        text = json.dumps(records, indent=1, ensure_ascii=False)
+        (args.output_dir / "samples.json").write_text(text, "utf-8")
     print(f"{len(records)} pictures, grid.png and samples.json in {args.output_dir}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main(ARGS))
+    sys.exit(exit_code(main, ARGS))

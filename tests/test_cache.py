@@ -1,10 +1,14 @@
 """scripts/cache_latents.py, and training from what it makes."""
 
+import io
+import os
+import resource
 import runpy
 import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections import Counter
 from pathlib import Path
@@ -27,6 +31,7 @@ from conftest import (
 from diffusers import AutoencoderKL
 from safetensors.torch import load, load_file, save, save_file
 from test_checkpoint import assert_same, at_call, contents, finish, send
+from webdataset import TarWriter
 
 TOOL = ROOT / "scripts" / "cache_latents.py"
 VAE_FILE = "diffusion_pytorch_model.safetensors"
@@ -37,7 +42,7 @@ class Tool:
 
     @staticmethod
     def parse_args(words):
-        sys.argv = [str(TOOL), *words]
+        sys.argv = [str(TOOL), *words]  # the tool is run anew, as from the command line
 
     @staticmethod
     def run(_args):
@@ -86,9 +91,7 @@ def read(script, folder):
     found = {}
     for shard in sorted(folder.glob("[!.]*.tar")):
         samples = script.wds.tarfile_samples([{"url": str(shard)}])
-        found[shard.name] = {
-            sample["__key__"]: (sample.get("txt"), load(sample["safetensors"])) for sample in samples
-        }
+        found[shard.name] = {sample["__key__"]: (sample.get("txt"), load(sample["safetensors"])) for sample in samples}
     return found
 
 
@@ -104,10 +107,10 @@ def assert_same_cache(script, folder, other):
 
 
 def audit(script, shards, teacher, **changes):
-    """Return (captions of the first usable samples, the report) of the check before training."""
+    """Return (captions of the first four usable samples, the report) of the check before training."""
     args = script.parse_args(flags(teacher, shards, "unused", center_crop=True, **changes))
     usable, report, _ = script.audit(script.list_shards([str(shards)]), args)
-    return [sample["caption"] for sample in usable], report
+    return [sample["caption"] for sample in usable][:4], report
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -161,7 +164,7 @@ def test_a_cached_run_loads_the_vae_for_drawing_and_no_text_encoder(trained):
     said = [line.strip() for line in trained[2]]
     assert any("shards of cached tensors" in line for line in said)
     loaded = [line for line in said if line.startswith("loaded") or line == "drawing"]
-    assert loaded == ["drawing", "loaded AutoencoderKL", "drawing"]
+    assert loaded == ["drawing", "loaded AutoencoderKL"] * 2, "the VAE leaves the device after each drawing"
     assert (trained[1] / "image_3.png").is_file(), "the first captions of the data are drawn"
 
 
@@ -213,7 +216,7 @@ def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, 
         if not refused:
             assert audit(script, cached, other)[0]
             continue
-        with pytest.raises(script.UnusableInput, match="pretrained_teacher_model was 'sha256"):
+        with pytest.raises(script.UnusableInput, match="pretrained_teacher_model was 'crc32"):
             audit(script, cached, other)
 
 
@@ -255,7 +258,7 @@ def test_views_are_crops_of_their_own(script, cache, teacher, tmp_path):
     args = script.parse_args(flags(teacher, tmp_path / "out", "unused", **changes))
     usable, report, _ = script.audit(script.list_shards([str(tmp_path / "out")]), args)
     assert "first 12 samples 12 can be used" in report
-    assert [sample["caption"] for sample in usable] == ["sea 0"] * 3 + ["sea 1"]
+    assert [sample["caption"] for sample in usable] == [f"sea {i}" for i in range(4) for _ in range(3)]
 
 
 @one_family
@@ -263,7 +266,7 @@ def test_a_killed_run_leaves_no_half_shard_and_the_next_makes_the_missing(script
     write_shards(tmp_path / "shards", num_shards=3, samples_per_shard=8)
     out = tmp_path / "out"
     cache(tmp_path / "shards", out, -9, hook=at_call("encode_moments", 4, send(signal.SIGKILL)))
-    assert [path.name for path in sorted(out.glob("[!.]*"))] == ["00000.tar"]
+    assert [path.name for path in sorted(out.glob("[!.]*"))] == ["00000.tar", "00000_stats.json"]
     before = contents(out)[str(out / "00000.tar")]
     cache(tmp_path / "shards", out)
     assert contents(out)[str(out / "00000.tar")] == before and not list(out.glob(".writing*"))
@@ -283,7 +286,7 @@ def test_a_truncated_shard_is_named(cache, tmp_path):
     path.write_bytes(whole[: len(whole) // 2])
     said = cache(tmp_path / "shards", tmp_path / "out", 2)
     assert said[-1].startswith("error: ") and f"{path}: is truncated" in said[-1]
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").iterdir())
 
 
 @one_family
@@ -352,13 +355,117 @@ def test_wrong_flags_end_with_2_before_the_slow_imports(teachers, shards, tmp_pa
     ("changes", "named"),
     [
         ({"max_train_steps": 4}, "--max_train_steps"),  # a flag of the trainer that no cache depends on
-        ({"resolution": 31}, "--resolution 31"),
+        ({"resolution": 31}, "--resolution: 31"),
         ({"pretrained_teacher_model": "/nowhere"}, "/nowhere"),
     ],
 )
 def test_what_cannot_be_cached_is_named(cache, shards, tmp_path, changes, named):
     said = cache(shards, tmp_path / "out", 2, **changes)
     assert named in said[-1] and not any("Traceback" in line for line in said)
+
+
+@one_family
+def test_a_name_twice_costs_one_file_and_is_counted(script, cache, tmp_path):
+    write_shards(tmp_path / "in", num_shards=1, samples_per_shard=8)
+    with tarfile.open(tmp_path / "in" / "00000.tar") as tar:
+        files = [(member.name, tar.extractfile(member).read()) for member in tar]
+    files.insert(12, next(file for file in files if file[0].endswith("00002.png")))
+    with tarfile.open(tmp_path / "twice.tar", "w") as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    said = cache(tmp_path / "twice.tar", tmp_path / "out")
+    assert "file name twice in its shard: 1" in said[-1]
+    (samples,) = read(script, tmp_path / "out").values()
+    assert [caption for caption, _ in samples.values()] == [None, *(b"sea %d" % i for i in range(8))]
+
+
+def test_a_folder_of_pictures_is_cached_too(script, cache, cached, tmp_path):
+    for i in range(24):
+        (tmp_path / "in" / f"{i // 12}").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / f"{i // 12}" / f"{i:03d}.png").write_bytes(picture_bytes(i))
+        (tmp_path / "in" / f"{i // 12}" / f"{i:03d}.txt").write_text(f"sea {i}")
+    cache(tmp_path / "in", tmp_path / "out")
+    ours = [pair for shard in read(script, tmp_path / "out").values() for pair in list(shard.values())[1:]]
+    theirs = [pair for shard in read(script, cached).values() for pair in list(shard.values())[1:]]
+    assert [caption for caption, _ in ours] == [caption for caption, _ in theirs]
+    for (_, tensors), (_, others) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(tensors["moments"], others["moments"], rtol=1e-2, atol=1e-3)
+        assert tensors.keys() == others.keys() and ("time_ids" in tensors) == (len(script.TEXT_PARTS) > 2)
+
+
+@one_family
+def test_files_of_a_cache_follow_the_umask_and_tell_their_samples(script, cache, shards, tmp_path):
+    old = os.umask(0o022)
+    try:
+        cache(shards, tmp_path / "out", num_views=2)
+    finally:
+        os.umask(old)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in (tmp_path / "out").iterdir()}
+    names = [f"0000{i}{end}" for i in (0, 1) for end in (".tar", "_stats.json")]
+    assert modes == dict.fromkeys(sorted(names), "0o644") and sorted(modes) == sorted(names)
+    assert script.count_samples(script.list_shards([str(tmp_path / "out")])) == 48
+
+
+@one_family
+def test_one_thread_writes_while_the_next_batch_is_encoded(cache, shards, tmp_path):
+    """Writing that takes as long as encoding takes no longer than one of the two."""
+
+    def slow(script):
+        encode, write = script.encode_moments, TarWriter.write
+
+        def encoding(*args):
+            script.tqdm.write("began", file=sys.stderr)
+            time.sleep(0.2)
+            return encode(*args)
+
+        def writing(writer, sample):
+            if sample["__key__"] != script.CACHE_KEY:
+                time.sleep(0.04)
+                script.tqdm.write("wrote", file=sys.stderr)
+            return write(writer, sample)
+
+        script.encode_moments, TarWriter.write = encoding, writing
+
+    said = [line.strip() for line in cache(shards, tmp_path / "out", hook=slow)]
+    said = [word for line in said for word in line.split() if word in ("began", "wrote")]
+    first, second = [number for number, word in enumerate(said) if word == "began"][:2]
+    assert said[first + 1 : second].count("wrote") == 0, "the second batch begins before the first is written"
+    assert said.count("wrote") == 24
+
+
+@one_family
+def test_a_full_disk_ends_with_2_and_one_line(cache, shards, tmp_path):
+    def limit(_script):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+
+    said = cache(shards, tmp_path / "out", 2, hook=limit)
+    assert said[-1].startswith("error: ") and str(tmp_path / "out") in said[-1] and "cannot be written" in said[-1]
+    assert not list((tmp_path / "out").glob("[!.]*.tar")) and not any("Traceback" in line for line in said)
+
+
+@one_family
+def test_what_is_missing_is_shared_among_processes(cache, tmp_path):
+    """All that is missing must not fall to one process while the other waits for it."""
+    write_shards(tmp_path / "shards", num_shards=4, samples_per_shard=2)
+    cache(tmp_path / "shards", tmp_path / "out")
+    for number in (1, 3):
+        (tmp_path / "out" / f"0000{number}.tar").unlink()
+
+    def tell(script):
+        read_shard, note = script.read_shard, tmp_path / f"process {os.environ['RANK']}"
+
+        def reading(shard, *args, **options):
+            if Path(shard).parent.name == "shards":
+                note.write_text(f"{note.read_text() if note.exists() else ''}{Path(shard).name}")
+            return read_shard(shard, *args, **options)
+
+        script.read_shard = reading
+
+    cache(tmp_path / "shards", tmp_path / "out", processes=2, hook=tell)
+    reads = {path.name: path.read_text() for path in tmp_path.glob("process *")}
+    assert reads == {"process 0": "00001.tar", "process 1": "00003.tar"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -388,7 +495,7 @@ def damaged(samples):
 
 CAUSES = {
     "no cached tensors": 2, "cached tensors cannot be read": 1,
-    "cached tensors lack moments, time ids or embeddings": 1,
+    "cached tensors lack moments or embeddings": 1,
 }  # fmt: skip
 
 
@@ -396,7 +503,8 @@ def skips(script, folder, teacher, num_batches):
     """Return (captions, skipped samples by cause) of the first batches that training would get."""
     args = script.parse_args(flags(teacher, folder, "unused", center_crop=True))
     shards = script.list_shards([str(folder)])
-    stream = iter(script.ShardStream(shards, args, 1, 0, cache=script.find_cache(shards)))
+    cache = script.audit(shards, args)[2]
+    stream = iter(script.ShardStream(shards, args, 1, 0, 1, cache=cache))
     batches = [next(stream) for _ in range(num_batches)]
     counts = sum((Counter(batch["skipped"]) for batch in batches), Counter())
     return [caption for batch in batches for caption in batch["caption"]], counts

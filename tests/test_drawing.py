@@ -1,15 +1,21 @@
 """What scripts/sample.py draws with: several LoRAs, PEFT folders, pictures to start from, ControlNet."""
 
+import argparse
 import json
+import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import SIDE, load_script
+from conftest import ROOT, SIDE, flags, load_script, tiny_unet
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(ROOT / "scripts"))
+from lib import pipelines
+from lib.trainers import UnusableInput, exit_code
 
 PROMPTS = ["a red hill", "the sea"]
 TARGETS = ["to_q", "to_v", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
@@ -18,6 +24,11 @@ TARGETS = ["to_q", "to_v", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"
 @pytest.fixture(scope="module")
 def sample():
     return load_script("scripts/sample.py")
+
+
+def load(model, **flags):
+    """Return the pipeline of a model on the CPU, in float32 where --mixed_precision is not given."""
+    return pipelines.load_teacher(argparse.Namespace(pretrained_teacher_model=str(model), **flags), "cpu")
 
 
 def random_lora(folder, teacher, name, seed, rank):
@@ -39,14 +50,13 @@ def loras(teacher, tmp_path_factory):
     """Return (folder with `lcm` and `style`, {name: weights})."""
     folder = tmp_path_factory.mktemp("loras")
     return folder, {
-        name: random_lora(folder, teacher, name, seed, rank)
-        for name, seed, rank in (("lcm", 1, 3), ("style", 2, 2))
+        name: random_lora(folder, teacher, name, seed, rank) for name, seed, rank in (("lcm", 1, 3), ("style", 2, 2))
     }
 
 
-def latents_of(sample, pipe, sampler, weights=None):
-    sample.set_sampler(pipe, sampler, weights)
-    return torch.stack(sample.draw(pipe, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+def latents_of(pipe, sampler, weights=None):
+    pipelines.set_sampler(pipe, sampler, weights)
+    return torch.stack(pipelines.draw(pipe, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
 
 
 def merge(unet, loras):
@@ -59,41 +69,39 @@ def merge(unet, loras):
             weight.data += scale * (up @ down).view(weight.shape)
 
 
-def test_style_and_lcm_lora_equal_weights_merged_by_hand(sample, teacher, loras):
+def test_style_and_lcm_lora_equal_weights_merged_by_hand(teacher, loras):
     folder, weights = loras
-    pipe = sample.load_pipeline(teacher)
-    sample.load_lora(pipe, folder / "lcm")
-    sample.load_lora(pipe, folder / "style", "style1")
-    both = latents_of(sample, pipe, "lcm-lora", {"lcm": 1.0, "style1": 0.8})
-    merged = sample.load_pipeline(teacher)
+    pipe = load(teacher)
+    pipelines.load_lora(pipe, folder / "lcm")
+    pipelines.load_lora(pipe, folder / "style", "style1")
+    both = latents_of(pipe, "lcm-lora", {"lcm": 1.0, "style1": 0.8})
+    merged = load(teacher)
     merge(merged.unet, [(1.0, weights["lcm"]), (0.8, weights["style"])])
-    torch.testing.assert_close(both, latents_of(sample, merged, "lcm-without-lora"), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(both, latents_of(merged, "lcm-without-lora"), rtol=1e-3, atol=1e-4)
     for other in ({"lcm": 1.0, "style1": 1.0}, {"lcm": 0.8, "style1": 0.8}, {"lcm": 1.0}):
-        assert (latents_of(sample, pipe, "lcm-lora", other) - both).abs().max() > 1e-2, other
-    styled = sample.load_pipeline(teacher)
+        assert (latents_of(pipe, "lcm-lora", other) - both).abs().max() > 1e-2, other
+    styled = load(teacher)
     merge(styled.unet, [(0.8, weights["style"])])
-    teacher_row = latents_of(
-        sample, pipe, "ddim", {"lcm": 1.0, "style1": 0.8}
-    )  # the style stays, the LCM not
-    torch.testing.assert_close(teacher_row, latents_of(sample, styled, "ddim"), rtol=1e-3, atol=1e-4)
-    plain = sample.load_pipeline(teacher)
-    off = latents_of(sample, pipe, "ddim", {"lcm": 1.0})
-    torch.testing.assert_close(off, latents_of(sample, plain, "ddim"), rtol=1e-4, atol=1e-5)
+    teacher_row = latents_of(pipe, "ddim", {"lcm": 1.0, "style1": 0.8})  # the style stays, the LCM not
+    torch.testing.assert_close(teacher_row, latents_of(styled, "ddim"), rtol=1e-3, atol=1e-4)
+    plain = load(teacher)
+    off = latents_of(pipe, "ddim", {"lcm": 1.0})
+    torch.testing.assert_close(off, latents_of(plain, "ddim"), rtol=1e-4, atol=1e-5)
 
 
-def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(sample, teacher, loras):
+def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras):
     folder, _ = loras
-    pipe, by_peft = sample.load_pipeline(teacher), sample.load_pipeline(teacher)
-    sample.load_lora(pipe, folder / "lcm" / "unet")
+    pipe, by_peft = load(teacher), load(teacher)
+    pipelines.load_lora(pipe, folder / "lcm" / "unet")
     by_peft.unet = PeftModel.from_pretrained(by_peft.unet, folder / "lcm" / "unet")
-    ours = latents_of(sample, pipe, "lcm-lora")
-    sample.set_sampler(by_peft, "lcm-without-lora", {})
-    theirs = torch.stack(sample.draw(by_peft, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+    ours = latents_of(pipe, "lcm-lora")
+    pipelines.set_sampler(by_peft, "lcm-without-lora", {})
+    theirs = torch.stack(pipelines.draw(by_peft, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
     torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-4)
-    assert (ours - latents_of(sample, pipe, "lcm-without-lora")).abs().max() > 1e-2
+    assert (ours - latents_of(pipe, "lcm-without-lora")).abs().max() > 1e-2
 
 
-def test_peft_folder_of_another_model_is_refused(sample, teacher, loras, tmp_path):
+def test_peft_folder_of_another_model_is_refused(teacher, loras, tmp_path):
     folder, _ = loras
     (tmp_path / "unet").mkdir()
     source = folder / "lcm" / "unet"
@@ -101,15 +109,15 @@ def test_peft_folder_of_another_model_is_refused(sample, teacher, loras, tmp_pat
     weights = load_file(source / "adapter_model.safetensors")
     renamed = {key.replace("mid_block", "middle"): value for key, value in weights.items()}
     save_file(renamed, tmp_path / "unet" / "adapter_model.safetensors")
-    with pytest.raises(sample.InputError, match="middle"):
-        sample.load_lora(sample.load_pipeline(teacher), tmp_path / "unet")
+    with pytest.raises(UnusableInput, match="middle"):
+        pipelines.load_lora(load(teacher), tmp_path / "unet")
 
 
 def run(sample, teacher, output_dir, *flags):
     """Run the tool on one prompt and return {folder of pictures: first picture as an array}."""
     usual = ["--pretrained_teacher_model", teacher, "--output_dir", output_dir, "--prompts", "a hill"]
     args = sample.parse_args([str(flag) for flag in (*usual, "--device", "cpu", *flags)])
-    assert sample.main(args) == 0
+    assert exit_code(sample.main, args) == 0
     found = sorted(output_dir.glob("*/0-0.png"))
     return {path.parent.name: np.asarray(Image.open(path).convert("RGB"), int) for path in found}
 
@@ -137,21 +145,12 @@ def test_rows_of_strengths_guidances_and_base_steps(sample, teacher, loras, tmp_
 def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path):
     folder, _ = loras
     Image.effect_noise((SIDE + 3, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
-    flags = [
-        "--lora",
-        folder / "lcm",
-        "--samplers",
-        "lcm-lora",
-        "--steps",
-        "4",
-        "--image",
-        tmp_path / "start.png",
-    ]
+    flags = ["--lora", folder / "lcm", "--samplers", "lcm-lora", "--steps", "4", "--image", tmp_path / "start.png"]
     weak = run(sample, teacher, tmp_path / "weak", *flags, "--strength", "0.3")["lcm-lora-4steps"]
     full = run(sample, teacher, tmp_path / "full", *flags, "--strength", "1")["lcm-lora-4steps"]
     assert weak.shape == (SIDE, SIDE, 3)  # cut to multiples of 8 px
-    pipe = sample.load_pipeline(teacher)
-    picture = sample.open_picture(tmp_path / "start.png", None)
+    pipe = load(teacher)
+    picture = sample.fitted_picture(tmp_path / "start.png", None)
     pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():
         coded = pipe.vae.decode(pipe.vae.encode(pixels).latent_dist.mean).sample
@@ -166,14 +165,15 @@ def test_inpainting_keeps_what_the_mask_keeps(sample, teacher, loras, tmp_path):
     left = Image.new("L", (SIDE, SIDE), 0)
     left.paste(255, (0, 0, SIDE // 2, SIDE))
     left.save(tmp_path / "left.png")
-    pipe, drawn = sample.load_pipeline(teacher), {}
-    sample.load_lora(pipe, folder / "lcm")
+    pipe, drawn = load(teacher), {}
+    pipelines.load_lora(pipe, folder / "lcm")
     usual = ["--pretrained_teacher_model", str(teacher), "--output_dir", str(tmp_path), "--prompts", "a hill"]
     for name in ("none", "left"):
         flags = ["--image", str(tmp_path / "start.png"), "--mask", str(tmp_path / f"{name}.png")]
-        task, extra = sample.prepare_task(pipe, sample.parse_args([*usual, *flags]))
-        sample.set_sampler(task, "lcm-lora")
-        (drawn[name],), _ = sample.draw(task, ["a hill"], 2, 1.0, [0], output_type="latent", **extra)
+        args = sample.parse_args([*usual, *flags])
+        task, extra = sample.task_pipeline(pipe, args), sample.start_pictures(args)
+        pipelines.set_sampler(task, "lcm-lora")
+        (drawn[name],), _ = pipelines.draw(task, ["a hill"], 2, 1.0, [0], output_type="latent", **extra)
     change = (drawn["left"] - drawn["none"]).abs().amax(0)  # latents: 16 x 16
     assert change[:, 8:].max() < 1e-5, "what is black in the mask must stay"
     assert change[:, :8].median() > 1e-2, "what is white in the mask must be drawn"
@@ -185,11 +185,7 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     torch.manual_seed(0)
     net = ControlNetModel.from_unet(unet, conditioning_embedding_out_channels=(4, 8))
     net.save_pretrained(tmp_path / "silent")  # as made: its output layers are zero
-    for block in [
-        *net.controlnet_down_blocks,
-        net.controlnet_mid_block,
-        net.controlnet_cond_embedding.conv_out,
-    ]:
+    for block in [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]:
         torch.nn.init.normal_(block.weight, std=0.5)
     net.save_pretrained(tmp_path / "net")
     for name, colour in (("dark", 0), ("light", 255)):
@@ -206,18 +202,14 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     light = controlled("net", "light")
     assert abs(light - plain).mean() > 1 and abs(light - controlled("net", "dark")).max() > 1
     assert abs(controlled("net", "light", "--controlnet_scale", "0") - plain).max() <= 1
-    assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (
-        SIDE,
-        SIDE,
-        3,
-    )
+    assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (SIDE, SIDE, 3)
 
 
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
         (["--lora", "{loras}/lcm=strong"], "=0.8"),
-        (["--mask", "{loras}/lcm"], "picture"),
+        (["--mask", "{loras}/lcm"], "give a file"),
         (["--control_image", "no.png"], "no.png"),
         (["--controlnet", "owner/net"], "--control_image"),
         (["--strength", "0"], "--strength"),
@@ -244,6 +236,29 @@ def test_a_file_that_is_no_picture_exits_with_2(sample, teacher, loras, tmp_path
     config = folder / "lcm" / "unet" / "adapter_config.json"
     usual = ["--pretrained_teacher_model", str(teacher), "--prompts", "a", "--output_dir", str(tmp_path)]
     args = sample.parse_args([*usual, "--device", "cpu", "--image", str(config)])
-    assert sample.main(args) == 2
+    assert exit_code(sample.main, args) == 2
     message = capsys.readouterr().err
     assert "adapter_config.json" in message and message.count("\n") == 1
+
+
+def test_the_trainers_file_draws_what_was_trained(script, teacher, shards, tmp_path):
+    """The one LoRA file, with alpha unlike the rank, against the UNet that the trainer itself holds."""
+    args = script.parse_args(flags(teacher, shards, tmp_path, lora_rank=4, lora_alpha=6))
+    trained = script.load_teacher(args, torch.float32, "cpu")
+    script.add_lora(trained.unet, args)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in trained.unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
+    script.save_lora(trained.unet, tmp_path / "pytorch_lora_weights.safetensors", args)
+    pipelines.set_sampler(trained, "lcm-without-lora", {"default": 1.0})
+    theirs = torch.stack(pipelines.draw(trained, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
+    pipe = load(teacher)
+    pipelines.load_lora(pipe, tmp_path)
+    ours = latents_of(pipe, "lcm-lora")
+    torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-2)  # the file is float16
+    assert (ours - latents_of(pipe, "lcm-without-lora")).abs().max() > 0.5
+    with pytest.raises(UnusableInput, match="made for this model"):
+        wide = load(teacher)
+        wide.unet = tiny_unet(block_out_channels=(8, 32), cross_attention_dim=wide.unet.config.cross_attention_dim)
+        pipelines.load_lora(wide, tmp_path)

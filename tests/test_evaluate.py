@@ -1,10 +1,12 @@
 """scripts/evaluate.py: the statistics, the pictures kept and resumed, the judges' interfaces, the report."""
 
+import argparse
 import base64
 import html.parser
 import io
 import json
 import os
+import pickle
 import re
 import shutil
 import subprocess
@@ -19,8 +21,13 @@ from conftest import ROOT, load_script, write_shard
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
+from safetensors.torch import load_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
+from lib import pipelines
+from lib.trainers import UnusableInput, exit_code, sd15
+
+YARDSTICK = str(ROOT / "assets" / "demo-teacher-sd15" / "reference.safetensors")
 PROMPTS = ["a red hill", "the <sea> & more", "snow"]
 COUNT = 7
 FEATURES = """
@@ -78,6 +85,16 @@ def lora(teacher, judges):
     return judges / "lora"
 
 
+def load(model, **flags):
+    """Return the pipeline of a model on the CPU, in float32 where --mixed_precision is not given."""
+    return pipelines.load_teacher(argparse.Namespace(pretrained_teacher_model=str(model), **flags), "cpu")
+
+
+def run(evaluate, line):
+    """Return the exit code of the tool."""
+    return exit_code(evaluate.main, evaluate.parse_args(line))
+
+
 def flags(teacher, judges, output_dir, *more):
     return [
         "--pretrained_teacher_model", str(teacher), "--prompts_file", str(judges / "prompts.txt"),
@@ -93,7 +110,7 @@ def evaluated(evaluate, teacher, judges, lora, tmp_path_factory):
     """Return (folder, results) of a run with every sampler."""
     assert lora.is_dir()
     folder = tmp_path_factory.mktemp("evaluated")
-    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, folder))) == 0
+    assert run(evaluate, flags(teacher, judges, folder)) == 0
     return folder, json.loads((folder / "results.json").read_text())
 
 
@@ -113,7 +130,7 @@ def fid_by_sqrtm(a, b):
 
 @pytest.mark.parametrize(("n", "m", "width"), [(300, 200, 16), (60, 80, 32), (2, 50, 3)])
 def test_frechet_distance_is_the_textbooks(n, m, width):
-    from evaluation.statistics import frechet_distance
+    from lib.evaluation.statistics import frechet_distance
 
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(n, width)) * rng.uniform(0.1, 3, width), rng.normal(0.3, 1.5, (m, width))
@@ -127,7 +144,7 @@ def test_frechet_distance_is_the_textbooks(n, m, width):
 
 
 def test_kid_is_the_unbiased_estimate():
-    from evaluation.statistics import KernelDistance
+    from lib.evaluation.statistics import KernelDistance
 
     a, b = torch.randn(9, 4).double(), torch.randn(7, 4).double() + 1
 
@@ -141,8 +158,8 @@ def test_kid_is_the_unbiased_estimate():
 
 def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
     """Two draws of the same prompts: the noise differs, not the prompts. Unpaired, KID comes out below 0."""
-    from evaluation.measures import distances_to, score_row
-    from evaluation.statistics import KernelDistance
+    from lib.evaluation.measures import distances_to, score_row
+    from lib.evaluation.statistics import KernelDistance
 
     generator, found = torch.Generator().manual_seed(0), []
     for _ in range(60):
@@ -152,7 +169,7 @@ def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
     unpaired, paired = np.array(found).T
     assert unpaired.mean() < -1 and abs(paired.mean()) < 3 * paired.std() / 60**0.5 < 0.5
     took = [{"block": 0, "seconds": 1.0}]
-    figures = score_row({"f": a}, distances_to({"teacher": {"f": b}, "real": {"f": b}}), took)
+    figures = score_row({"f": a}, distances_to({"teacher": {"f": b}, "real": {"f": b}}, 50), took)
     values = [figures[f"KID/f/{name}"]["value"] for name in ("teacher", "real")]
     assert values == pytest.approx([paired[-1], unpaired[-1]])
     with pytest.raises(ValueError, match="as many of both"):
@@ -162,7 +179,7 @@ def test_kid_of_one_thing_is_zero_where_pictures_share_prompts():
 @pytest.mark.parametrize(("count", "paired"), [(100, True), (100, False), (90, False)])
 def test_interval_of_kid_is_the_jackknifes(count, paired):
     """Sums by group give what leaving each group out, and measuring anew, gives."""
-    from evaluation.statistics import KernelDistance, jackknife
+    from lib.evaluation.statistics import KernelDistance, jackknife
 
     generator = torch.Generator().manual_seed(0)
     a, b = (torch.randn(n, 5, generator=generator).double() for n in (100, count))
@@ -173,12 +190,10 @@ def test_interval_of_kid_is_the_jackknifes(count, paired):
 
 
 def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
-    from evaluation.statistics import T_95, frechet_distance, jackknife
+    from lib.evaluation.statistics import T_95, frechet_distance, jackknife
 
     generator = torch.Generator().manual_seed(0)
-    found = [
-        jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)
-    ]
+    found = [jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)]
     spread = np.std([f["value"] for f in found])
     claimed = np.mean([(f["high"] - f["low"]) / 2 / T_95 for f in found])
     assert 0.8 < claimed / spread < 1.7, (claimed, spread)
@@ -188,7 +203,7 @@ def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
 
 
 def test_interval_of_a_mean():
-    from evaluation.statistics import bootstrap_mean
+    from lib.evaluation.statistics import bootstrap_mean
 
     values = torch.randn(400, generator=torch.Generator().manual_seed(0)) + 5
     figure = bootstrap_mean(values)
@@ -198,7 +213,7 @@ def test_interval_of_a_mean():
 
 
 def test_small_samples_add_to_the_distance_and_the_curve_shows_it():
-    from evaluation.statistics import bias_curve
+    from lib.evaluation.statistics import bias_curve
 
     curve = bias_curve(*torch.randn(2, 400, 8, generator=torch.Generator().manual_seed(0)).double())
     assert [point["pictures"] for point in curve] == [50, 100, 200, 400]
@@ -216,7 +231,10 @@ def test_rows_and_figures(evaluated, judges):
         assert row["evaluations"] == steps * (1 + guided)
         assert row["guidance"] == (7.5 if guided else 1.0)
         figures = row["figures"]
-        mine, yardstick = features_of(folder, row["name"], judges), features_of(folder, "reference", judges)
+        assert row["name"] == (
+            row["folder"] if row["folder"].startswith(f"{sampler}-") else f"{sampler}={row['folder']}"
+        )
+        mine, yardstick = features_of(folder, row["folder"], judges), features_of(folder, "reference", judges)
         expected = fid_by_sqrtm(mine.numpy(), yardstick.numpy())
         assert figures["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-6)
         assert figures["FD/mean/teacher"]["low"] is None  # 7 pictures
@@ -233,9 +251,7 @@ def test_scores_compare_the_right_pictures(evaluated):
     row = next(r for r in results["rows"] if r["sampler"] == "ddim" and r["steps"] == 2)
 
     def pictures(name):
-        return [
-            np.asarray(Image.open(folder / "pictures" / name / f"{i:05d}.png"), float) for i in range(COUNT)
-        ]
+        return [np.asarray(Image.open(folder / "pictures" / name / f"{i:05d}.png"), float) for i in range(COUNT)]
 
     mine, teachers = pictures(row["name"]), pictures("teacher")
     lpips = np.mean([abs(a - b).mean() / 255 for a, b in zip(mine, teachers, strict=True)])
@@ -247,10 +263,10 @@ def test_scores_compare_the_right_pictures(evaluated):
 
 
 def test_pictures_are_those_of_sample(evaluated, teacher, lora):
-    from drawing import draw, load_lora, load_pipeline, set_sampler
+    from lib.pipelines import draw, load_lora, set_sampler
 
     folder, _ = evaluated
-    pipe = load_pipeline(teacher)
+    pipe = load(teacher)
     load_lora(pipe, lora)
     set_sampler(pipe, "lcm-lora")
     drawn, _ = draw(pipe, PROMPTS, 2, 1.0, [0, 1, 2])
@@ -270,7 +286,7 @@ def stable(results, samplers=("ddim", "lcm-lora")):
 
 
 def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, judges, tmp_path, monkeypatch):
-    from evaluation.gallery import Gallery
+    from lib.evaluation.pictures import Gallery
 
     keep, kept = Gallery.keep, []
 
@@ -287,28 +303,27 @@ def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, j
         evaluate.main(args)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.png")}
     assert len(before) == 17
-    assert evaluate.main(args) == 0
+    assert exit_code(evaluate.main, args) == 0
     assert {path: path.stat().st_mtime_ns for path in before} == before, "kept pictures were written again"
     assert len(list(tmp_path.rglob("*.png"))) == COUNT * 6
     folder, results = evaluated
     assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
     with monkeypatch.context() as patch:  # once complete, nothing is loaded to draw with
         patch.setattr(evaluate, "load_teacher", None)
-        assert evaluate.main(args) == 0
+        assert exit_code(evaluate.main, args) == 0
     assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
 
 
 def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges, tmp_path):
-    from drawing import load_pipeline
-    from evaluation.gallery import Gallery, list_rows
+    from lib.evaluation.pictures import Gallery, list_rows
 
     folder, _ = evaluated
     args = evaluate.parse_args(flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "2"))
-    pipe, (row,) = load_pipeline(teacher), list_rows(args)[2:]
+    pipe, (row,) = load(teacher), list_rows(args)[1:]
     shares = [Gallery(args, rank, 2) for rank in (0, 1)]
     assert sorted(i for share in shares for block in share.blocks for i in block) == list(range(COUNT))
     for share in shares:
-        share.draw(pipe, share.missing([row]), is_quiet=True)
+        share.draw(pipe, share.missing([row]), "cpu", is_quiet=True)
         assert not share.missing([row])
     for index in range(COUNT):
         name = f"pictures/{row.name}/{index:05d}.png"
@@ -319,13 +334,13 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
     folder, _ = evaluated
     shutil.copytree(folder / "pictures", tmp_path / "pictures")
     changed = flags(teacher, judges, tmp_path, "--resolution", "16", "--seed", "1")
-    assert evaluate.main(evaluate.parse_args(changed)) == 2
+    assert run(evaluate, changed) == 2
     message = capsys.readouterr().err
     assert "resolution, seed" in message and "delete" in message and message.count("\n") == 1
 
 
 def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
-    from evaluation.gallery import fingerprint
+    from lib.evaluation.pictures import fingerprint
 
     shutil.copytree(lora, tmp_path / "lora")
     before = fingerprint(tmp_path / "lora")
@@ -336,19 +351,26 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
     assert fingerprint("owner/name") != fingerprint("owner/other")
 
 
-def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, tmp_path):
-    from evaluation.gallery import list_rows
+def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, lora, tmp_path):
+    from lib.evaluation.pictures import REFERENCE_SEED, list_rows
 
-    reference, floor, *_ = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))
-    noise = [
-        torch.randn(4, generator=torch.Generator().manual_seed(r.first_seed)) for r in (reference, floor)
-    ]
+    assert lora.is_dir()
+    floor = list_rows(evaluate.parse_args(flags(teacher, judges, tmp_path)))[0]
+    seeds = (floor.first_seed + REFERENCE_SEED, floor.first_seed)
+    noise = [torch.randn(4, generator=torch.Generator().manual_seed(seed)) for seed in seeds]
     assert (noise[0] - noise[1]).abs().max() > 0.01
 
 
-def test_reference_pictures_from_folder_and_shard(tmp_path, monkeypatch):
-    from evaluation.gallery import read_real, real_files
-    from model_args import InputError
+def read_all(path, rank=0, processes=1):
+    """Return the pictures of a --reference, scaled to 8 x 8 px, and what was left out."""
+    from lib.evaluation.pictures import read_real
+
+    skipped = sd15.Skipped()
+    return torch.cat(list(read_real([path], (8, 8), skipped, rank, processes))), skipped
+
+
+def test_reference_pictures_from_folder_and_shard(tmp_path):
+    from lib.evaluation.pictures import real_files
 
     samples = []
     (tmp_path / "folder" / "deep").mkdir(parents=True)
@@ -358,22 +380,20 @@ def test_reference_pictures_from_folder_and_shard(tmp_path, monkeypatch):
         picture.save(tmp_path / "folder" / "deep" / f"{index}.png")
         samples.append({"png": (tmp_path / "folder" / "deep" / f"{index}.png").read_bytes(), "txt": "x"})
     shard = write_shard(tmp_path / "0.tar", samples)
-    folder, tar = (torch.cat(list(read_real([path], (8, 8), 0, 1))) for path in (tmp_path / "folder", shard))
+    folder, tar = (read_all(path)[0] for path in (tmp_path / "folder", shard))
     assert folder.shape == (3, 8, 8, 3) and (folder == tar).all()
     (tmp_path / "shards" / "empty").mkdir(parents=True)
     shutil.copy(shard, tmp_path / "shards")
-    assert (torch.cat(list(read_real([tmp_path / "shards"], (8, 8), 0, 1))) == tar).all()
-    with pytest.raises(InputError, match="--reference .*empty: give a folder"):
+    assert (read_all(tmp_path / "shards")[0] == tar).all()
+    with pytest.raises(UnusableInput, match="--reference .*empty: give a folder"):
         real_files([tmp_path / "shards" / "empty"])
     assert (folder[:, 3:5, 3:5, 0] > 100).all(), "the middle was cut away"
-    monkeypatch.setenv("RANK", "0")  # by which webdataset knows of other processes
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    shares = [torch.cat(list(read_real([shard], (8, 8), rank, 2))) for rank in (0, 1)]
+    shares = [read_all(shard, rank, 2)[0] for rank in (0, 1)]
     assert [len(share) for share in shares] == [2, 1]
 
 
 def test_inception_and_lpips_through_the_library(monkeypatch):
-    from evaluation.features import load_features, load_lpips
+    from lib.evaluation.feature_models import load_features, load_lpips
 
     class Inception(torch.nn.Module):
         def __init__(self, name, features, feature_extractor_weights_path=None):
@@ -417,7 +437,7 @@ def test_a_missing_library_is_named_before_drawing(
     assert lora.is_dir()
     for name in ("feature_extractor_inceptionv3", "sample_similarity_lpips"):
         monkeypatch.setitem(sys.modules, f"torch_fidelity.{name}", None)
-    assert evaluate.main(evaluate.parse_args(flags(teacher, judges, tmp_path, flag, value))) == 2
+    assert run(evaluate, flags(teacher, judges, tmp_path, flag, value)) == 2
     message = capsys.readouterr().err
     assert "scripts/requirements-eval.txt" in message and message.count("\n") == 1
     assert not list(tmp_path.iterdir())
@@ -449,17 +469,17 @@ def tiny_models(teacher, tmp_path_factory):
 
 @pytest.mark.parametrize(("name", "width"), [("clip", 8), ("dinov2", 16)])
 def test_features_of_transformers_models(tiny_models, name, width):
-    from evaluation.features import describe, load_features
+    from lib.evaluation.feature_models import describe_model, load_features
 
     pictures = torch.randint(0, 255, (5, 20, 24, 3), dtype=torch.uint8)
     features = load_features(str(tiny_models / name), "cpu")(pictures)
     assert features.shape == (5, width) and features.dtype == torch.float64
     torch.testing.assert_close(load_features(f"{name}={tiny_models / name}", "cpu")(pictures), features)
-    assert features.std(0).min() > 0 and describe(str(tiny_models / name)) == name
+    assert features.std(0).min() > 0 and describe_model(str(tiny_models / name)) == name
 
 
 def test_clip_score(tiny_models):
-    from evaluation.features import load_clip_score
+    from lib.evaluation.feature_models import load_clip_score
     from transformers import AutoImageProcessor, CLIPModel, CLIPTokenizer
 
     source = tiny_models / "clip"
@@ -478,7 +498,7 @@ def test_clip_score(tiny_models):
 
 
 def test_the_demos_judge_scores_its_captions():
-    from evaluation.features import load_features
+    from lib.evaluation.feature_models import load_features
 
     judge = load_features(str(ROOT / "assets" / "demo-teacher-sd15" / "judge.safetensors"), "cpu")
     pictures = torch.randint(0, 255, (2, 64, 64, 3), dtype=torch.uint8)
@@ -522,7 +542,7 @@ def test_report_is_one_file(evaluated):
 
 def test_markdown_table_is_rectangular(evaluated):
     folder, results = evaluated
-    table = (folder / "table.md").read_text("utf-8").split("\n\n")[0].splitlines()
+    table = (folder / "table.md").read_text("utf-8").split("\n\n")[2].splitlines()
     assert len(table) == 2 + len(results["rows"]) and len({line.count("|") for line in table}) == 1
 
 
@@ -530,7 +550,7 @@ def test_markdown_table_is_rectangular(evaluated):
     ("value", "text"), [(None, "–"), (0, "0"), (1234.5, "1234"), (12.345, "12.3"), (0.001234, "0.00123")]
 )
 def test_figures_are_rounded_for_reading(value, text):
-    from evaluation.report import number
+    from lib.evaluation.report import number
 
     assert number(value) == text
 
@@ -583,8 +603,8 @@ def test_help_answers_without_torch():
 @pytest.mark.parametrize(
     ("more", "named"),
     [
-        (["--num_images", "1"], "--num_images 1"),
-        (["--batch_size", "0"], "--batch_size 0"),
+        (["--num_images", "1"], "--num_images: 1: give 2 or more"),
+        (["--batch_size", "0"], "--batch_size"),
         (["--steps", "51"], "--steps"),
         (["--steps", "0"], "--steps"),
         (["--teacher_steps", "2000"], "2000"),
@@ -596,11 +616,201 @@ def test_help_answers_without_torch():
         (["--reference", "no-folder"], "no-folder"),
         (["--prompts_file", "no-prompts.txt"], "no-prompts.txt"),
         (["--seed", "2147483648"], "--seed"),
+        (["--feature", "clip"], "did you mean --features?"),
+        (["--output_dir", "/proc/none"], "/proc/none"),
+        (["--output_dir", "/dev/null/folder"], "cannot be written to"),
+        (["--yardstick", "no-file"], "--draw_yardstick 8 makes it"),
+        (["--yardstick", str(ROOT / "README.md")], "is no yardstick file"),
+        (["--draw_yardstick", "8"], "--yardstick FILE"),
+        (["--yardstick", YARDSTICK], "other prompts"),
     ],
 )
 def test_wrong_values_exit_with_2(evaluate, teacher, judges, lora, tmp_path, capsys, more, named):
     assert lora.is_dir()
+    more = [word.format(tmp=tmp_path) for word in more]
     with pytest.raises(SystemExit) as stop:
         evaluate.parse_args(flags(teacher, judges, tmp_path, *more))
     message = capsys.readouterr().err
     assert stop.value.code == 2 and named in message and message.count("\n") == 1
+
+
+class Runs:
+    """An object whose pickle makes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
+
+
+EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+PICKLES = ("pkl", "pyd", "pickle", "pth", "pt", "npy", "npz", "cbor", "ten", "tenbin", "mp", "msg", "joblib", "bin")
+
+
+def png(index=0):
+    data = io.BytesIO()
+    Image.new("RGB", (16, 16), (0, 0, 20 * index)).save(data, "PNG")
+    return data.getvalue()
+
+
+def test_nothing_in_a_reference_runs(tmp_path, monkeypatch):
+    """Pickles under every suffix, PostScript under pictures' names, a file called like a command."""
+    ran, folder = tmp_path / "ran", tmp_path / "real"
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {ran}\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    samples = [{"png": png(i), suffix: pickle.dumps(Runs(ran))} for i, suffix in enumerate(PICKLES)]
+    samples += [{name: EPS} for name in ("png", "jpg", "eps")] + [{"png": pickle.dumps(Runs(ran))}]
+    write_shard(folder / "0.tar", samples)
+    (folder / "a.png").write_bytes(EPS)
+    (folder / "b.webp").write_bytes(pickle.dumps(Runs(ran)))
+    (folder / "pipe:touch ran; cat 0.tar").write_bytes(b"")
+    monkeypatch.chdir(folder)
+    pictures, skipped = read_all(".")
+    assert len(pictures) == len(PICKLES)
+    assert skipped["picture cannot be decoded"] == 5
+    assert not ran.exists() and not (folder / "ran").exists()
+
+
+def test_reference_is_checked_before_drawing(evaluate, teacher, judges, lora, tmp_path, capsys, monkeypatch):
+    real = [{"jpg": b"damaged"}, *({"png": png(i)} for i in range(3)), {"txt": "no picture"}]
+    shard = write_shard(tmp_path / "real.tar", real)
+    drawn = []
+    monkeypatch.setattr(evaluate, "load_teacher", lambda *_: drawn.append(capsys.readouterr().out) or load(teacher))
+    line = flags(teacher, judges, tmp_path / "out", "--samplers", "ddim", "--steps", "1", "--reference", str(shard))
+    assert lora.is_dir() and run(evaluate, line) == 0
+    assert "3 pictures; left out: picture cannot be decoded: 1, no picture: 1" in drawn[0]
+    write_shard(tmp_path / "real.tar", real[:2])
+    assert run(evaluate, [*line[:-1], str(shard)]) == 2 and len(drawn) == 1
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert "fewer than two" in message and "picture cannot be decoded: 1" in message
+
+
+def test_spread_is_the_share_of_the_teachers():
+    from lib.evaluation.statistics import pairwise_distances, spread
+
+    generator = torch.Generator().manual_seed(0)
+    prompts, noise = 4 * torch.randn(50, 6, generator=generator), torch.randn(3, 50, 6, generator=generator)
+    mine, teachers = ((prompts + scale * noise).flatten(0, 1) for scale in (0.5, 1.0))
+    figure = spread(pairwise_distances(mine, 50), pairwise_distances(teachers, 50))
+    assert figure["value"] == pytest.approx(0.5, rel=1e-4) and figure["high"] - figure["low"] < 1e-3
+    other = (prompts + torch.randn(3, 50, 6, generator=generator)).flatten(0, 1)
+    figure = spread(pairwise_distances(other, 50), pairwise_distances(teachers, 50))
+    assert figure["low"] < 1 < figure["high"] and figure["high"] - figure["low"] < 0.5
+    by_hand = (teachers[0] - teachers[50]).norm(), (teachers[0] - teachers[100]).norm()
+    by_hand = (*by_hand, (teachers[50] - teachers[100]).norm())
+    assert float(pairwise_distances(teachers, 50)[0]) == pytest.approx(float(sum(by_hand)) / 3, rel=1e-6)
+    assert spread(pairwise_distances(prompts, 50), pairwise_distances(teachers, 50)) is None
+
+
+def test_spread_in_the_report(evaluate, evaluated, teacher, judges, tmp_path):
+    _, results = evaluated  # 7 pictures of 3 prompts
+    assert all(row["figures"]["spread/mean"]["value"] > 0 for row in results["rows"])
+    line = flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "1", "--num_images", "3")
+    assert run(evaluate, line) == 0
+    (row,) = json.loads((tmp_path / "results.json").read_text())["rows"][1:]
+    assert row["figures"]["spread/mean"] is None
+    head, _, *lines = (tmp_path / "table.md").read_text("utf-8").split("\n\n")[2].splitlines()
+    column = [cell.strip() for cell in head.split("|")].index("spread, mean")
+    assert [line.split("|")[column].strip() for line in lines] == ["–", "–"]
+
+
+def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora, tmp_path, capsys):
+    """The kept features give the distance to the pictures that they are of, in noise of their own."""
+    from lib.evaluation.statistics import frechet_distance
+
+    assert lora.is_dir()
+    kept = tmp_path / "reference.safetensors"
+    usual = flags(
+        teacher, judges, tmp_path / "kept", "--clip_model", "none", "--lpips", "none", "--yardstick", str(kept)
+    )
+    assert run(evaluate, [*usual, "--draw_yardstick", "2"]) == 0
+    assert f"{kept}: (3, 2, 5)" in capsys.readouterr().out
+    features = load_file(kept)["features"].double()
+    seeds = {json.loads(Image.open(p).text["record"])["settings"]["seed"] for p in tmp_path.rglob("*.png")}
+    assert seeds == set(range(3, 9))
+    line = [*usual, "--samplers", "ddim", "--steps", "1", "--num_images", "6", "--output_dir", str(tmp_path / "out")]
+    position = line.index("--prompts_file")
+    assert run(evaluate, line[:position] + line[position + 2 :]) == 0  # the file holds the prompts
+    results = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert not (tmp_path / "out" / "pictures" / "reference").exists() and results["prompts"] == PROMPTS
+    (row,) = results["rows"][1:]
+    pictures = [Image.open(tmp_path / "out" / "pictures" / row["folder"] / f"{i:05d}.png") for i in range(6)]
+    assert [json.loads(p.text["record"])["settings"]["seed"] for p in pictures] == [0, 1, 2, 9, 10, 11]
+    model = {}
+    exec(FEATURES, model)
+    mine = model["load"]("cpu")(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
+    expected = frechet_distance(mine, features.flatten(0, 1))
+    assert row["figures"]["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-9)
+    assert row["figures"]["spread/mean"]["value"] > 0 and "KID/mean/teacher" not in row["figures"]
+    assert run(evaluate, [*line, "--features", str(judges / "lpips.py")]) == 2
+    assert "--features" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_dpm_solver_is_drawn_once_where_it_is_ddim(evaluated, teacher):
+    folder, _ = evaluated
+    assert not list((folder / "pictures").glob("dpmsolver++-*"))  # steps 1 and 2
+    pipe, drawn = load(teacher), {}
+    for sampler in ("ddim", "dpmsolver++"):
+        pipelines.set_sampler(pipe, sampler)
+        drawn[sampler] = pipelines.draw(pipe, PROMPTS, 2, 7.5, [0, 1, 2], output_type="latent")[0]
+    torch.testing.assert_close(*map(torch.stack, drawn.values()), rtol=1e-3, atol=1e-3)
+
+
+def test_judges_load_once_and_collectives_wait_for_hours(evaluate, teacher, judges, lora, tmp_path, monkeypatch):
+    from lib.evaluation import measures
+
+    assert lora.is_dir()
+    loaded, handlers, accelerator = [], [], evaluate.Accelerator
+    load_features = measures.load_features
+    monkeypatch.setattr(measures, "load_features", lambda *spec: loaded.append(spec) or load_features(*spec))
+
+    def make(kwargs_handlers):
+        handlers.extend(kwargs_handlers)
+        return accelerator(kwargs_handlers=kwargs_handlers)
+
+    monkeypatch.setattr(evaluate, "Accelerator", make)
+    torch.backends.cudnn.allow_tf32 = True
+    assert run(evaluate, flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "1")) == 0
+    assert len(loaded) == 1 and not torch.backends.cudnn.allow_tf32
+    assert [handler.timeout.total_seconds() >= 6 * 3600 for handler in handlers] == [True]
+
+
+def figure(value, half=None):
+    return {"value": value, "low": half and value - half, "high": half and value + half}
+
+
+def test_summary_has_the_best_guidance_of_each_step_count():
+    from lib.evaluation.report import summary
+
+    def row(label, steps, guidance, distance):
+        figures = {"FD/judge/teacher": figure(distance, 1.0), "accuracy": figure(0.5, 0.01)}
+        return {"label": label, "steps": steps, "guidance": guidance, "figures": figures}
+
+    rows = [row("Teacher", 50, 7.5, 3.06), row("LCM-LoRA", 1, 1.0, 38.5), row("LCM-LoRA", 2, 1.0, 8.14)]
+    rows += [row("DDIM", n, g, 10 * n + g) for g in (7.5, 2.0) for n in (1, 2)]
+    rows[3]["figures"]["FD/judge/teacher"] = figure(1.0)
+    figures = {"FD/judge/teacher": "FD, judge, to teacher", "accuracy": "share"}
+    head, body, floor = summary({"rows": rows, "figures": figures})
+    assert head == ["FD, judge, to teacher / accuracy", "1 step", "2 steps"]
+    assert body == [
+        ["LCM-LoRA, guidance 1", "38.5 ± 1.0 / 0.500 ± 0.010", "8.1 ± 1.0 / 0.500 ± 0.010"],
+        ["DDIM, guidance 7.5", "1.0 / 0.500 ± 0.010", "27.5 ± 1.0 / 0.500 ± 0.010"],
+        ["DDIM, its best guidance", "1.0 / 0.500 ± 0.010 (7.5)", "22.0 ± 1.0 / 0.500 ± 0.010 (2)"],
+    ]
+    assert floor == "Teacher, 50 steps, guidance 7.5: 3.1 ± 1.0 / 0.500 ± 0.010 (floor)"
+
+
+@pytest.mark.parametrize("family", ["sd15", "sdxl"])
+def test_the_demos_yardsticks_are_whole(evaluate, family, tmp_path):
+    """`demo.sh` names no prompts: they are in the file, and are those that the demo always had."""
+    from landscapes import random_captions
+
+    path = ROOT / "assets" / f"demo-teacher-{family}"
+    args = evaluate.parse_args([
+        "--pretrained_teacher_model", str(path), "--yardstick", str(path / "reference.safetensors"),
+        "--guidance_scale", "7.5", "2", "--num_images", "128", "--output_dir", str(tmp_path),
+    ])  # fmt: skip
+    assert args.prompts == random_captions(192) and args.guidance_scale == [7.5, 2] and args.gap == 8 * 192
+    assert load_file(args.yardstick)["features"].shape == (192, 8, 64)

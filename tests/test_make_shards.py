@@ -4,6 +4,7 @@ import csv
 import io
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -11,12 +12,20 @@ import tarfile
 import time
 from collections import defaultdict
 
+import datasets
+import huggingface_hub
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from conftest import ENVIRONMENT, ROOT, SIDE, flags, launch, load_script, picture_bytes
 from PIL import Image
 
+sys.path.insert(0, str(ROOT / "scripts"))
+from lib.trainers import UnusableInput
+
 SCRIPT = "scripts/make_shards.py"
+GREY = ("x-16.tif", "x-float.tif")  # of the pictures of test_every_kind_of_picture_trains
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +42,7 @@ def tool():
 def make(tool, tmp_path, source, out="shards", **changes):
     """Run the tool in this process; return (exit code or what was raised, output folder)."""
     line = ["--output_dir", str(tmp_path / out)] + (["--source", str(source)] if source else [])
-    for name, value in changes.items():
+    for name, value in ({"shuffle_seed": -1} | changes).items():
         line += [f"--{name}", str(value)]
     return tool.main(tool.parse_args(line)), tmp_path / out
 
@@ -91,9 +100,7 @@ def test_a_folder_with_captions_beside_the_pictures(tool, tmp_path, capsys):
     (folder / "._000.png").write_bytes(b"left by macOS")
     (folder / "notes.md").write_text("no picture")
     code, out = make(tool, tmp_path, folder, samples_per_shard=2)
-    expected = {f"00{i}.png": f"sea {i}" for i in range(3)} | {
-        f"b.c/deep/00{i}.PNG": f"sea {i}" for i in (0, 1)
-    }
+    expected = {f"00{i}.png": f"sea {i}" for i in range(3)} | {f"b.c/deep/00{i}.PNG": f"sea {i}" for i in (0, 1)}
     assert code == 0 and captions(out) == expected and list(captions(out)) == sorted(expected)
     assert sorted(path.name for path in out.glob("*.tar")) == ["00000.tar", "00001.tar", "00002.tar"]
     assert "5 samples in 3 shards" in capsys.readouterr().out
@@ -103,6 +110,43 @@ def test_a_folder_with_captions_beside_the_pictures(tool, tmp_path, capsys):
         "caption": "sea 1", "width": SIDE, "height": SIDE, "original_width": SIDE, "original_height": SIDE,
         "source": "001.png",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.txt", "sea"), ("a.text", "sea"), ("a.caption", "sea"), ("A.TXT", "sea"), ("a.JPG.txt", "sea"),
+        ("a.json", '{"caption": "sea"}'), ("a.json", '{"prompt": ["sea", "hill"]}'), ("a.json", '{"text": "sea"}'),
+        ("a.JPG.json", '{"caption": "sea"}'), ("a.txt", "\ufeffsea\n"), ("a.cap", "sea"),
+    ],
+)  # fmt: skip
+def test_every_spelling_of_a_caption_file(tool, tmp_path, name, text):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / f"{name[0]}.JPG").write_bytes(picture_bytes(0, suffix="JPEG"))
+    (folder / name).write_text(text, encoding="utf-8")
+    changes = {"caption_extension": ".cap"} if name == "a.cap" else {}
+    assert list(captions(make(tool, tmp_path, folder, **changes)[1]).values()) == ["sea"]
+
+
+def test_the_asked_caption_extension_comes_first(tool, tmp_path):
+    folder = write_pictures(tmp_path / "in", 1)
+    (folder / "000.caption").write_text("hill")
+    assert captions(make(tool, tmp_path, folder, out="a")[1]) == {"000.png": "sea 0"}
+    assert captions(make(tool, tmp_path, folder, out="b", caption_extension="caption")[1]) == {"000.png": "hill"}
+
+
+def test_linked_folders_are_followed_once_and_loops_end(tool, tmp_path):
+    folder = write_pictures(tmp_path / "in", 2)
+    write_pictures(folder / "deep", 1)
+    write_pictures(tmp_path / "elsewhere" / "sub", 2)
+    (folder / "elsewhere").symlink_to(tmp_path / "elsewhere")
+    (folder / "again").symlink_to(tmp_path / "elsewhere" / "sub")
+    (folder / "aaa").symlink_to(folder / "deep")
+    (folder / "deep" / "loop").symlink_to(folder)
+    (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    expected = {"000.png", "001.png", "deep/000.png", "again/000.png", "again/001.png"}
+    assert set(captions(make(tool, tmp_path, folder)[1])) == expected
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -121,10 +165,6 @@ def test_a_folder_with_metadata_as_imagefolder_has_it(tool, tmp_path, kind, colu
 
 def write_table(path, rows):
     if path.suffix == ".parquet":
-        pytest.importorskip("pyarrow", reason="parquet needs the package pyarrow")
-        import pyarrow
-        import pyarrow.parquet
-
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
@@ -151,43 +191,112 @@ def test_a_table_of_files_in_its_own_order(tool, tmp_path, kind):
     assert sources == ["002.png", "000.png", "001.png", "000.png"], "no path of this machine"
 
 
+@pytest.mark.parametrize("sign", [";", "\t", "|"])
+def test_the_delimiter_of_a_csv_is_found(tool, tmp_path, sign):
+    folder = write_pictures(tmp_path / "in", 3, text=False)
+    rows = [f"00{i}.png{sign}{text}" for i, text in enumerate(["007", "NA", "red, round, small"])]
+    (folder / "list.CSV").write_text("\n".join([f"image{sign}text", *rows]), encoding="utf-8")
+    _, out = make(tool, tmp_path, folder / "list.CSV")
+    assert list(captions(out).values()) == ["007", "NA", "red, round, small"], "text stays text"
+
+
 @pytest.mark.parametrize("layout", ["saved", "saved splits", "parquet", "saved paths"])
 def test_a_folder_of_datasets(tool, tmp_path, layout, monkeypatch):
-    datasets = pytest.importorskip("datasets", reason="needs the package datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     pictures = [{"bytes": picture_bytes(i), "path": None} for i in range(5)]
     if layout == "saved paths":
         pictures = [str(path) for path in sorted(write_pictures(tmp_path / "p", 5).glob("*.png"))]
     columns = {"id": list(range(5)), "photo": pictures, "text": [f"sea {i}" for i in range(5)]}
     kinds = {"id": "int64", "photo": datasets.Image(), "text": "string"}
-    features = datasets.Features(
-        {k: datasets.Value(v) if isinstance(v, str) else v for k, v in kinds.items()}
-    )
+    features = datasets.Features({k: datasets.Value(v) if isinstance(v, str) else v for k, v in kinds.items()})
     data = datasets.Dataset.from_dict(columns, features)
     if layout == "parquet":
         (tmp_path / "in" / "data").mkdir(parents=True)
         data.to_parquet(str(tmp_path / "in" / "data" / "train-00000-of-00001.parquet"))
     else:
-        (datasets.DatasetDict({"train": data}) if layout == "saved splits" else data).save_to_disk(
-            tmp_path / "in"
-        )
+        (datasets.DatasetDict({"train": data}) if layout == "saved splits" else data).save_to_disk(tmp_path / "in")
     _, out = make(tool, tmp_path, tmp_path / "in", samples_per_shard=2)
     samples = read_all(out)
     assert [sample["txt"].decode() for sample in samples] == columns["text"]
     assert [sample["png"] for sample in samples] == [picture_bytes(i) for i in range(5)]
     if layout == "saved splits":
-        with pytest.raises(ValueError, match="--split test: .* has train"):
+        with pytest.raises(UnusableInput, match="--split test: .* has train"):
             make(tool, tmp_path, tmp_path / "in", out="other", split="test")
 
 
-@pytest.mark.parametrize(("package", "source"), [("pyarrow", "list.parquet"), ("datasets", "saved")])
-def test_an_optional_package_that_is_missing_is_named(tool, tmp_path, monkeypatch, package, source):
-    monkeypatch.setitem(sys.modules, package, None)
-    (tmp_path / "saved").mkdir()
-    (tmp_path / "saved" / "state.json").touch()
-    (tmp_path / "list.parquet").touch()
-    with pytest.raises(ValueError, match=f"{source}.*pip install {package}"):
-        make(tool, tmp_path, tmp_path / source)
+def test_without_the_package_datasets_its_requirements_file_is_named(tmp_path):
+    (tmp_path / "datasets.py").write_text("raise ImportError")
+    line = ["--source", tmp_path, "--output_dir", tmp_path / "shards"]
+    done = launch(line, SCRIPT, env={"PYTHONPATH": str(tmp_path)})
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "scripts/requirements-data.txt" in done.stderr
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Stand in for the Hub: data sets by name, and how they were asked for."""
+    found, asked = {}, []
+
+    def load(name, config=None, **options):
+        asked.append((name, config, options))
+        if name not in found:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset {name!r} doesn't exist on the Hub")
+        return {"train": found[name].to_iterable_dataset(num_shards=2)}
+
+    def info(name, revision=None):
+        return huggingface_hub.hf_api.DatasetInfo(id=name, sha=f"sha of {revision}", tags=[])
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(huggingface_hub, "dataset_info", info)
+    return found, asked
+
+
+def of_the_hub(rows):
+    features = {"image": datasets.Image(), "text": datasets.Value("string"), "audio": datasets.Audio()}
+    return datasets.Dataset.from_list([{"audio": None} | row for row in rows], datasets.Features(features))
+
+
+def test_a_data_set_of_the_hub_is_streamed_shared_and_resumed(tool, tmp_path, hub, monkeypatch):
+    found, asked = hub
+    rows = [{"image": {"bytes": picture_bytes(i), "path": f"{i}.png"}, "text": f"sea {i}"} for i in range(11)]
+    found["me/sea"] = of_the_hub(rows)
+    changes = {"samples_per_shard": 4, "dataset_revision": "v1", "dataset_config_name": "big", "shuffle_seed": 3}
+    _, alone = make(tool, tmp_path, None, out="alone", dataset_name="me/sea", **changes)
+    options = {"streaming": True, "revision": "sha of v1"}
+    assert asked == [("me/sea", "big", options)], "one pass, nothing downloaded first, no code of the data set's"
+    samples = read_shards(alone)
+    assert sorted(samples, key=lambda name: int(name.split()[1])) == [f"row {i} {i}.png" for i in range(11)]
+    assert list(samples) != sorted(samples) and samples["row 7 7.png"]["png"] == picture_bytes(7)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank in (1, 0):
+        monkeypatch.setenv("RANK", str(rank))
+        _, together = make(tool, tmp_path, "me/sea", out="together", **changes)
+    assert contents(together) == {name: data for name, data in contents(alone).items()}, "--source NAME is the same"
+    monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
+    (together / "00001.tar").unlink()
+    assert contents(make(tool, tmp_path, "me/sea", out="together", **changes)[1]) == contents(alone)
+    with pytest.raises(UnusableInput, match="dataset_revision was 'v1', is 'v2'"):
+        make(tool, tmp_path, "me/sea", out="together", **changes | {"dataset_revision": "v2"})
+    _, few = make(tool, tmp_path, "me/sea", out="few", max_samples=3)
+    assert list(captions(few).values()) == ["sea 0", "sea 1", "sea 2"]
+
+
+def test_a_row_of_the_hub_reads_no_file_of_this_machine(tool, tmp_path, hub, capsys):
+    (tmp_path / "private.png").write_bytes(picture_bytes(0))
+    paths = [str(tmp_path / "private.png"), "http://127.0.0.1:9/x.png", f"hf://datasets/a::{tmp_path}/private.png"]
+    rows = [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths]
+    rows.append({"image": {"bytes": picture_bytes(1), "path": None}, "text": "sea"})
+    hub[0]["me/sea"] = of_the_hub(rows)
+    _, out = make(tool, tmp_path, "me/sea")
+    assert list(captions(out).values()) == ["sea"]
+    assert "row without a picture of this data set: 3" in capsys.readouterr().out
+
+
+def test_a_data_set_that_cannot_be_had_is_named(tool, tmp_path, hub):
+    with pytest.raises(UnusableInput, match="--dataset_name me/typo: cannot be read .*doesn't exist on the Hub"):
+        make(tool, tmp_path, "me/typo")
+    hub[0]["me/links"] = datasets.Dataset.from_list([{"image": "http://x.org/1.jpg", "text": "sea"}] * 2)
+    with pytest.raises(UnusableInput, match="img2dataset"):
+        make(tool, tmp_path, "me/links")
 
 
 @pytest.mark.parametrize(
@@ -195,18 +304,20 @@ def test_an_optional_package_that_is_missing_is_named(tool, tmp_path, monkeypatc
     [
         ("a.csv", "file_name,words\n0.png,sea\n", "columns file_name, words; name one with --caption_column"),
         ("a.csv", "picture,text\n0.png,sea\n", "columns picture, text; name one with --image_column"),
-        ("a.csv", "", "no rows"),
+        ("a.csv", "", "cannot be read .No columns"),
+        ("a.csv", "file_name,text\n", "no rows"),
         ("a.jsonl", '{"file_name": "0.png", "text": "sea"}\n{"file_na', "cannot be read"),
-        ("a.jsonl", "[1]\n", "no {...} record"),
-        ("a.parquet", "no parquet", "(cannot be read|reading parquet needs)"),
-        ("a.docx", "", "give a folder or a file of .csv"),
+        ("a.csv", "file_name,text\n0.png,red, round\n", "more fields than its header; put captions .* in quotes"),
+        ("a.csv", "file_name,text\n0.png,red\n1.png,red, round\n", "cannot be read"),
+        ("a.parquet", "no parquet", "cannot be read"),
+        ("a.docx", "", "give a folder, a data set, or a file of .csv"),
     ],
 )
 def test_a_table_that_cannot_be_used_is_named(tool, tmp_path, name, text, message):
     (tmp_path / name).write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=f"{name}.*{message.replace('{...}', '.*')}"):
+    with pytest.raises(UnusableInput, match=f"{name}.*{message}") as error:
         make(tool, tmp_path, tmp_path / name)
-    assert not (tmp_path / "shards").exists()
+    assert "\n" not in str(error.value) and not list((tmp_path / "shards").iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -229,20 +340,29 @@ def damaged(tmp_path):
             (folder / name).with_suffix(".txt").write_bytes(
                 {"empty.png": b" \n", "latin.png": b"caf\xe9"}.get(name, b"sea")
             )
-    rows = [{"file_name": "gone.png", "text": "x"}, {"file_name": "003.png", "text": "half \ud83d"}]
+    rows = [{"file_name": "gone.png", "text": "x"}, {"file_name": "https://x.org/a.png", "text": "x"}]
     write_table(folder / "metadata.jsonl", rows)
+    (folder / "half.png").write_bytes(picture_bytes(1))
+    (folder / "half.json").write_text('{"caption": "half \\ud83d"}')
     return folder
 
 
 def test_what_is_left_out_is_counted_by_cause(tool, tmp_path, damaged, capsys):
     code, out = make(tool, tmp_path, damaged, max_image_pixels=100_000, samples_per_shard=3)
     line = capsys.readouterr().out
-    assert code == 0 and list(captions(out)) == ["000.png", "001.png", "002.png"]
+    assert code == 0 and list(captions(out)) == [f"00{i}.png" for i in range(4)]
     for cause in (
-        "picture cannot be decoded: 3", "more pixels than --max_image_pixels: 1", "no caption: 1",
+        "picture cannot be decoded: 3", "picture over --max_image_pixels: 1", "no caption: 1",
         "empty caption: 1", "caption is not UTF-8: 2", "No such file or directory: 1",
     ):  # fmt: skip
         assert cause in line
+    left_out = [json.loads(row) for row in (out / "left_out.jsonl").read_text().splitlines()]
+    assert {row["source"]: row["cause"] for row in left_out} == {
+        "a.jpg": "picture cannot be decoded", "b.jpg": "picture cannot be decoded", "bare.png": "no caption",
+        "c.png": "picture cannot be decoded", "empty.png": "empty caption", "latin.png": "caption is not UTF-8",
+        "half.png": "caption is not UTF-8", "gone.png": "No such file or directory",
+        "large.png": "picture over --max_image_pixels",
+    }  # fmt: skip
     make(tool, tmp_path, damaged, max_image_pixels=100_000, samples_per_shard=3)
     assert capsys.readouterr().out == line, "the counts of finished shards are kept"
 
@@ -256,16 +376,63 @@ def test_pictures_without_a_caption_can_be_kept(tool, tmp_path, damaged, capsys)
     assert "caption is not UTF-8: 2" in capsys.readouterr().out
 
 
-def test_a_source_without_a_usable_picture_is_an_error(tool, tmp_path, capsys):
+@pytest.mark.parametrize("samples_per_shard", [2, 1000])
+def test_nothing_usable_is_an_error_until_a_flag_or_a_file_cures_it(tool, tmp_path, samples_per_shard):
     folder = write_pictures(tmp_path / "in", 3, text=False)
-    code, out = make(tool, tmp_path, folder)
-    assert code == 2 and not list(out.glob("*.tar"))
-    assert "none of 3 pictures can be used (no caption: 3)" in capsys.readouterr().err
+    with pytest.raises(UnusableInput, match=r"none of 3 pictures can be used \(no caption: 3\)"):
+        make(tool, tmp_path, folder, samples_per_shard=samples_per_shard)
+    assert not list((tmp_path / "shards").glob("*.tar"))
+    _, out = make(tool, tmp_path, folder, samples_per_shard=samples_per_shard, default_caption="x")
+    assert set(captions(out).values()) == {"x"}
+    for path in (tmp_path / "shards").iterdir():
+        path.unlink()
     write_pictures(folder, 3)
-    assert make(tool, tmp_path, folder)[0] == 0, "once mended, the same folder is used"
+    assert len(captions(make(tool, tmp_path, folder)[1])) == 3
+
+
+def test_a_finished_part_of_other_settings_is_made_again(tool, tmp_path):
+    """The first part has nothing usable without a caption; the flag that cures it must not find it done."""
+    folder = write_pictures(tmp_path / "in", 2, text=False)
+    with pytest.raises(UnusableInput):
+        make(tool, tmp_path, folder, samples_per_shard=1)
+    _, out = make(tool, tmp_path, folder, samples_per_shard=1, default_caption="x", max_samples=1)
+    assert captions(out) == {"000.png": "x"}
+    assert json.loads((out / "00000_stats.json").read_text())["samples"] == 1
+
+
+def test_a_folder_without_pictures_is_named(tool, tmp_path):
     (tmp_path / "nothing").mkdir()
-    with pytest.raises(ValueError, match="nothing: holds no pictures"):
+    with pytest.raises(UnusableInput, match="nothing: holds no pictures"):
         make(tool, tmp_path, tmp_path / "nothing")
+    (tmp_path / "nothing" / "a.HEIC").touch()
+    with pytest.raises(UnusableInput, match="heic files are not read, convert them with pillow-heif"):
+        make(tool, tmp_path, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    ("suffix", "package"),
+    [("HEIC", "pillow-heif"), ("jxl", "pillow-jxl-plugin"), ("cr2", "rawpy"), ("psd", "psd-tools"),
+     ("eps", None), ("xyz", None), ("tar", "give them to the training script"), ("csv", "--source FILE")],
+)  # fmt: skip
+def test_a_file_that_is_not_read_is_counted_by_suffix(tool, tmp_path, capsys, suffix, package):
+    folder = write_pictures(tmp_path / "in", 1)
+    for name in ("x", "y"):
+        (folder / f"{name}.{suffix}").write_bytes(b"%!PS")
+    _, out = make(tool, tmp_path, folder)
+    cause = tool.sys.modules["lib.image_sources"].why_unread(suffix.lower())
+    assert f"1 samples in 1 shards in {out}; left out: {cause}: 2" in capsys.readouterr().out
+    assert suffix.lower() in cause and (package or "") in cause
+    rows = [json.loads(row) for row in (out / "left_out.jsonl").read_text().splitlines()]
+    assert rows == [{"source": f"{name}.{suffix}", "cause": cause} for name in ("x", "y")]
+
+
+def test_a_picture_that_would_start_a_program_is_not_opened(tool, tmp_path, monkeypatch):
+    """Pillow reads EPS with Ghostscript, whatever the file's name."""
+    folder = write_pictures(tmp_path / "in", 1)
+    (folder / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\n")
+    (folder / "x.txt").write_text("x")
+    monkeypatch.setattr(subprocess, "Popen", lambda *_args, **_options: pytest.fail("a program was started"))
+    assert list(captions(make(tool, tmp_path, folder)[1])) == ["000.png"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -284,7 +451,7 @@ def test_every_kind_of_picture_trains(tool, trainer, tmp_path):
         "x.jpg": encode(upright, "JPEG"), "x-turned.jpg": encode(turned, "JPEG", exif=exif, quality=95),
         "x.webp": encode(upright, "WEBP"), "x.bmp": encode(upright, "BMP"), "x.gif": encode(upright, "GIF"),
         "x-cmyk.tif": encode(upright.convert("CMYK"), "TIFF"),
-        "x-16.tif": encode(grey.convert("I;16"), "TIFF"),
+        "x-16.tif": encode(Image.fromarray(np.asarray(grey, np.uint16) * 257), "TIFF"),
         "x-turned.tif": encode(turned, "TIFF", exif=exif), "x-float.tif": encode(grey.convert("F"), "TIFF"),
         "x-alpha.webp": encode(upright.convert("RGBA"), "WEBP", lossless=True),
     }  # fmt: skip
@@ -299,25 +466,95 @@ def test_every_kind_of_picture_trains(tool, trainer, tmp_path):
         assert (sample[suffix] == (folder / name).read_bytes()) == kept
         if name.startswith("x"):
             assert (record["width"], record["height"]) == (80, 50), f"{name}: the upright size"
-    args = trainer.parse_args(
-        flags("a/teacher", str(out), "unused", min_image_side_px=32, require_metadata=True)
-    )
+    args = trainer.parse_args(flags("a/teacher", str(out), "unused", min_image_side_px=32, require_metadata=True))
     shards = trainer.list_shards([str(out)])
     _, report, _ = trainer.audit(shards, args)
     assert report.endswith(f"of the first {len(samples)} samples {len(samples)} can be used")
-    raw = {sample["__key__"]: sample for shard in shards for sample in trainer.read_shard(shard, {})}
-    for sample in raw.values():
-        record = json.loads(sample["json"])
-        if record["source"] in ("x-turned.jpg", "x-turned.tif"):
-            data = next(sample[s] for s in ("jpg", "png") if s in sample)
-            picture, original = trainer.open_picture(data, args)
-            assert original == (80, 50)
-            assert np.abs(np.asarray(picture, float) - np.asarray(upright, float)).mean() < 12
+    for name in kinds:
+        sample = samples[name]
+        picture, original = trainer.open_picture(next(sample[s] for s in ("jpg", "png", "webp") if s in sample), 1e8)
+        reference = np.asarray(upright.convert("L") if name in GREY else upright, float)
+        found = np.asarray(picture.convert("L") if name in GREY else picture, float)
+        assert original == (80, 50) and np.abs(found - reference).mean() < 12, f"{name}: wrong colours"
+
+
+def test_shards_hold_what_the_trainers_see(tool, trainer, tmp_path):
+    """Sixteen bits, signed and big-endian integers, floats: the tool and the trainers have one opener."""
+    folder, ramp = tmp_path / "in", np.linspace(0, 1, 40 * 30).reshape(30, 40)
+    folder.mkdir()
+    kinds = {
+        "i16.tif": Image.fromarray((ramp * 65535).astype(np.uint16)),
+        "i32.tif": Image.fromarray((ramp * 65535).astype(np.int32)),
+        "big-endian.tif": Image.fromarray((ramp * 65535).astype(">u2")),
+        "float1.tif": Image.fromarray(ramp.astype(np.float32)),
+        "float255.tif": Image.fromarray((ramp * 255).astype(np.float32)),
+        "i16.png": Image.fromarray((ramp * 65535).astype(np.uint16)),
+    }
+    for name, picture in kinds.items():
+        picture.save(folder / name)
+    for name, sample in read_shards(make(tool, tmp_path, folder, default_caption="x")[1]).items():
+        picture, _ = trainer.open_picture(sample["png"], 1e8)
+        assert np.abs(np.asarray(picture)[..., 0] - ramp * 255).max() <= 1.01, f"{name}: not the ramp"
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+def test_large_pictures_are_shrunk_on_request(tool, trainer, tmp_path, suffix):
+    folder, turned = tmp_path / "in", Image.Exif()
+    folder.mkdir()
+    turned[0x0112] = 6
+    wide = Image.linear_gradient("L").resize((300, 120)).convert("RGB")
+    wide.transpose(Image.Transpose.ROTATE_90).save(folder / f"large.{suffix}", exif=turned, quality=95)
+    wide.resize((100, 40)).save(folder / f"small.{suffix}", quality=95)
+    samples = read_shards(make(tool, tmp_path, folder, default_caption="x", max_side_px=150)[1])
+    for name, size, original in (("large", [150, 60], [300, 120]), ("small", [100, 40], [100, 40])):
+        sample = samples[f"{name}.{suffix}"]
+        record, kept = sample["json"], next(s for s in ("jpg", "png", "webp") if s in sample)
+        assert [record["width"], record["height"]] == size
+        assert [record["original_width"], record["original_height"]] == original
+        picture, stored = trainer.open_picture(sample[kept], 1e8)
+        assert list(stored) == size
+        assert np.abs(np.asarray(picture, float) - np.asarray(wide.resize(picture.size), float)).mean() < 6
+        is_kept = sample[kept] == (folder / f"{name}.{suffix}").read_bytes()
+        assert is_kept == (name == "small" and suffix != "tif"), "a smaller picture keeps its bytes"
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Interrupted, repeated, mixed
 # ----------------------------------------------------------------------------------------------------------
+
+
+def test_pictures_are_shuffled_unless_asked_not_to(tmp_path, tool):
+    folder = write_pictures(tmp_path / "in", 20)
+    line = ["--source", str(folder), "--output_dir", str(tmp_path / "shards")]
+    assert tool.main(tool.parse_args(line)) == 0
+    names = list(captions(tmp_path / "shards"))
+    assert names != sorted(names) and set(names) == {f"{i:03d}.png" for i in range(20)}
+
+
+def test_output_that_cannot_be_written_ends_with_2_and_one_line(tmp_path):
+    folder = write_pictures(tmp_path / "in", 40)
+    (tmp_path / "file").touch()
+    for out, options in ((tmp_path / "file" / "x", {}), (tmp_path / "full", {"preexec_fn": limit_files})):
+        done = launch(["--source", folder, "--output_dir", out], SCRIPT, **options)
+        lines = [line for line in done.stderr.splitlines() if "error" in line.lower()]
+        assert done.returncode == 2 and len(lines) == 1 and "Traceback" not in done.stderr
+        assert str(out) in lines[0] and "cannot be written" in lines[0]
+
+
+def limit_files():
+    """Let no file of this process grow beyond 30 kB, as on a disk that is almost full."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))
+
+
+def test_the_files_modes_follow_the_umask(tool, tmp_path):
+    old = os.umask(0o022)
+    try:
+        _, out = make(tool, tmp_path, write_pictures(tmp_path / "in", 2))
+    finally:
+        os.umask(old)
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in out.iterdir()} == dict.fromkeys(
+        ["00000.tar", "00000_stats.json", "left_out.jsonl", "make_shards.json"], "0o644"
+    )
 
 
 class Killed(BaseException):
@@ -349,7 +586,7 @@ def test_whatever_the_moment_of_a_kill_the_shards_come_out_the_same(tool, tmp_pa
         assert left == contents(unbroken), f"killed before rename {moment}"
         if done[0] < moment:
             break
-    assert renames == 7, "the manifest, two shards, and the counts of four, of which two are empty"
+    assert renames == 10, "manifest, shards of which one is empty, the counts of each, what was left out"
 
 
 def test_a_killed_process_is_resumed(tmp_path):
@@ -359,15 +596,7 @@ def test_a_killed_process_is_resumed(tmp_path):
     for i in range(120):
         (folder / f"{i:03d}.png").write_bytes(data)
         (folder / f"{i:03d}.txt").write_text(f"sea {i}")
-    line = [
-        sys.executable,
-        str(ROOT / SCRIPT),
-        "--source",
-        str(folder),
-        "--samples_per_shard",
-        "4",
-        "--output_dir",
-    ]
+    line = [sys.executable, str(ROOT / SCRIPT), "--source", str(folder), "--samples_per_shard", "4", "--output_dir"]
     out = tmp_path / "shards"
     process = subprocess.Popen([*line, str(out)], env=ENVIRONMENT, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 60
@@ -390,8 +619,9 @@ def test_a_killed_process_is_resumed(tmp_path):
     [
         ({"samples_per_shard": 2}, "samples_per_shard was 1000, is 2"),
         ({"shuffle_seed": 1}, "shuffle_seed was None, is 1"),
+        ({"max_side_px": 16}, "max_side_px was None, is 16"),
         ({"default_caption": ""}, "default_caption was None, is ''"),
-        (lambda folder: write_pictures(folder, 4), "pictures was 3, is 4"),
+        (lambda folder: write_pictures(folder, 4), "contents was"),
         (lambda folder: (folder / "000.txt").write_text("SEA 0"), "contents was"),
     ],
 )
@@ -399,7 +629,7 @@ def test_other_data_is_neither_mixed_in_nor_overwritten(tool, tmp_path, change, 
     folder = write_pictures(tmp_path / "in", 3)
     _, out = make(tool, tmp_path, folder)
     before = contents(out)
-    with pytest.raises(ValueError, match=f"holds other shards .*{message}"):
+    with pytest.raises(UnusableInput, match=f"holds other shards .*{message}"):
         make(tool, tmp_path, folder, **(change if isinstance(change, dict) else change(folder) and {}))
     assert contents(out) == before
 
@@ -454,11 +684,7 @@ def test_drawn_pictures_are_what_sample_py_draws(drawn, teacher, tmp_path):
     samples = read_shards(out)
     expected = [f"prompt {p} image {i}" for p in range(3) for i in range(2)]
     assert list(samples) == expected
-    assert [sample["txt"].decode() for sample in samples.values()][::2] == [
-        "sea at dawn",
-        "hill",
-        "lake at night",
-    ]
+    assert [sample["txt"].decode() for sample in samples.values()][::2] == ["sea at dawn", "hill", "lake at night"]
     seeds = [sample["json"]["seed"] for sample in samples.values()]
     assert len(set(seeds)) == 6, "each from its own noise"
     record = samples["prompt 1 image 1"]["json"]
@@ -480,7 +706,7 @@ def test_drawing_is_resumed_and_shared(tool, drawn, tmp_path, monkeypatch):
     monkeypatch.delenv("WORLD_SIZE"), monkeypatch.delenv("RANK")
     _, out = make(tool, tmp_path, None, **changes)
     assert contents(out) == contents(unbroken)
-    with pytest.raises(ValueError, match="guidance_scale was 5.0, is 6.0"):
+    with pytest.raises(UnusableInput, match="guidance_scale was 5.0, is 6.0"):
         make(tool, tmp_path, None, **changes | {"guidance_scale": 6})
 
 
@@ -488,12 +714,14 @@ def test_drawing_is_resumed_and_shared(tool, drawn, tmp_path, monkeypatch):
     ("line", "message"),
     [
         (["--source", "nowhere"], "nowhere: no such file"),
+        (["--source", "./no/where"], "./no/where: no such file"),
+        (["--source", ".", "--caption_extention", "x"], "did you mean --caption_extension?"),
         (["--prompts_file", __file__], "give both, or --source"),
         (["--source", ".", "--pretrained_teacher_model", "a/b"], "give both, or --source"),
         (["--source", ".", "--samples_per_shard", "0"], "--samples_per_shard 0: must be at least 1"),
-        (["--source", ".", "--steps", "61"], "--steps 61"),
+        (["--source", ".", "--steps", "61"], "--steps [61]"),
         (["--source", ".", "--resolution", "100"], "--resolution 100: must be a multiple of 8"),
-        ([], "one of the arguments --source --prompts_file is required"),
+        ([], "one of the arguments --source --dataset_name --prompts_file is required"),
     ],
 )
 def test_wrong_flags(tool, tmp_path, capsys, line, message):

@@ -1,7 +1,8 @@
 """scripts/sample.py on a random Stable Diffusion of a few thousand weights."""
 
-import importlib.util
+import argparse
 import json
+import os
 import string
 import subprocess
 import sys
@@ -10,20 +11,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKL,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-    UNet2DConditionModel,
-)
+from conftest import ROOT, build_teacher, load_script, tiny_unet
+from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-SCRIPT = Path(__file__).parent.parent / "scripts" / "sample.py"
+SCRIPT = ROOT / "scripts" / "sample.py"
+sys.path.insert(0, str(SCRIPT.parent))
+from lib import pipelines  # noqa: E402
+from lib.trainers import UnusableInput, exit_code, sd15, sdxl  # noqa: E402
+
 SIDE = 32  # px
 PROMPTS = ["a red hill", "the sea at night"]
 TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb_proj"]
@@ -31,11 +31,12 @@ TARGETS = ["to_q", "to_v", "to_out.0", "proj_in", "ff.net.2", "conv1", "time_emb
 
 @pytest.fixture(scope="module")
 def sample():
-    spec = importlib.util.spec_from_file_location("sample_script", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
+    return load_script("scripts/sample.py")
+
+
+def load(model, **flags):
+    """Return the pipeline of a model on the CPU, in float32 where --mixed_precision is not given."""
+    return pipelines.load_teacher(argparse.Namespace(pretrained_teacher_model=str(model), **flags), "cpu")
 
 
 def build_pipeline(folder):
@@ -105,7 +106,27 @@ def models(tmp_path_factory):
     (folder / "empty").mkdir()
     (folder / "blank.txt").write_text("\n  \n")
     (folder / "damaged.ckpt").write_bytes(b"not a checkpoint")
-    return folder
+    pipe.save_pretrained(folder / "halves", variant="fp16")
+    (folder / "flux").mkdir()
+    (folder / "flux" / "model_index.json").write_text('{"_class_name": "FluxPipeline"}')
+    torch.save({"state_dict": {"model.w": torch.zeros(2)}, "extra": Runs(folder / "ran")}, folder / "runs.ckpt")
+    text = pipe.text_encoder
+    pipe.register_modules(text_encoder=None)
+    pipe.save_pretrained(folder / "no-text")
+    pipe.register_modules(text_encoder=text, unet=tiny_unet(in_channels=9))
+    pipe.save_pretrained(folder / "inpainting")
+    yield folder
+    assert not (folder / "ran").exists(), "a pickle was run"
+
+
+class Runs:
+    """An object whose pickle writes a file when it is loaded."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.path}",)
 
 
 def usual_flags(models, output_dir, *flags):
@@ -116,7 +137,7 @@ def draw(sample, models, output_dir, *flags, prompts=PROMPTS):
     """Run the tool in this process and return the pictures' bytes by name."""
     flags = usual_flags(models, output_dir, "--prompts", *prompts, "--device", "cpu", *flags)
     args = sample.parse_args(flags)
-    assert sample.main(args) == 0
+    assert exit_code(sample.main, args) == 0
     return {path.relative_to(output_dir).as_posix(): path.read_bytes() for path in output_dir.glob("*/*.png")}
 
 
@@ -125,18 +146,7 @@ def drawn(sample, models, tmp_path_factory):
     """Return (folder, pictures) of a run with all samplers, the LoRA's row first."""
     folder = tmp_path_factory.mktemp("drawn")
     samplers = ["--samplers", "lcm-lora", "ddim", "dpmsolver++", "lcm-without-lora"]
-    flags = [
-        "--lora",
-        str(models / "lora"),
-        *samplers,
-        "--steps",
-        "1",
-        "4",
-        "--num_images",
-        "2",
-        "--seed",
-        "5",
-    ]
+    flags = ["--lora", str(models / "lora"), *samplers, "--steps", "1", "4", "--num_images", "2", "--seed", "5"]
     return folder, draw(sample, models, folder, *flags)
 
 
@@ -196,10 +206,10 @@ def test_grid_holds_enlarged_pictures_in_order(drawn):
     assert np.asarray(label).min() < 100  # there is text left of the last row
 
 
-def test_grid_wraps_long_prompts_and_keeps_large_pictures(sample):
+def test_grid_wraps_long_prompts_and_keeps_large_pictures():
     pictures = {(0, "ddim", 2): Image.new("RGB", (256, 192), "red")}
-    short = sample.make_grid(["short"], {"ddim": "DDIM"}, [2], pictures)
-    long = sample.make_grid(["many words " * 20], {"ddim": "DDIM"}, [2], pictures)
+    short = pipelines.make_grid(["short"], {"ddim": "DDIM"}, [2], pictures)
+    long = pipelines.make_grid(["many words " * 20], {"ddim": "DDIM"}, [2], pictures)
     assert short.width == long.width and long.height > short.height
     assert (np.asarray(short) == (255, 0, 0)).all(-1).sum() == 256 * 192
 
@@ -223,14 +233,14 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
     assert pictures["lcm-lora-4steps/0-0.png"] != pictures["lcm-without-lora-4steps/0-0.png"]
 
 
-def test_samplers_start_in_noise_and_end_clean(sample, models):
-    pipe = sample.load_pipeline(models / "teacher")
+def test_samplers_start_in_noise_and_end_clean(models):
+    pipe = load(models / "teacher")
     finals = {}
     for name in ("ddim", "dpmsolver++", "lcm-without-lora", "ddim"):
-        sample.set_sampler(pipe, name)
+        pipelines.set_sampler(pipe, name)
         pipe.scheduler.set_timesteps(4)
         assert len(pipe.scheduler.timesteps) == 4 and pipe.scheduler.timesteps[0] == 999
-        (latents,), _ = sample.draw(pipe, ["sea"], 2, 3.0, [0], output_type="latent")
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 2, 3.0, [0], output_type="latent")
         assert (latents - finals.setdefault(name, latents)).abs().max() == 0, "the order of samplers matters"
     assert (finals["ddim"] - finals["dpmsolver++"]).abs().max() < 1e-3 * finals["ddim"].abs().max()
     assert (finals["ddim"] - finals["lcm-without-lora"]).abs().max() > 0.1
@@ -239,24 +249,22 @@ def test_samplers_start_in_noise_and_end_clean(sample, models):
     torch.nn.init.zeros_(pipe.unet.conv_out.bias)
     eps = torch.randn(4, SIDE // 2, SIDE // 2, generator=torch.Generator().manual_seed(0))
     for name in ("ddim", "dpmsolver++"):
-        sample.set_sampler(pipe, name)
-        (latents,), _ = sample.draw(pipe, ["sea"], 1, 1.0, [0], output_type="latent")
-        torch.testing.assert_close(
-            latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4
-        )
+        pipelines.set_sampler(pipe, name)
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 1, 1.0, [0], output_type="latent")
+        torch.testing.assert_close(latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4)
 
 
-def test_batch_equals_single_pictures(sample, models):
-    pipe = sample.load_pipeline(models / "teacher")
-    sample.load_lora(pipe, models / "lora")
-    sample.set_sampler(pipe, "lcm-lora")
+def test_batch_equals_single_pictures(models):
+    pipe = load(models / "teacher")
+    pipelines.load_lora(pipe, models / "lora")
+    pipelines.set_sampler(pipe, "lcm-lora")
     options = {"negative_prompt": "hill", "resolution": 16, "output_type": "latent"}
-    batch, seconds = sample.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options)
+    batch, seconds = pipelines.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options)
     assert isinstance(batch, list) and batch[0].shape == (4, 8, 8) and seconds > 0
     for prompt, seed, latents in zip(PROMPTS, (3, 4), batch, strict=True):
-        (alone,), _ = sample.draw(pipe, [prompt], 3, 1.5, [seed], **options)
+        (alone,), _ = pipelines.draw(pipe, [prompt], 3, 1.5, [seed], **options)
         torch.testing.assert_close(alone, latents, rtol=1e-3, atol=1e-3)
-    plain, _ = sample.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options | {"negative_prompt": None})
+    plain, _ = pipelines.draw(pipe, PROMPTS, 3, 1.5, [3, 4], **options | {"negative_prompt": None})
     assert (plain[0] - batch[0]).abs().max() > 1e-3
 
 
@@ -280,6 +288,9 @@ def test_batch_equals_single_pictures(sample, models):
         (["--resolution", "0"], "--resolution"),
         (["--resolution", "100"], "--resolution"),
         (["--output_dir", "{models}/blank.txt"], "blank.txt"),
+        (["--output_dir", "/proc/none"], "/proc/none"),
+        (["--pretrained_teacher_model", "{models}/lora"], "this is a LoRA"),
+        (["--sampler", "ddim"], "did you mean --samplers?"),
     ],
 )
 def test_wrong_values_exit_with_2(sample, models, tmp_path, capsys, flags, named):
@@ -318,6 +329,13 @@ def test_prompts_file_is_read_line_by_line(sample, models, tmp_path):
         (["--pretrained_teacher_model", "{models}/damaged.safetensors"], "damaged.safetensors"),
         (["--pretrained_teacher_model", "no-such/model"], "no-such/model (no such path here"),
         (["--variant", "fp16"], "fp16"),
+        (["--pretrained_teacher_model", "{models}/halves"], "--variant fp16"),
+        (["--pretrained_teacher_model", "{models}/lora/pytorch_lora_weights.safetensors"], "this is a LoRA"),
+        (["--pretrained_teacher_model", "{models}/runs.ckpt"], "more than tensors"),
+        (["--pretrained_teacher_model", "{models}/flux"], "FluxPipeline"),
+        (["--pretrained_teacher_model", "{models}/inpainting"], "inpainting model, its UNet takes 9 channels"),
+        (["--pretrained_teacher_model", "{models}/no-text"], "text_encoder"),
+        (["--offload"], "--offload"),
         (["--device", "cuda:99"], "cuda:99"),
         (["--device", "toaster"], "toaster"),
     ],
@@ -326,44 +344,190 @@ def test_unusable_files_exit_with_2(sample, models, tmp_path, capfd, monkeypatch
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     usual = usual_flags(models, tmp_path, "--prompts", "a")
     args = sample.parse_args(usual + ["--device", "cpu"] + [flag.format(models=models) for flag in flags])
-    assert sample.main(args) == 2
+    assert exit_code(sample.main, args) == 2
     message = capfd.readouterr().err
     assert named in message and message.count("\n") == 1, message
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(
-    ("key", "family"),
-    [
-        ("model.diffusion_model.input_blocks.0.0.weight", StableDiffusionPipeline),
-        ("conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias", StableDiffusionXLPipeline),
-    ],
-)
+XL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
+
+
 @pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_single_file_decides_the_family(sample, models, tmp_path, monkeypatch, key, family, suffix):
-    path = tmp_path / f"model{suffix}"
-    weights = {key: torch.zeros(8, 4, 1, 1)}
-    if suffix == ".ckpt":
-        torch.save({"state_dict": weights}, path)
-    else:
-        save_file(weights, path)
-    loaded = []
-
-    def from_single_file(cls, path, **options):
-        loaded.append((cls, path, options["dtype"]))
-        return StableDiffusionPipeline.from_pretrained(models / "teacher", **options)
-
-    for cls in (StableDiffusionPipeline, StableDiffusionXLPipeline):
-        monkeypatch.setattr(cls, "from_single_file", classmethod(from_single_file))
-    sample.load_pipeline(path, dtype=torch.bfloat16)
-    assert loaded == [(family, str(path), torch.bfloat16)]
+def test_single_file_decides_the_family(tmp_path, suffix):
+    for key, family in (("model.diffusion_model.input_blocks.0.0.weight", sd15), (XL_KEY, sdxl)):
+        path, weights = tmp_path / f"model{suffix}", {key: torch.zeros(8, 4, 1, 1)}
+        if suffix == ".ckpt":
+            torch.save({"state_dict": weights}, path)
+        else:
+            save_file(weights, path)
+        args = argparse.Namespace(pretrained_teacher_model=path, teacher_revision=None, cache_dir=None)
+        assert pipelines.family_of(args) is family
 
 
-def test_weights_take_the_dtype_asked_for(sample, models):
-    pipe = sample.load_pipeline(models / "teacher", dtype=torch.bfloat16)
-    sample.load_lora(pipe, models / "lora")
+def test_weights_take_the_dtype_asked_for(models):
+    pipe = load(models / "teacher", mixed_precision="bf16")
+    pipelines.load_lora(pipe, models / "lora")
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {parameter.dtype for parameter in part.parameters()} == {torch.bfloat16}
-    sample.set_sampler(pipe, "lcm-lora")
-    (picture,), _ = sample.draw(pipe, ["sea"], 1, 1.0, [0])
+    pipelines.set_sampler(pipe, "lcm-lora")
+    (picture,), _ = pipelines.draw(pipe, ["sea"], 1, 1.0, [0])
     assert picture.size == (SIDE, SIDE)
+
+
+def picture_file(path, pixels, **options):
+    Image.fromarray(pixels).save(path, **options)
+    return path
+
+
+def test_pictures_to_start_from_are_opened_as_training_opens_them(sample, tmp_path):
+    upright = np.zeros((16, 24, 3), np.uint8)
+    upright[:8, :, 0] = 255
+    exif = Image.Exif()
+    exif[274] = 6  # turned a quarter clockwise for display
+    turned = picture_file(tmp_path / "turned.png", np.ascontiguousarray(np.rot90(upright)), exif=exif)
+    assert (np.asarray(sample.fitted_picture(turned, None)) == upright).all()
+    grey = picture_file(tmp_path / "grey.png", np.full((16, 16), 257 * 100, np.uint16))
+    assert (np.asarray(sample.fitted_picture(grey, None)) == 100).all()
+
+
+def big_picture(path):
+    Image.new("1", (20000, 9000)).save(path)
+
+
+def eps_picture(path):
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n%%EOF\n"
+    path.write_text(text)
+
+
+@pytest.mark.parametrize(("make", "named"), [(big_picture, "at most 178 megapixels"), (eps_picture, "cannot be read")])
+def test_unusable_pictures_are_refused_before_a_model_loads(
+    sample, models, tmp_path, capsys, monkeypatch, make, named
+):
+    make(tmp_path / "start.png")
+    (tmp_path / "gs").write_text(f"#!/bin/sh\ntouch {tmp_path}/ran\n")
+    (tmp_path / "gs").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.setattr(sample, "load_teacher", None)
+    flags = usual_flags(models, tmp_path / "out", "--prompts", "a", "--image", str(tmp_path / "start.png"))
+    assert exit_code(sample.main, sample.parse_args(flags)) == 2
+    message = capsys.readouterr().err
+    assert "start.png" in message and named in message and message.count("\n") == 1
+    assert not (tmp_path / "ran").exists()
+
+
+def test_inpainting_models_draw_with_a_mask(sample, models, tmp_path):
+    start = picture_file(tmp_path / "start.png", np.full((SIDE, SIDE, 3), 90, np.uint8))
+    flags = ["--image", str(start), "--mask", str(start), "--steps", "1", "--samplers", "ddim"]
+    flags += ["--pretrained_teacher_model", str(models / "inpainting")]
+    assert draw(sample, models, tmp_path / "out", *flags, prompts=["sea"])
+
+
+def test_a_disk_that_fills_up_ends_with_one_line(sample, models, tmp_path, capsys, monkeypatch):
+    def full(*_arguments, **_options):
+        raise OSError(28, "No space left on device")
+
+    args = sample.parse_args(usual_flags(models, tmp_path, "--prompts", "a", "--steps", "1"))
+    monkeypatch.setattr(Image.Image, "save", full)
+    assert exit_code(sample.main, args) == 2
+    message = capsys.readouterr().err.splitlines()[-1]
+    assert str(tmp_path) in message and "No space left" in message
+
+
+def test_a_full_disk_is_found_before_the_libraries_load(tmp_path, monkeypatch):
+    from lib import cli
+
+    monkeypatch.setattr(cli.tempfile, "TemporaryFile", lambda **_options: open("/dev/full", "wb"))
+    ((_, message),) = cli.folder_problems(tmp_path)
+    assert "No space left" in message and str(tmp_path) in message
+
+
+def single_file(path, **extra):
+    """Write the keys of an SDXL file, with some tensors of no use: load_teacher is tried in its own tests."""
+    weights = {XL_KEY: torch.zeros(1), "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 4, 1, 1)}
+    save_file(weights | {key: torch.tensor([]) for key in extra}, path)
+    return path
+
+
+def test_every_tool_takes_prediction_type_and_file_markers(sample, tmp_path, monkeypatch, models):
+    """The flags and the file reach the trainer's load_teacher, which reads the markers."""
+    seen = []
+
+    def load_teacher(args, *_where, check):
+        assert not check
+        seen.append((args.prediction_type, sorted(sdxl.weight_names(Path(args.pretrained_teacher_model)))))
+        raise UnusableInput("stop")
+
+    monkeypatch.setattr(sdxl, "load_teacher", load_teacher)
+    path = single_file(tmp_path / "model.safetensors", v_pred=True, ztsnr=True)
+    flags = usual_flags(models, tmp_path / "out", "--prompts", "a", "--prediction_type", "v_prediction")
+    flags[1] = str(path)
+    assert exit_code(sample.main, sample.parse_args(flags)) == 2
+    ((prediction_type, names),) = seen
+    assert prediction_type == "v_prediction" and {"v_pred", "ztsnr"} <= set(names)
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "lcm-without-lora"])
+def test_v_prediction_and_zero_snr_reach_the_sampler(tmp_path, sampler):
+    teacher = build_teacher(tmp_path, "v_prediction", rescale_betas_zero_snr=True)
+    pipe = load(teacher)
+    pipelines.set_sampler(pipe, sampler)
+    assert pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.alphas_cumprod[-1] < 1e-6
+
+
+def test_a_process_takes_the_gpu_of_its_rank(monkeypatch):
+    touched = []
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    monkeypatch.setattr(torch.accelerator, "current_accelerator", lambda **_options: torch.device("cuda"))
+    monkeypatch.setattr(torch.accelerator, "device_count", lambda: 8)
+    monkeypatch.setattr(torch.accelerator, "set_device_index", touched.append)
+    empty = torch.empty
+
+    def record(*size, device):
+        touched.append(device)
+        return empty(*size, device="meta")
+
+    monkeypatch.setattr(torch, "empty", record)
+    pipelines.choose_device("auto")
+    assert touched == [3, "cuda:3"]
+
+
+def test_the_vae_decodes_picture_by_picture(models):
+    pipe = load(models / "teacher")
+    sizes = []
+    pipe.vae.decoder.register_forward_pre_hook(lambda _module, inputs: sizes.append(len(inputs[0])))
+    pipelines.set_sampler(pipe, "ddim")
+    pipelines.draw(pipe, PROMPTS, 1, 1.0, [0, 1])
+    assert sizes == [1, 1]
+
+
+def test_offload_loads_to_the_cpu_and_moves_parts(models, monkeypatch):
+    moved = []
+    monkeypatch.setattr(
+        StableDiffusionPipeline, "enable_model_cpu_offload", lambda _pipe, device: moved.append(device)
+    )
+    args = argparse.Namespace(pretrained_teacher_model=str(models / "teacher"), offload=True, mixed_precision="no")
+    pipe = pipelines.load_teacher(args, "cuda:1")
+    assert pipe.device.type == "cpu"
+    pipelines.start_offload(pipe, args, "cuda:1")
+    assert moved == ["cuda:1"]
+
+
+def test_a_batch_too_large_for_the_gpu_is_drawn_in_halves(models):
+    pipe = load(models / "teacher")
+    pipelines.set_sampler(pipe, "ddim")
+    whole, _ = pipelines.draw(pipe, PROMPTS * 2, 1, 1.0, [0, 1, 2, 3], output_type="latent")
+    limit = 1
+
+    def refuse(_module, inputs):
+        if len(inputs[0]) > limit:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    pipe.unet.register_forward_pre_hook(refuse)
+    parts, seconds = pipelines.draw(pipe, PROMPTS * 2, 1, 1.0, [0, 1, 2, 3], output_type="latent")
+    torch.testing.assert_close(torch.stack(parts), torch.stack(whole), rtol=1e-3, atol=1e-3)
+    assert seconds > 0
+    limit = 0
+    with pytest.raises(UnusableInput, match="--offload"):
+        pipelines.draw(pipe, PROMPTS, 1, 1.0, [0, 1])

@@ -63,7 +63,6 @@ def merge(pieces, pair):
 
 
 def text_config(tokenizer, width, layers, activation):
-    """Return the configuration of a CLIP text encoder."""
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=width, intermediate_size=4 * width,
         num_hidden_layers=layers, num_attention_heads=4, max_position_embeddings=TOKENS,
@@ -77,9 +76,7 @@ def build_sd15(folder, vae, latent_side):
     torch.manual_seed(1)
     tokenizer = build_tokenizer(folder)
     text_encoder = CLIPTextModel(text_config(tokenizer, 96, 2, "quick_gelu"))
-    unet = UNet2DConditionModel(
-        sample_size=latent_side, cross_attention_dim=96, attention_head_dim=4, **BLOCKS
-    )
+    unet = UNet2DConditionModel(sample_size=latent_side, cross_attention_dim=96, attention_head_dim=4, **BLOCKS)
     return StableDiffusionPipeline(
         vae=vae, text_encoder=text_encoder, tokenizer=tokenizer, unet=unet,
         scheduler=DDIMScheduler(**NOISE, clip_sample=False, set_alpha_to_one=False),

@@ -18,7 +18,6 @@ class Judge(nn.Module):
     """Seven convolutions, a feature layer, and one linear head over all attribute values."""
 
     def __init__(self):
-        """Build the untrained network."""
         super().__init__()
         layers, channels = [], 3
         for width, stride in ((24, 2), (48, 1), (48, 2), (96, 1), (96, 2), (128, 1), (128, 2)):
@@ -53,6 +52,6 @@ class Judge(nn.Module):
         features, predicted = [], []
         for chunk in torch.as_tensor(pictures).split(256):
             f, logits = self(chunk.permute(0, 3, 1, 2).float() / 127.5 - 1)
-            features.append(f.double())
-            predicted.append(torch.stack([part.argmax(1) for part in logits], dim=1))
+            features.append(f.cpu().double())  # MPS has no float64
+            predicted.append(torch.stack([part.argmax(1) for part in logits], dim=1).cpu())
         return torch.cat(features), torch.cat(predicted)

@@ -53,6 +53,12 @@ def caption_of(labels):
     return f"{terrain} at {time} with {weather} and {thing}"
 
 
+def random_captions(count, seed=7):
+    """Return captions of random attributes: those by which the demo compares samplers."""
+    rng = np.random.default_rng(seed)
+    return [caption_of(row) for row in np.stack([rng.integers(len(n), size=count) for n in ATTRIBUTES], 1)]
+
+
 def labels_of(caption):
     """Return the four attribute indices that a caption names."""
     return [next(i for i, name in enumerate(names) if f" {name} " in f" {caption} ") for names in ATTRIBUTES]
@@ -122,18 +128,13 @@ class Scene:
         return self.image.resize((self.side // SUPERSAMPLING,) * 2, Image.Resampling.BOX)
 
     def draw_lights(self):
-        """Draw sun, or moon and stars."""
         rng, x = self.rng, self.rng.uniform(0.12, 0.88)
         if self.time == "night":
             for _ in range(14 if self.weather == "a clear sky" else 4):
-                self.canvas.ellipse(
-                    self.box(rng.uniform(), rng.uniform(0, 0.5), 0.011, 0.011), (235, 235, 255)
-                )
+                self.canvas.ellipse(self.box(rng.uniform(), rng.uniform(0, 0.5), 0.011, 0.011), (235, 235, 255))
             self.canvas.ellipse(self.box(x, rng.uniform(0.1, 0.25), 0.07, 0.07), (240, 238, 215))
             return
-        y = {"dawn": self.horizon - 0.1, "noon": rng.uniform(0.08, 0.2), "sunset": self.horizon - 0.04}[
-            self.time
-        ]
+        y = {"dawn": self.horizon - 0.1, "noon": rng.uniform(0.08, 0.2), "sunset": self.horizon - 0.04}[self.time]
         colour = {"dawn": (255, 240, 215), "noon": (255, 250, 205), "sunset": (255, 215, 90)}[self.time]
         radius = 0.1 if self.time == "sunset" else 0.075
         for factor, alpha in ((1.9, 50), (1.4, 80), (1.0, 255)):
@@ -153,9 +154,7 @@ class Scene:
             for _ in range(6):
                 dx, r = rng.uniform(-1, 1), rng.uniform(0.25, 0.45)
                 colour = (*self.shade(tone * rng.uniform(0.96, 1.03), lit=False), alpha)
-                self.canvas.ellipse(
-                    self.box(x + dx * w, y + rng.uniform(-0.02, 0.02), w * r * 1.6, w * r), colour
-                )
+                self.canvas.ellipse(self.box(x + dx * w, y + rng.uniform(-0.02, 0.02), w * r * 1.6, w * r), colour)
 
     def layer(self, base, amplitude, roughness, colour):
         """Fill everything below a ridge and return the ridge's relative heights [side]."""
@@ -177,7 +176,6 @@ class Scene:
         return result
 
     def draw_mountains(self):
-        """Draw two ranges with snowy peaks and a meadow."""
         far, middle, near = self.colours()
         for base, amplitude, colour in ((self.horizon - 0.08, 0.2, far), (self.horizon + 0.04, 0.13, middle)):
             heights = self.layer(base, amplitude, 0.55, colour)
@@ -190,27 +188,20 @@ class Scene:
         self.layer(self.horizon + 0.2, 0.03, 0.4, near)
 
     def draw_hills(self):
-        """Draw three soft rows of hills."""
         for depth, colour in enumerate(self.colours()):
             self.layer(self.horizon + 0.12 * depth, 0.08, 0.28, colour)
 
     def draw_desert(self):
-        """Draw dunes with a shaded lee side."""
         for depth, colour in enumerate(self.colours()):
             base = self.horizon + 0.04 + 0.13 * depth
             heights = self.layer(base, 0.06, 0.22, colour)
             crest = int(heights.argmin())
             fall = np.linspace(0, 1, max(2, int(self.side * 0.22)))
-            lee = [
-                (crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in range(len(fall))
-            ]
+            lee = [(crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in range(len(fall))]
             shadow = tuple(int(c * 0.78) for c in colour)
-            self.canvas.polygon(
-                [*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow
-            )
+            self.canvas.polygon([*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow)
 
     def draw_sea(self):
-        """Draw water with waves and the light's reflection."""
         far, middle, near = self.colours()
         ramp = np.linspace(0, 1, self.side - int(self.horizon * self.side))[:, None]
         water = np.array(far) + (np.array(near) - np.array(far)) * ramp
@@ -225,7 +216,6 @@ class Scene:
             self.canvas.line([self.point(x - w, y), self.point(x + w, y)], crest, width=SUPERSAMPLING)
 
     def draw_forest(self):
-        """Draw three rows of firs."""
         for depth, colour in enumerate(self.colours()):
             base = self.horizon + 0.02 + 0.13 * depth
             heights = self.layer(base, 0.04, 0.3, colour)
@@ -258,7 +248,6 @@ class Scene:
         return (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
 
     def draw_balloon(self):
-        """Draw a hot-air balloon in the sky."""
         rng = self.rng
         x, y, r = rng.uniform(0.18, 0.82), rng.uniform(0.18, 0.42), rng.uniform(0.1, 0.14)
         colour = self.pick((230, 60, 50), (245, 190, 40), (60, 110, 220), (170, 70, 180))
@@ -268,11 +257,7 @@ class Scene:
                 [self.point(x + side * r * 2, y + r * 0.6), self.point(x + side * r, y + r * 1.7)], basket, 2
             )
         self.canvas.polygon(
-            [
-                self.point(x - r * 0.92, y + r * 0.4),
-                self.point(x + r * 0.92, y + r * 0.4),
-                self.point(x, y + r * 1.6),
-            ],
+            [self.point(x - r * 0.92, y + r * 0.4), self.point(x + r * 0.92, y + r * 0.4), self.point(x, y + r * 1.6)],
             colour,
         )
         self.canvas.ellipse(self.box(x, y, r, r), colour)
@@ -280,7 +265,6 @@ class Scene:
         self.canvas.rectangle(self.box(x, y + r * 1.8, r * 0.32, r * 0.25), basket)
 
     def draw_house(self):
-        """Draw a house with a gable roof and a window."""
         x, foot, size = self.stand()
         w, h = size * 0.62, size * 0.75
         wall = self.pick((240, 235, 220), (225, 190, 140), (200, 215, 225))
@@ -294,15 +278,10 @@ class Scene:
             ],
             roof,
         )
-        self.canvas.rectangle(
-            self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour()
-        )
-        self.canvas.rectangle(
-            [*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof
-        )
+        self.canvas.rectangle(self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour())
+        self.canvas.rectangle([*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof)
 
     def draw_lighthouse(self):
-        """Draw a striped lighthouse."""
         x, foot, size = self.stand()
         h, w = size * 2.0, size * 0.36
         stripe = self.pick((205, 45, 45), (45, 75, 150))
@@ -315,9 +294,7 @@ class Scene:
                 (x + wh, foot - h * high),
                 (x - wh, foot - h * high),
             ]
-            self.canvas.polygon(
-                [self.point(*c) for c in corners], stripe if i % 2 else self.shade((245, 245, 240))
-            )
+            self.canvas.polygon([self.point(*c) for c in corners], stripe if i % 2 else self.shade((245, 245, 240)))
         self.canvas.rectangle(self.box(x, foot - h - 0.035, w * 0.45, 0.035), (255, 235, 130))
         self.canvas.polygon(
             [
@@ -329,18 +306,14 @@ class Scene:
         )
 
     def draw_tent(self):
-        """Draw a ridge tent with a dark opening."""
         x, foot, size = self.stand()
         colour = self.pick((235, 120, 40), (220, 60, 80), (90, 170, 70), (240, 205, 60))
         top = self.point(x, foot - size * 1.05)
         self.canvas.polygon([self.point(x - size, foot), self.point(x + size, foot), top], colour)
         opening = (255, 225, 130) if self.time == "night" else tuple(c // 3 for c in colour)
-        self.canvas.polygon(
-            [self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening
-        )
+        self.canvas.polygon([self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening)
 
     def draw_windmill(self):
-        """Draw a windmill with four sails."""
         x, foot, size = self.stand()
         h, w = size * 1.35, size * 0.42
         body = self.pick((235, 225, 205), (170, 110, 80), (150, 160, 175))
@@ -355,7 +328,6 @@ class Scene:
             self.canvas.line([self.point(x, foot - h), tip], sail, width=int(self.side * 0.035))
 
     def draw_birds(self):
-        """Draw a flock of birds in the sky."""
         rng = self.rng
         cx, cy = rng.uniform(0.25, 0.75), rng.uniform(0.16, 0.36)
         colour = (215, 220, 235) if self.time == "night" else (35, 30, 40)
@@ -426,14 +398,10 @@ def write_shards(output_dir, num_samples, samples_per_shard, seed, size, varied)
 
 
 def main():
-    """Draw a data set from the command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the shards")
-    parser.add_argument(
-        "--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
+    parser.add_argument("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
+    parser.add_argument("--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)")
     parser.add_argument(
         "--samples_per_shard", type=int, default=1000, help="pictures in a shard (default: %(default)s)"
     )
@@ -443,9 +411,10 @@ def main():
     parser.add_argument("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
     parser.add_argument("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
     args = parser.parse_args()
-    write_shards(
-        args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied
-    )
+    if args.captions:
+        print(*random_captions(args.captions), sep="\n")
+        return
+    write_shards(args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied)
     print(f"{args.num_samples} pictures in {args.output_dir}", file=sys.stderr)
 
 

@@ -96,8 +96,7 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
             mean, losses = torch.stack(losses).mean().item(), []
             pace = (time.monotonic() - started) / step
             accelerator.print(
-                f"{name} {step}/{updates} loss {mean:.4f}, {pace * (updates - step) / 60:.1f} min left",
-                flush=True,
+                f"{name} {step}/{updates} loss {mean:.4f}, {pace * (updates - step) / 60:.1f} min left", flush=True
             )
         if after and step % 1000 == 0 and step < updates:
             ema.store(model.parameters())
@@ -139,7 +138,6 @@ class Reconstruction(nn.Module):
     """The VAE's training step as one module, so that DistributedDataParallel sees one forward."""
 
     def __init__(self, vae):
-        """Wrap a VAE."""
         super().__init__()
         self.vae = vae
 
@@ -239,10 +237,7 @@ def encode_pictures(accelerator, args, vae, pictures):
         np.save(part, torch.cat(chunks).numpy())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            parts = [
-                np.load(args.work_dir / f"moments-part{rank}.npy")
-                for rank in range(accelerator.num_processes)
-            ]
+            parts = [np.load(args.work_dir / f"moments-part{rank}.npy") for rank in range(accelerator.num_processes)]
             whole = np.empty((len(pictures), *parts[0].shape[1:]), np.float32)
             for rank, values in enumerate(parts):
                 whole[rank :: accelerator.num_processes] = values
@@ -264,16 +259,12 @@ def train_unet(accelerator, args, pipe, moments, labels, time_ids):
             mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)
         ) * pipe.vae.config.scaling_factor
         empty = torch.rand(len(indices)) < EMPTY_CAPTIONS
-        input_ids = torch.stack(
-            [ids_of["" if drop else captions[i]] for i, drop in zip(indices, empty, strict=True)]
-        )
+        input_ids = torch.stack([ids_of["" if drop else captions[i]] for i, drop in zip(indices, empty, strict=True)])
         eps, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
         z_t = scheduler.add_noise(latents, eps, timesteps)
         error = (model(z_t, timesteps, input_ids, empty, time_ids[indices]) - eps).square().mean((1, 2, 3))
         snr = compute_snr(scheduler, timesteps)
-        return (
-            error * snr.clamp(max=MIN_SNR_GAMMA) / snr
-        ).mean()  # min-SNR weight (arXiv:2303.09556) for eps
+        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean()  # min-SNR weight (arXiv:2303.09556) for eps
 
     def save():
         if accelerator.is_main_process:
@@ -293,32 +284,17 @@ def save_pipeline(pipe, folder):
 
 
 def main():
-    """Run the stages that have not run yet."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument(
-        "--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher"
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher")
     parser.add_argument(
         "--parts_from", type=Path, help="folder of a demo teacher whose judge and VAE to use (default: train)"
     )
-    parser.add_argument(
-        "--output_dir", type=Path, required=True, help="folder for the pipeline and the judge"
-    )
+    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the pipeline and the judge")
     parser.add_argument("--work_dir", type=Path, required=True, help="folder for pictures and stage results")
-    parser.add_argument(
-        "--num_samples", type=int, default=40000, help="pictures to draw (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--judge_updates", type=int, default=1200, help="updates of the judge (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--unet_updates", type=int, default=5000, help="updates of the UNet (default: %(default)s)"
-    )
+    parser.add_argument("--num_samples", type=int, default=40000, help="pictures to draw (default: %(default)s)")
+    parser.add_argument("--judge_updates", type=int, default=1200, help="updates of the judge (default: %(default)s)")
+    parser.add_argument("--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)")
+    parser.add_argument("--unet_updates", type=int, default=5000, help="updates of the UNet (default: %(default)s)")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -1,48 +1,109 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that name a model, its LoRAs and its prompts, and what can be wrong with them.
+"""The flags that name a model, its LoRAs and its prompts, and the checks of their values.
 
-For sample.py, evaluate.py and benchmark_inference.py. Imports the standard library alone, so that
---help and wrong flags answer before any model library loads.
+Imports the standard library only, so that --help and wrong flags answer before torch and diffusers load.
 """
 
+import argparse
+import difflib
+import logging
 import math
 import re
+import tempfile
 from pathlib import Path
 
-DTYPES = {"no": "float32", "fp16": "float16", "bf16": "bfloat16"}
 SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", "lcm-lora", "lcm-without-lora")
 NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
+    logging.getLogger(_package).setLevel(logging.ERROR)
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 
-class InputError(ValueError):
-    """An input these tools cannot use; the message is one line that names it and the remedy."""
+class ToolParser(argparse.ArgumentParser):
+    """A parser whose errors are one line; an unknown flag gets the nearest known one."""
+
+    def __init__(self, description):
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=description, formatter_class=raw, allow_abbrev=False)
+
+    def error(self, message):
+        if message.startswith("unrecognized arguments"):
+            known = [flag for action in self._actions for flag in action.option_strings]
+            flags = re.findall(r"(?<!\S)--?[\w-]+", message)  # without values, which may be secrets
+            near = difflib.get_close_matches(flags[0], known, 1) if flags else ()
+            message = f"unknown flag {flags[0]}" if flags else message
+            message += f"; did you mean {near[0]}?" if near else ""
+        if "://" in message:
+            from lib.trainers import sd15  # slow to import: only where an address may hold a secret
+
+            message = sd15.masked(message)
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
+def within(kind, low, high=math.inf, multiple=1):
+    """Return an argparse type for numbers from low to high, in steps of `multiple`."""
+
+    def read(text):
+        value = kind(text)
+        if not low <= value <= high or (multiple > 1 and value % multiple):
+            bounds = f"{low:g} or more" if high == math.inf else f"{low:g} to {high:g}"
+            raise argparse.ArgumentTypeError(f"{text}: give {bounds}{f', a multiple of {multiple}' * (multiple > 1)}")
+        return value
+
+    read.__name__ = kind.__name__  # what argparse calls a word that is no number
+    return read
+
+
+COUNT, GUIDANCE, SIDE_PX = within(int, 1), within(float, 0, 100), within(int, 8, multiple=8)
+
+
+def a_file(text):
+    """Return the path of a file, as an argparse type."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"{text}: not there; give a file")
+    return Path(text)
+
+
+def prompts_in(text):
+    """Return the prompts of a UTF-8 file, one a line, as an argparse type."""
+    prompts = read_prompts(Path(text))
+    if not prompts:
+        raise argparse.ArgumentTypeError(f"{text}: not there or empty; write a prompt a line")
+    return prompts
 
 
 def add_model_flags(cli, required=True):
-    """Add the flags of the teacher, precision and device to a parser; return the group's add_argument."""
+    """Add the flags of the teacher and its precision to a parser; return the group's add_argument."""
     add = cli.add_argument_group("model").add_argument
     text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
     add("--pretrained_teacher_model", required=required, metavar="MODEL", help=text)
-    add("--teacher_config", metavar="MODEL", help="folder or Hub id of one file's configs (default: by Hub)")
+    text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
+    add("--teacher_config", metavar="MODEL", help=text)
     add("--teacher_revision", metavar="REV", help="branch, tag or commit of a Hub id (default: main)")
-    add("--variant", help="weight files of a folder or Hub id, such as fp16 (default: the plain ones)")
-    add("--mixed_precision", choices=tuple(DTYPES), help="no is float32 (default: fp16 on cuda, else no)")
+    add("--variant", help="variant of the weight files, such as fp16 (default: files without a variant)")
+    text = "what the UNet predicts (default: the model's config, or the markers of a single file)"
+    add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
+    text = "VAE that replaces the model's own (default: none; SDXL from the Hub in half precision: fp16-fix)"
+    add("--pretrained_vae_model_name_or_path", metavar="MODEL", help=text)
+    add("--cache_dir", metavar="DIR", help="folder for files from the Hub (default: the Hub's own cache)")
+    text = "compute precision; no is float32 (default: fp16 on CUDA, else no)"
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help=text)
     return add
 
 
-def add_prompt_flags(group):
-    """Add --prompts and --prompts_file, one of which is required, to a group of flags."""
-    prompts = group.add_mutually_exclusive_group(required=True)
+def add_prompt_flags(group, required=True):
+    """Add --prompts and --prompts_file, which exclude each other, to a group of flags."""
+    prompts = group.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
-    prompts.add_argument("--prompts_file", type=Path, metavar="FILE", help="UTF-8 text, one prompt a line")
+    text = "UTF-8 text, one prompt a line"
+    prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help=text)
 
 
 def read_prompts(path):
-    """Return the prompts of a text file, one a line without blank lines; [] if it is not there."""
+    """Return the prompts of a text file, one a line without blank lines; [] where there is no file."""
     text = path.read_text("utf-8-sig", "replace") if path.is_file() else ""
     return [line.strip() for line in text.splitlines() if line.strip()]
 
@@ -64,13 +125,17 @@ def split_weight(text):
         return source, math.nan
 
 
+# Each of these functions returns pairs (whether a value is wrong, message), for `refuse`.
+
+
 def model_problems(args):
-    """Return pairs (whether it is so, message) of what can be wrong with the flags of the teacher."""
     teacher, config = Path(args.pretrained_teacher_model), args.teacher_config
     model = f"--pretrained_teacher_model {args.pretrained_teacher_model}"
     no_index = teacher.is_dir() and not (teacher / "model_index.json").exists()
+    is_lora = no_index and any((teacher / name).exists() for name in (LORA_FILE, PEFT_FILES[0]))
     return (
         (not is_source(args.pretrained_teacher_model), f"{model}: not there; give a folder, file or Hub id"),
+        (is_lora, f"{model}: this is a LoRA; give the model that it was made for"),
         (no_index, f"{model}: holds no model_index.json; give the folder that save_pretrained wrote"),
         (config and not is_source(config), f"--teacher_config {config}: not there; give a folder or Hub id"),
         (config and not teacher.is_file(), f"--teacher_config: {teacher} is no single file, leave it out"),
@@ -80,7 +145,6 @@ def model_problems(args):
 
 
 def lora_problems(loras):
-    """Return pairs (whether it is so, message) of what can be wrong with (source, weight) pairs."""
     found = []
     for source, weight in loras:
         files = [LORA_FILE, PEFT_FILES[0]]
@@ -94,7 +158,6 @@ def lora_problems(loras):
 
 
 def step_problems(steps, samplers):
-    """Return pairs (whether it is so, message) of what can be wrong with a list of solver steps."""
     limit = MAX_LCM_STEPS if any(name.startswith("lcm") for name in samplers) else 1000
     # diffusers 0.42 adds a timestep -1 to trailing schedules of these (61, 103, ...): a division rounds up.
     unmade = [n for n in steps if 1 <= n <= 1000 and math.ceil(1000 / (1000 / n)) != n]
@@ -104,8 +167,20 @@ def step_problems(steps, samplers):
     )
 
 
+def folder_problems(folder):
+    """Make the output folder and write to it, so that a full or read-only disk is found before a model loads."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(b"\0" * 4096)
+            file.flush()
+    except OSError as error:
+        return ((True, f"--output_dir {folder}: cannot be written to ({error.strerror}); give another folder"),)
+    return ()
+
+
 def refuse(parser, found):
-    """Exit with 2 and the first message of pairs (whether it is so, message) that is so."""
+    """End with exit code 2 and the first message whose condition holds."""
     for is_wrong, message in found:
         if is_wrong:
-            parser.exit(2, f"{parser.prog}: error: {message}\n")
+            parser.error(message)

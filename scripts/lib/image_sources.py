@@ -1,87 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where make_shards.py gets its pictures: folders, tables, data sets, or a teacher that draws prompts.
-
-A source is (entries, function that yields for some of them the bytes of the picture, or a LeftOut).
-"""
+"""Where make_shards.py gets its pictures: folders, tables, data sets, or a teacher that draws prompts."""
 
 import csv
+import glob
+import hashlib
 import io
+import itertools
 import json
 import os
 import random
+import re
+import sys
+from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-PICTURE_SUFFIXES = frozenset(".jpg .jpeg .jfif .png .webp .bmp .gif .tif .tiff .avif".split())
-TABLE_SUFFIXES = (".csv", ".tsv", ".jsonl", ".parquet")
-CAPTION_COLUMNS = ("text", "caption", "prompt")
-PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file")
-PNG_MODES = frozenset("1 L LA I;16 P RGB RGBA".split())
-csv.field_size_limit(2**27)
+try:
+    import datasets
+except ImportError:
+    print("error: reading pictures needs datasets; pip install -r scripts/requirements-data.txt", file=sys.stderr)
+    sys.exit(2)
 
+import fsspec
+import huggingface_hub
+import webdataset as wds
 
-class InputError(ValueError):
-    """An input this tool cannot use; the message is one line that names it and the remedy."""
+from lib.cli import read_prompts
+from lib.pipelines import choose_device, draw, load_teacher, set_sampler
+from lib.trainers import UnusableInput, sd15
 
-
-class LeftOut(Exception):
-    """A picture that goes into no shard; the message is the cause, the same for all of that cause."""
+TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # suffix: builder of datasets
+CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
+PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
+SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
+# What datasets, pyarrow, pandas and huggingface_hub raise for data that are damaged or cannot be reached.
+ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
+HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
+CONVERTERS = {
+    "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
+    "cr2 cr3 nef arw dng raf orf rw2": "rawpy", "exr hdr": "imageio", "mp4 mov mkv webm avi": "ffmpeg",
+    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng j2c jpc jpf": "Pillow",
+}  # fmt: skip
+datasets.logging.set_verbosity(datasets.logging.CRITICAL)
+datasets.disable_progress_bars()
 
 
 class Entry(NamedTuple):
-    """One picture to come: `place` is its file, its row in a data set, or its seed."""
+    """One picture to come: `place` is its file, its cell in a data set, or the seed of its noise."""
 
     name: str
     caption: str | None
-    place: Path | int
+    place: Any
     fault: str | None = None
 
 
-def pick_column(columns, asked, known, flag, where):
-    """Return the column that a flag names, or else the first known one; raises InputError without either."""
-    found = next((name for name in ([asked] if asked else known) if name in columns), None)
-    if found is None:
-        raise InputError(f"{where}: has the columns {', '.join(columns) or '(none)'}; name one with {flag}")
-    return found
+class Source(NamedTuple):
+    """`read` yields (entry, encoded picture or SkippedSample) for some of the entries, in their order."""
+
+    entries: Any  # a list; of a stream an iterator
+    read: Any
+    identity: str  # changes when the data do
+    unread: list = []  # (name, cause) of files that this tool does not read
 
 
-def read_table(path):
-    """Return the rows of a table as dicts; of parquet only the columns of text."""
-    try:
-        if path.suffix == ".parquet":
-            try:
-                import pyarrow as pa
-                import pyarrow.parquet as pq
-            except ImportError as error:
-                raise InputError(f"{path}: reading parquet needs pyarrow; pip install pyarrow") from error
-            texts = [f.name for f in pq.read_schema(path) if f.type in (pa.string(), pa.large_string())]
-            return pq.read_table(path, columns=texts).to_pylist()
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            if path.suffix != ".jsonl":
-                return list(csv.DictReader(file, delimiter="\t" if path.suffix == ".tsv" else ","))
-            rows = [json.loads(line) for line in file if line.strip()]
-    except InputError:
-        raise
-    except (OSError, ValueError, csv.Error) as error:  # pyarrow's and json's errors are ValueErrors
-        raise InputError(f"{path}: cannot be read ({error}); mend it") from error
-    if not all(isinstance(row, dict) for row in rows):
-        raise InputError(f"{path}: has a line that is no {{...}} record; mend it")
-    return rows
+# Tables and data sets, read by the package datasets
+
+
+def csv_options(path, args):
+    """Return the options of datasets' csv builder for a table: its delimiter, and every column as text."""
+    known = {args.image_column, args.caption_column, *PICTURE_COLUMNS, *CAPTION_COLUMNS}
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        head = list(itertools.islice(file, 100))
+    parsed = {sign: [*csv.reader(head, delimiter=sign), [], []][:2] for sign in ",;\t|"}
+    sign = max(parsed, key=lambda sign: (len(known & {*parsed[sign][0]}), len(parsed[sign][0])))
+    columns, row = parsed[sign]
+    if len(row) > len(columns):  # pandas would shift the columns
+        raise ValueError("its first row has more fields than its header; put captions with commas in quotes")
+    features = datasets.Features({name: datasets.Value("string") for name in columns})
+    return {"sep": sign, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+
+
+@lru_cache
+def commit_of(name, revision):
+    """Return the commit of a data set of the Hub, so that a run goes on with the data that it began with."""
+    return huggingface_hub.dataset_info(name, revision=revision).sha
+
+
+def load_data(path, args):
+    """Return what the package datasets makes of a table, a folder or, without a path, --dataset_name."""
+    if path is None:
+        options = {"revision": commit_of(args.dataset_name, args.dataset_revision), "streaming": True}
+        return datasets.load_dataset(args.dataset_name, args.dataset_config_name, **options)
+    if path.is_dir():
+        if is_saved(path):
+            return datasets.load_from_disk(str(path))
+        return datasets.load_dataset(str(path), args.dataset_config_name, streaming=True)
+    kind = TABLES[path.suffix.lower()]
+    options = csv_options(path, args) if kind == "csv" else {"parse_agent_traces": False} if kind == "json" else {}
+    return datasets.load_dataset(kind, data_files={args.split: glob.escape(str(path))}, streaming=True, **options)
+
+
+def is_saved(folder):
+    return any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
 
 
 def read_rows(path, args):
-    """Return pairs (path of a picture, caption or None) of a table's rows."""
-    rows = read_table(path)
-    columns = list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
-    if not rows:
-        raise InputError(f"{path}: has no rows; give a table of pictures")
-    picture = pick_column(columns, args.image_column, PICTURE_COLUMNS, "--image_column", path)
-    caption = pick_column(columns, args.caption_column, CAPTION_COLUMNS, "--caption_column", path)
-    texts = ((row.get(picture), row.get(caption)) for row in rows)
-    return [
-        (Path(os.path.normpath(path.parent / str(name or ""))), text if isinstance(text, str) else None)
-        for name, text in texts
-    ]
+    """Yield (picture cell, caption or None) of the rows of a table or data set.
+
+    Raises:
+        UnusableInput: the data cannot be read or reached, or lack rows, a column or the split.
+    """
+    where = f"--dataset_name {args.dataset_name}" if path is None else str(path)
+    try:
+        data = load_data(path, args)
+        if isinstance(data, dict):
+            if args.split not in data:
+                raise UnusableInput(f"--split {args.split}: {where} has {', '.join(data)}; name one of them")
+            data = data[args.split]
+        data = data.to_iterable_dataset() if isinstance(data, datasets.Dataset) else data
+        kinds = data.features or dict.fromkeys(next(iter(data), ()))
+        known = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        picture = pick_column(kinds, args.image_column, [*known, *PICTURE_COLUMNS], "--image_column", where)
+        caption = pick_column(kinds, args.caption_column, CAPTION_COLUMNS, "--caption_column", where)
+        data = data.select_columns([picture, caption])  # nothing else is decoded
+        if picture in known:
+            data = data.cast_column(picture, datasets.Image(decode=False))
+        for row in data:
+            texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
+            yield row[picture], next((text for text in texts if isinstance(text, str)), None)
+    except ROW_ERRORS as error:
+        why = " ".join(str(error).split())[:240] or type(error).__name__
+        raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error
+
+
+def pick_column(columns, asked, known, flag, where):
+    """Return the column that a flag names, or else the first known one; raises UnusableInput without either."""
+    found = next((name for name in ([asked] if asked else known) if name in columns), None)
+    if found is None:
+        raise UnusableInput(f"{where}: has the columns {', '.join(columns) or 'of no row'}; name one with {flag}")
+    return found
+
+
+def open_rows(path, args):
+    """Return the source of a table or data set: a list where cells are paths, else a stream."""
+    rows = read_rows(path, args)
+    first = next(rows, None)
+    if first is None:
+        raise UnusableInput(f"{path or args.dataset_name}: has no rows; give a table of pictures")
+    rows = itertools.chain([first], rows)
+    if isinstance(first[0], str):
+        if path is None or path.is_dir():
+            raise UnusableInput(
+                f"{path or args.dataset_name}: its pictures are addresses or paths, such as {first[0][:60]!r}; "
+                "download them with img2dataset"
+            )
+        return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
+    entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
+    if args.shuffle_seed is not None:
+        rng = random.Random(args.shuffle_seed)
+        entries = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(entries)
+    if path is None:
+        identity = [args.dataset_name, args.dataset_config_name, commit_of(args.dataset_name, args.dataset_revision)]
+    else:
+        files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
+        identity = [(relative_name(file, path), file.stat().st_size) for file in files if file.name[0] != "."]
+    return Source(iter(entries), read_places, digest_of(identity))
+
+
+def cell_entry(number, cell, caption, is_remote):
+    """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
+    place = cell if isinstance(cell, dict) else {"bytes": cell}
+    path = place.get("path") or ""
+    is_wrong = place.get("bytes") is None and bool(HUB_FILE.fullmatch(path)) != is_remote
+    name = f"row {number} {path.rpartition('/')[2]}".strip()
+    return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
+
+
+def file_entry(cell, caption, folder):
+    """Return the entry of a table's row whose cell is a path, seen from the table's folder."""
+    if "://" in (cell or ""):
+        return Entry(cell, caption, None, "picture is an address; download it with img2dataset")
+    path = Path(os.path.normpath(folder / (cell or "")))
+    return Entry(relative_name(path, folder), caption, path)
 
 
 def relative_name(path, folder):
@@ -89,140 +189,165 @@ def relative_name(path, folder):
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
+# Folders of pictures with captions beside them
+
+
+def walk(folder):
+    """Yield the files below a folder; linked folders come last, and each folder once, so that a loop ends."""
+
+    def fail(error):
+        raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+    waiting, seen = [folder], set()
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=fail):
+            found = os.stat(parent)
+            if (found.st_dev, found.st_ino) in seen:
+                folders.clear()
+                continue
+            seen.add((found.st_dev, found.st_ino))
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
+            yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
 def list_folder(folder, args):
-    """Return the entries of a folder of pictures, sorted by name."""
-    found, captions = set(), {}
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for path in (Path(parent, name) for name in names if not name.startswith(".")):
-            if path.suffix.lower() in PICTURE_SUFFIXES:
-                found.add(path)
-            elif path.stem == "metadata" and path.suffix in TABLE_SUFFIXES:
-                captions |= dict(read_rows(path, args))
+    """Return the source of a folder of pictures, sorted by name."""
+    asked = [args.caption_extension.lower().lstrip(".")] if args.caption_extension else []
+    suffixes = [*asked, *sd15.CAPTION_SUFFIXES, "json"]
+    pictures, texts, captions, unread = set(), {}, {}, []
+    for path in walk(folder):
+        suffix = path.suffix.lower().lstrip(".")
+        if suffix in sd15.IMAGE_SUFFIXES:
+            pictures.add(path)
+        elif path.stem == "metadata" and path.suffix.lower() in TABLES:
+            entries = (file_entry(cell, text, path.parent) for cell, text in read_rows(path, args))
+            captions |= {entry.place: entry.caption for entry in entries if entry.place}
+        elif suffix in suffixes:
+            texts[path.with_suffix(""), suffix] = path
+        else:
+            unread.append((relative_name(path, folder), why_unread(suffix)))
     entries = []
-    for path in sorted(found | captions.keys()):
-        caption, fault, text = captions.get(path), None, path.with_suffix(".txt")
-        if caption is None and text.is_file():
-            try:
-                caption = text.read_text(encoding="utf-8-sig")
-            except UnicodeError:
-                fault = "caption is not UTF-8"
+    for path in sorted(pictures | captions.keys()):
+        caption, fault = captions.get(path), None
+        beside = (texts.get((stem, suffix)) for suffix in suffixes for stem in (path.with_suffix(""), path))
+        if caption is None and (text := next(filter(None, beside), None)):
+            caption, fault = read_caption(text)
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
-    return entries
+    return list_source(entries, sorted(unread))
 
 
-def read_files(entries):
-    """Yield the bytes of files, or why there are none."""
+def why_unread(suffix):
+    """Return the cause for which a file is left out."""
+    if f".{suffix}" in TABLES:
+        return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
+    if suffix == "tar":
+        return "tars are shards already; give them to the training script"
+    package = next((package for suffixes, package in CONVERTERS.items() if suffix in suffixes.split()), None)
+    return f".{suffix} files are not read" + (f", convert them with {package}" if package else "")
+
+
+def read_caption(path):
+    """Return (caption or None, fault or None) of a file beside a picture, as the training scripts read it."""
+    suffix = "json" if path.suffix.lower() == ".json" else "txt"
+    try:
+        sample = {suffix: path.read_bytes()}
+        metadata = sd15.metadata_of(sample)
+        return (metadata.get("caption") if suffix == "json" else sd15.caption_of(sample, metadata)), None
+    except (sd15.SkippedSample, OSError) as cause:
+        return None, getattr(cause, "strerror", None) or str(cause)
+
+
+def list_source(entries, unread=()):
+    """Return the source of listed files."""
+    files = [entry.place for entry in entries]
+    sizes = [file.stat().st_size if isinstance(file, Path) and file.is_file() else None for file in files]
+    identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
+    return Source(entries, read_places, digest_of(identity), list(unread))
+
+
+def digest_of(record):
+    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+
+
+def read_places(entries):
+    """Yield entries with the bytes of their pictures, or with the cause for which there are none."""
     for entry in entries:
         try:
-            yield entry.place.read_bytes()
+            yield entry, None if entry.fault else read_place(entry.place)
         except OSError as error:
-            yield LeftOut(error.strerror or "file cannot be read")
+            if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
+                # A network that fails would leave out every picture after this one.
+                raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
+            yield entry, sd15.SkippedSample(error.strerror or "file cannot be read")
 
 
-def open_dataset(folder, args):
-    """Return the source of a folder of the package datasets; its place for a picture is the row."""
-    try:
-        import datasets
-    except ImportError as error:
-        raise InputError(f"--source {folder}: reading it needs datasets; pip install datasets") from error
-    saved = any((folder / name).exists() for name in ("dataset_dict.json", "state.json"))
-    try:
-        data = datasets.load_from_disk(str(folder)) if saved else datasets.load_dataset(str(folder))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise InputError(f"--source {folder}: datasets cannot load it ({error})") from error
-    if isinstance(data, dict):
-        if args.split not in data:
-            raise InputError(f"--split {args.split}: {folder} has {', '.join(data)}; name one of them")
-        data = data[args.split]
-    known = [name for name, kind in data.features.items() if isinstance(kind, datasets.Image)]
-    picture = pick_column(data.column_names, args.image_column, known, "--image_column", folder)
-    caption = pick_column(data.column_names, args.caption_column, CAPTION_COLUMNS, "--caption_column", folder)
-    texts = list(data[caption])
-    pictures = data.select_columns([picture]).cast_column(picture, datasets.Image(decode=False))
+def read_place(place):
+    """Return the bytes of a file, or of a cell of a data set."""
+    if isinstance(place, Path):
+        return place.read_bytes()
+    if place.get("bytes") is not None:
+        return place["bytes"]
+    with fsspec.open(place["path"], "rb") as file:
+        return file.read()
 
-    def read(entries):
-        for entry in entries:
-            cell = pictures[entry.place][picture] or {}
-            if cell.get("bytes") is not None:
-                yield cell["bytes"]
-            else:
-                yield from read_files([entry._replace(place=Path(cell.get("path") or ""))])
 
-    return [Entry(f"row {i}", text, i) for i, text in enumerate(texts)], read
+# Pictures that a teacher draws
 
 
 def draw_prompts(args):
-    """Return the source that draws a file of prompts as PNG; its place for a picture is the seed."""
-    try:
-        lines = args.prompts_file.read_text(encoding="utf-8-sig").splitlines()
-    except (OSError, UnicodeError) as error:
-        raise InputError(f"--prompts_file {args.prompts_file}: cannot be read ({error})") from error
+    """Return the source that draws a file of prompts as PNG; the noise is a function of --seed and both numbers."""
     entries = [
         Entry(f"prompt {p} image {i}", prompt, random.Random(f"{args.seed} {p} {i}").getrandbits(61))
-        for p, prompt in enumerate(line.strip() for line in lines if line.strip())
+        for p, prompt in enumerate(read_prompts(args.prompts_file))
         for i in range(args.num_images)
     ]
     pipes = []
 
     def read(wanted):
         if not pipes:
-            pipes.append(load_teacher(args))
-        from drawing import draw
-
-        for start in range(0, len(wanted), args.batch_size):
-            batch = wanted[start : start + args.batch_size]
+            pipes.append(load_teacher(args, choose_device(args.device)))
+            set_sampler(pipes[0], args.sampler)
+        wanted = iter(wanted)
+        while batch := list(itertools.islice(wanted, args.batch_size)):
             prompts, seeds = [entry.caption for entry in batch], [entry.place for entry in batch]
-            pictures, _ = draw(
-                pipes[0], prompts, args.steps, args.guidance_scale, seeds, resolution=args.resolution
-            )
-            for picture in pictures:
-                flat = all(low == high for low, high in picture.getextrema())
-                yield LeftOut("drawn in one colour, as of NaN") if flat else encode_png(picture)
+            settings = (args.steps, args.guidance_scale, seeds)
+            drawn, _ = draw(pipes[0], prompts, *settings, resolution=args.resolution)
+            for entry, picture in zip(batch, drawn, strict=True):
+                is_flat = all(low == high for low, high in picture.getextrema())
+                cause = sd15.SkippedSample("drawn in one colour, as of NaN")
+                yield entry, cause if is_flat else encode_picture(picture, "png")
 
-    return entries, read
+    return list_source(entries)._replace(read=read)
 
 
-def encode_png(picture):
-    """Return a picture as PNG; modes that PNG does not know become RGB."""
+def encode_picture(picture, suffix):
+    """Return an RGB picture as PNG, or as JPEG of quality 95 without chroma subsampling."""
     data = io.BytesIO()
-    (picture if picture.mode in PNG_MODES else picture.convert("RGB")).save(data, "PNG")
+    options = {"format": "PNG"} if suffix == "png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
+    picture.save(data, **options)
     return data.getvalue()
 
 
-def load_teacher(args):
-    """Return the pipeline that draws, on this process's device."""
-    import drawing  # of this folder
-    import torch
-
-    try:
-        device = drawing.choose_device(args.device)
-        if args.device == "auto" and device.type == "cuda":
-            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        pipe = drawing.load_teacher(args, device)
-    except drawing.InputError as error:
-        raise InputError(str(error)) from error
-    drawing.set_sampler(pipe, args.sampler)
-    return pipe
-
-
 def open_source(args):
-    """Return (entries in the order of the shards, function that yields the bytes of some of them)."""
-    path, read = args.source, read_files
-    if path is None:
-        entries, read = draw_prompts(args)
-    elif path.is_file():
-        if path.suffix not in TABLE_SUFFIXES:
-            raise InputError(f"--source {path}: give a folder or a file of {', '.join(TABLE_SUFFIXES)}")
-        entries = [Entry(relative_name(p, path.parent), text, p) for p, text in read_rows(path, args)]
-    elif any((path / name).exists() for name in ("dataset_dict.json", "state.json")):
-        entries, read = open_dataset(path, args)
+    """Return the source that the flags name, its entries in the order of the shards."""
+    path = args.source
+    if args.prompts_file:
+        source = draw_prompts(args)
+    elif path and path.is_dir():
+        source = list_folder(path, args)
+        if not source.entries and (is_saved(path) or next(path.rglob("*.parquet"), None)):
+            source = open_rows(path, args)
+    elif path and path.suffix.lower() not in TABLES:
+        raise UnusableInput(f"--source {path}: give a folder, a data set, or a file of {', '.join(TABLES)}")
     else:
-        entries = list_folder(path, args)
-        if not entries and next(path.rglob("*.parquet"), None):
-            entries, read = open_dataset(path, args)
-    if not entries:
-        raise InputError(f"{path or args.prompts_file}: holds no pictures or prompts; check the path")
-    if args.shuffle_seed is not None:
-        random.Random(args.shuffle_seed).shuffle(entries)
-    return entries, read
+        source = open_rows(path, args)
+    entries = source.entries
+    if entries == []:
+        hint = ", ".join(sorted({cause for _, cause in source.unread})) or "no file"
+        raise UnusableInput(f"{path or args.prompts_file}: holds no pictures or prompts ({hint}); check the path")
+    if isinstance(entries, list):
+        if args.shuffle_seed is not None:
+            random.Random(args.shuffle_seed).shuffle(entries)
+        return source._replace(entries=entries[: args.max_samples])
+    return source._replace(entries=itertools.islice(entries, args.max_samples))

@@ -1,68 +1,137 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Load a Stable Diffusion pipeline and its LoRAs, choose a sampler, draw pictures and lay them out."""
+"""Load a pipeline and its LoRAs, choose a sampler, draw pictures and lay them out."""
 
+import argparse
+import contextlib
+import errno
 import itertools
-import logging
+import os
+import pickle
+import re
 import textwrap
 import time
 from pathlib import Path
-from pickle import UnpicklingError
-
-from model_args import DTYPES, PEFT_FILES, InputError
-
-for package in ("xformers", "bitsandbytes"):
-    logging.getLogger(package).setLevel(logging.ERROR)  # on import they warn of CUDA code not needed here
 
 import diffusers
 import torch
 import transformers
-from diffusers.loaders import single_file_utils as sf
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
+
+from lib.cli import PEFT_FILES
+from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
+MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own limit
 # What the libraries raise for a file that is missing, damaged or made for something else.
-LOAD_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, SafetensorError, UnpicklingError)
+LOAD_ERRORS = (
+    *(OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError),
+    *(SafetensorError, pickle.UnpicklingError),
+)
+WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")
+TEACHER_FLAGS += ("pretrained_vae_model_name_or_path", "mixed_precision", "offload", "mask")
+for library in (diffusers, transformers):
+    library.utils.logging.set_verbosity_error()
+    library.utils.logging.disable_progress_bar()
 
 
 def taken_for(source):
-    """Return a model's or LoRA's name for an error, with a hint where no such path is here."""
+    """Return a model's or LoRA's name for an error, with a hint where there is no such path."""
     return source if Path(source).exists() else f"{source} (no such path here, so it was taken for a Hub id)"
 
 
-def quiet():
-    """Let the libraries print errors alone, and no progress bars of loading."""
-    for library in (diffusers, transformers):
-        library.utils.logging.set_verbosity_error()
-        library.utils.logging.disable_progress_bar()
-
-
-def load_pipeline(model, revision=None, variant=None, dtype=torch.float32, device="cpu", config=None):
-    """Return the pipeline of a folder, Hub id or single file; raises InputError if it is no SD or SDXL."""
-    quiet()
-    families = (diffusers.StableDiffusionPipeline, diffusers.StableDiffusionXLPipeline)
-    # Without the safety checker: 1.2 GB less to load, no blackened pictures. SDXL ignores these words.
-    parts = {"safety_checker": None, "requires_safety_checker": False, "feature_extractor": None}
-    load, remedy = diffusers.DiffusionPipeline.from_pretrained, "check its name and files"
-    source = {"revision": revision, "variant": variant}
+@contextlib.contextmanager
+def writing_to(folder):
+    """Turn the errors of a disk that is full or read-only into UnusableInput."""
     try:
-        if Path(model).is_file():
-            is_xl = sf.infer_diffusers_model_type(sf.load_single_file_checkpoint(str(model))).startswith("xl")
-            load, source = families[is_xl].from_single_file, {"config": config and str(config)}
-            remedy = "give --teacher_config FOLDER, a local diffusers model of the same architecture"
-        pipe = load(str(model), dtype=dtype, **source, **parts).to(device)  # fails if the file lacks weights
-    except (*LOAD_ERRORS, sf.SingleFileComponentError) as error:
+        yield
+    except OSError as error:
+        if error.errno not in WRITE_ERRORS:
+            raise
+        raise UnusableInput(f"{folder}: cannot be written to ({os.strerror(error.errno)})") from error
+
+
+def choose_device(name):
+    """Return the torch device of --device; auto is the GPU of this process, by LOCAL_RANK, or the CPU."""
+    try:
+        best = torch.accelerator.current_accelerator(check_available=True)
+        if name == "auto" and best:
+            # With the index: a bare "cuda" opens a context (0.5 GiB) on GPU 0 in every process.
+            index = int(os.environ.get("LOCAL_RANK", 0)) % torch.accelerator.device_count()
+            torch.accelerator.set_device_index(index)
+            name = f"{best.type}:{index}"
+        return torch.empty(0, device="cpu" if name == "auto" else name).device
+    except (RuntimeError, AssertionError) as error:
+        raise UnusableInput(f"--device {name}: not usable here; give cpu or auto") from error
+
+
+def file_keys(path):
+    """Return the names of a single file's tensors; [] for a damaged file, which the loader names."""
+    try:
+        if Path(path).suffix == ".safetensors":
+            with safe_open(path, "pt") as file:
+                return list(file.keys())
+        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
+        return list(state.get("state_dict", state))
+    except (*LOAD_ERRORS, AttributeError) as error:
+        if not re.search(r"(?i)unsupported global|call reduce", str(error)):
+            return []
+        remedy = "which could run code; convert the file to .safetensors"
+        raise UnusableInput(f"{path}: holds more than tensors, {remedy}") from error
+
+
+def family_of(args):
+    """Return the training script whose load_teacher loads the model, from the model's keys or its config."""
+    model = str(args.pretrained_teacher_model)
+    if Path(model).is_file():
+        # The text encoders of SDXL's files are its conditioner; label_emb takes size and crop.
+        is_xl = any(key.startswith("conditioner.") or ".label_emb." in key for key in file_keys(model))
+        return sdxl if is_xl else sd15
+    try:
+        options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
+        kind = diffusers.DiffusionPipeline.load_config(model, **options)["_class_name"]
+    except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
-        raise InputError(f"{taken_for(model)} does not load; {remedy} ({why})") from error
-    if not isinstance(pipe, families):
-        raise InputError(f"model {model} is a {type(pipe).__name__}; give an SD 1.x, SD 2.x or SDXL")
+        raise UnusableInput(f"{taken_for(model)} does not load; check its name and files ({why})") from error
+    if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
+        raise UnusableInput(f"model {model} is a {kind}; give an SD 1.x, SD 2.x or SDXL")
+    return sdxl if kind.startswith("StableDiffusionXL") else sd15
+
+
+def load_teacher(args, device):
+    """Return the pipeline that the flags of `add_model_flags` name, on the device, ready to draw.
+
+    With --offload it stays on the CPU: `start_offload` comes after the LoRAs.
+    """
+    args = argparse.Namespace(**dict.fromkeys(TEACHER_FLAGS) | vars(args))
+    device = torch.device(device)
+    if args.offload and device.type == "cpu":
+        raise UnusableInput("--offload: moves the model to a GPU part by part, and there is none; leave it out")
+    dtype = DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")]
+    pipe = family_of(args).load_teacher(args, dtype, "cpu" if args.offload else device, check=False)
+    parts = {name: part for name, part in pipe.components.items() if name.startswith(("text", "tok", "unet", "vae"))}
+    if missing := sorted(name for name, part in parts.items() if part is None):
+        raise UnusableInput(f"{args.pretrained_teacher_model}: has no {', '.join(missing)}; give a whole base model")
+    channels = pipe.unet.config.in_channels
+    if channels != pipe.unet.config.out_channels and not (args.mask and channels == 9):
+        remedy = "give --image and --mask to sample.py" if channels == 9 else "give a text-to-image model"
+        kind = "an inpainting model, " if channels == 9 else ""
+        raise UnusableInput(f"{args.pretrained_teacher_model}: {kind}its UNet takes {channels} channels; {remedy}")
+    pipe.vae.enable_slicing()  # SDXL decodes in 3 GiB a picture, whatever the batch
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
+def start_offload(pipe, args, device):
+    """Move the parts of the pipeline to the device only while they compute, where --offload asks for it."""
+    if args.offload:
+        pipe.enable_model_cpu_offload(device=device)
+
+
 def load_lora(pipe, lora, name="lcm"):
-    """Load a LoRA (file, folder, PEFT folder or Hub id) as adapter `name`; raises InputError on a misfit."""
+    """Load a LoRA (file, folder, PEFT folder or Hub id) as adapter `name`; refuse one that does not fit."""
     logs = diffusers.utils.logging
     logs.set_verbosity(logs.CRITICAL)  # diffusers logs what it raises, and only warns of keys without a place
     try:
@@ -75,13 +144,14 @@ def load_lora(pipe, lora, name="lcm"):
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
         remedy = "give one made for this model"
-        raise InputError(f"LoRA {taken_for(lora)} does not load; {remedy} ({why})") from error
+        raise UnusableInput(f"LoRA {taken_for(lora)} does not load; {remedy} ({why})") from error
     finally:
         logs.set_verbosity_error()
     fitted = len(get_peft_model_state_dict(pipe.unet, adapter_name=name)) if found else 0
     if not found or fitted < found:
-        raise InputError(f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model")
-    pipe.unet.eval()  # new layers come in training mode, where a LoRA trained with dropout still drops
+        raise UnusableInput(f"LoRA {lora}: {fitted} of {found} UNet tensors fit; give one made for this model")
+    # New layers come in training mode, where a LoRA trained with dropout would still drop.
+    pipe.unet.eval()
 
 
 def add_peft_adapter(unet, folder, name):
@@ -95,11 +165,20 @@ def add_peft_adapter(unet, folder, name):
     return len(weights)
 
 
+def read_picture(path):
+    """Return a picture file upright, as 8-bit RGB."""
+    try:
+        return sd15.open_picture(Path(path).read_bytes(), MAX_PICTURE_PX)[0]
+    except (OSError, sd15.SkippedSample) as error:
+        remedy = f"give a PNG or JPEG of at most {MAX_PICTURE_PX // 10**6} megapixels"
+        raise UnusableInput(f"picture {path} cannot be read ({error}); {remedy}") from error
+
+
 def set_sampler(pipe, name, weights=None):
     """Give the pipeline the scheduler of a sampler (one of SAMPLERS) and the LoRAs that go with it.
 
     `weights` maps adapter names to strengths (default: all that are loaded, at 1). An adapter whose name
-    begins with "lcm" is on for the sampler lcm-lora only, any other one, a style, for every sampler.
+    begins with "lcm" is on for the sampler lcm-lora only; any other one, a style, is on for every sampler.
     """
     # Clipping to [-1, 1] is for pixels, not latents; DDIMScheduler does it when a config does not mention it.
     options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
@@ -116,7 +195,7 @@ def set_sampler(pipe, name, weights=None):
     if weights is None:
         weights = dict.fromkeys(itertools.chain(*pipe.get_list_adapters().values()), 1.0)
     if name == "lcm-lora" and not any(adapter.startswith("lcm") for adapter in weights):
-        raise InputError("sampler lcm-lora: the pipeline has no LoRA; load one first")
+        raise UnusableInput("sampler lcm-lora: the pipeline has no LoRA; load one first")
     active = {key: w for key, w in weights.items() if name == "lcm-lora" or not key.startswith("lcm")}
     if active:
         pipe.enable_lora()
@@ -127,19 +206,18 @@ def set_sampler(pipe, name, weights=None):
 
 
 def synchronize(device):
-    """Wait until the device has done what was asked of it, so that a clock reads the truth."""
+    """Wait until the device is idle, because a clock would otherwise stop before the work does."""
     if torch.device(device).type != "cpu":
         torch.accelerator.synchronize(device)
 
 
-def draw(
-    pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, output_type="pil", **extra
-):
+def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, output_type="pil", **extra):
     """Return (list of images, seconds per picture in text encoder, UNet and VAE); seeds: one per prompt.
 
-    `extra` goes to the pipeline: image, mask_image, strength, control_image and so on.
+    `extra` goes to the pipeline: image, mask_image, strength, control_image and so on. A batch that does
+    not fit into the GPU's memory is drawn in halves.
     """
-    # Noise is drawn on the CPU: so a seed is the same noise on every device.
+    # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     negative_prompts = None if negative_prompt is None else [negative_prompt] * len(prompts)
     texts = {"prompt": list(prompts), "negative_prompt": negative_prompts}
@@ -148,9 +226,25 @@ def draw(
         images |= {"height": resolution, "width": resolution}
     synchronize(pipe.device)
     started = time.perf_counter()
-    result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
-    synchronize(pipe.device)
-    return list(result), (time.perf_counter() - started) / len(prompts)
+    try:
+        result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
+    except torch.OutOfMemoryError as error:
+        if len(prompts) == 1:
+            remedy = "give --offload, --mixed_precision fp16 or a smaller --resolution"
+            raise UnusableInput(f"one picture does not fit into the GPU's memory; {remedy}") from error
+    else:
+        synchronize(pipe.device)
+        return list(result), (time.perf_counter() - started) / len(prompts)
+    # Outside the handler: the exception holds the tensors of the failed attempt.
+    half = len(prompts) // 2
+    options = (negative_prompt, resolution, output_type)
+    parts = [
+        draw(pipe, prompts[part], steps, guidance, seeds[part], *options, **extra)
+        for part in (slice(half), slice(half, None))
+    ]
+    shares = (half, len(prompts) - half)
+    seconds = sum(share * each for share, (_, each) in zip(shares, parts, strict=True))
+    return parts[0][0] + parts[1][0], seconds / len(prompts)
 
 
 def make_grid(prompts, labels, steps, pictures):
@@ -186,24 +280,8 @@ def make_grid(prompts, labels, steps, pictures):
     return grid
 
 
-def choose_device(name):
-    """Return the torch device that --device names; raises InputError for one that is not usable here."""
-    try:
-        best = torch.accelerator.current_accelerator(check_available=True) or "cpu"
-        return torch.empty(0, device=best if name == "auto" else name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: not usable here; give cpu or auto") from error
-
-
-def load_teacher(args, device):
-    """Return the pipeline that the flags of `add_model_flags` name; raises InputError."""
-    dtype = getattr(torch, DTYPES[args.mixed_precision or ("fp16" if device.type == "cuda" else "no")])
-    source = (args.pretrained_teacher_model, args.teacher_revision, args.variant)
-    return load_pipeline(*source, dtype, device, args.teacher_config)
-
-
 def reset_peak(device):
-    """Begin to measure the peak memory of `device`, the process's resident memory where it is the CPU."""
+    """Begin to measure the peak memory of `device`, or the process's resident memory on a CPU."""
     if torch.device(device).type != "cpu":
         torch.accelerator.reset_peak_memory_stats(device)
     elif Path("/proc/self/clear_refs").exists():
@@ -211,7 +289,7 @@ def reset_peak(device):
 
 
 def peak_gib(device):
-    """Return the peak memory since `reset_peak` in GiB; None on a CPU whose system does not tell it."""
+    """Return the peak memory since `reset_peak` in GiB; None on a CPU whose system does not report it."""
     if torch.device(device).type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / 2**30
     status = Path("/proc/self/status")

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """From kept pictures to figures: features and scores of each picture, distances and means of each row."""
 
+import json
+from collections import Counter
 from functools import partial
 
 import torch
 from accelerate.utils import gather_object
-from model_args import InputError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 
-from evaluation.features import describe, load_clip_score, load_features, load_lpips
-from evaluation.gallery import read_real
-from evaluation.statistics import KernelDistance, bootstrap_mean, frechet_distance, jackknife
+from lib.evaluation.feature_models import describe_model, load_clip_score, load_features, load_lpips
+from lib.evaluation.pictures import read_real, real_pictures
+from lib.evaluation.statistics import (
+    KernelDistance,
+    bootstrap_mean,
+    frechet_distance,
+    jackknife,
+    pairwise_distances,
+    spread,
+)
+from lib.trainers import UnusableInput, sd15
 
 DISTANCES = ("FD", "KID")
 SCORES = {
@@ -25,25 +36,32 @@ NOTES = (
     "The first row is the teacher drawn a second time. Its distance is the floor: what a perfect LoRA would "
     "have. It is above 0 because the FD of few pictures is too large; the table of that shows by how much. "
     "KID has no such bias, and can be below 0.",
-    "In brackets are 95% intervals: percentile bootstrap over pictures for means, jackknife over 20 groups "
-    "of pictures for FD and KID, since resampling with repeats would inflate an FD; fewer than 40 pictures "
-    "have none. Rows whose intervals overlap widely are not known to differ. An interval does not hold the "
-    "bias of FD: that the floor shows.",
+    "Spread is the mean distance, in features, of two pictures of one prompt, as a share of the teacher's. "
+    "Below 1 the pictures of a prompt are more alike than the teacher's. It needs several pictures of a "
+    "prompt: more --num_images than prompts.",
+    "In brackets, or after ±, are 95% intervals: percentile bootstrap over pictures for means, jackknife over "
+    "20 groups of pictures for FD and KID and of prompts for the spread, since resampling with repeats would "
+    "inflate an FD; fewer than 40 have none. Rows whose intervals overlap widely are not known to differ. An "
+    "interval does not hold the bias of FD: that the floor shows.",
     "UNet evaluations count a guided step as two. Seconds are for one picture when a batch is drawn, in text "
     "encoder, UNet and VAE. Peak memory is the accelerator's, or the process's on a CPU.",
 )
 
 
 class Measures:
-    """The models that judge, loaded once."""
+    """The models that judge, loaded once: on the CPU while pictures are drawn, then moved to the device."""
 
     def __init__(self, args, device):
-        """Load the models that the flags name; raises InputError for one that is not to be had."""
-        self.features = {describe(spec): load_features(spec, device) for spec in args.features}
+        self.features = {describe_model(spec): load_features(spec, device) for spec in args.features}
         if len(self.features) < len(args.features):
-            raise InputError(f"--features {' '.join(args.features)}: two have the same name; rename one")
+            raise UnusableInput(f"--features {' '.join(args.features)}: two have the same name; rename one")
         self.clip_score = None if args.clip_model == "none" else load_clip_score(args.clip_model, device)
         self.lpips = None if args.lpips == "none" else load_lpips(args.lpips, device)
+
+    def to(self, device):
+        for model in (*self.features.values(), self.clip_score, self.lpips):
+            if hasattr(model, "to"):
+                model.to(device)
 
     def read(self, gallery, row, teacher, indices):
         """Return {measure: [(index, values)]} of some of a row's pictures."""
@@ -66,34 +84,60 @@ class Measures:
 
     def row(self, gallery, row, teacher):
         """Return {measure: values in order of pictures} of a row, from the shares of all processes."""
-        found = {}
+        mine = {}
         for block in gallery.blocks:
             for key, pairs in self.read(gallery, row, teacher, list(block)).items():
-                found.setdefault(key, []).extend(pairs)
+                mine.setdefault(key, []).extend(pairs)
         merged = {}
-        for part in gather_object([found]):
+        for part in gather_object([mine]):
             for key, pairs in part.items():
                 merged.setdefault(key, []).extend(pairs)
-        return {
-            key: torch.stack([v for _, v in sorted(pairs, key=lambda p: p[0])])
-            for key, pairs in merged.items()
-        }
+        in_order = {key: sorted(pairs, key=lambda pair: pair[0]) for key, pairs in merged.items()}
+        return {key: torch.stack([value for _, value in pairs]) for key, pairs in in_order.items()}
 
     def real(self, paths, size, accelerator):
-        """Return {feature model: features} of real pictures; raises InputError if they are fewer than 2."""
+        """Return {feature model: features} of the real pictures."""
         found = {name: [] for name in self.features}
-        for pictures in read_real(paths, size, accelerator.process_index, accelerator.num_processes):
+        rank, processes = accelerator.process_index, accelerator.num_processes
+        for pictures in read_real(paths, size, sd15.Skipped(), rank, processes):
             for name, model in self.features.items():
                 found[name].append(model(pictures))
         shares = gather_object([{name: torch.cat(parts) for name, parts in found.items() if parts}])
-        real = {
-            name: torch.cat([share[name] for share in shares if name in share])
-            for name in found
-            if any(shares)
-        }
-        if not real or min(map(len, real.values())) < 2:
-            raise InputError(f"--reference {' '.join(map(str, paths))}: fewer than two pictures there")
-        return real
+        return {name: torch.cat([share[name] for share in shares if share]) for name in found}
+
+
+def check_real(paths, accelerator):
+    """Decode the pictures of --reference before anything is drawn, and report those that cannot be used."""
+    skipped, rank, processes = sd15.Skipped(), accelerator.process_index, accelerator.num_processes
+    usable = sum(1 for _ in real_pictures(paths, skipped, rank, processes))
+    usable = sum(gather_object([usable]))
+    left_out = sd15.describe(sum(map(Counter, gather_object([dict(skipped)])), Counter()))
+    left_out = left_out and f"; left out: {left_out}"
+    if usable < 2:
+        raise UnusableInput(f"--reference {' '.join(map(str, paths))}: fewer than two pictures there{left_out}")
+    accelerator.print(f"--reference: {usable} pictures{left_out}")
+
+
+def load_yardstick(args, names):
+    """Return {feature model: features [P, S, D]} of --yardstick: S pictures of each prompt, as kept there."""
+    try:
+        with safe_open(args.yardstick, "pt") as file:
+            name, features = file.metadata()["features"], file.get_tensor("features").double()
+    except (OSError, LookupError, TypeError, SafetensorError) as error:
+        raise UnusableInput(f"--yardstick {args.yardstick}: cannot be read ({error})") from error
+    if name not in names:
+        raise UnusableInput(f"--yardstick {args.yardstick}: holds features of {name}; give --features of it")
+    return {name: features[: args.num_images]}
+
+
+def save_yardstick(args, features):
+    """Write features {model: [S * P, D]} of a row with S pictures of each prompt as --yardstick."""
+    ((name, values),) = features.items()
+    by_prompt = values.unflatten(0, (-1, len(args.prompts))).transpose(0, 1).half().contiguous()
+    settings = {"prompts": json.dumps(args.prompts), "features": name, "teacher_steps": str(args.teacher_steps)}
+    settings |= {"guidance_scale": f"{args.guidance_scale[0]:g}", "seed": str(args.seed)}
+    sd15.write_atomically(args.yardstick, save({"features": by_prompt}, settings))
+    print(f"{args.yardstick}: {tuple(by_prompt.shape)}, features of {name}")
 
 
 def records(gallery, row):
@@ -103,18 +147,33 @@ def records(gallery, row):
 
 
 def frechet_to(reference, features):
-    """Return the Fréchet distance of features to those of a reference as {value, low, high}."""
+    """Return {value, low, high} of the Fréchet distance to a reference [N, D], or [P, S, D] by prompt."""
+    if reference.ndim == 3 and len(features) > len(reference):
+        features = features.unflatten(0, (-1, len(reference))).transpose(0, 1)
     return jackknife(frechet_distance, features, reference)
 
 
-def distances_to(references):
-    """Return {figure: (feature model, function of a row's features)} of {name: {feature model: features}}."""
+def spread_beside(reference, prompts, features):
+    """Return {value, low, high} of the spread as a share of a reference's, or None."""
+    if reference.ndim == 3:
+        reference, prompts = reference.transpose(0, 1).flatten(0, 1), len(reference)
+    return spread(*(pairwise_distances(x, prompts) for x in (features, reference)))
+
+
+def distances_to(references, prompts):
+    """Return {figure: (feature model, function of a row's features)} of {name: {feature model: features}}.
+
+    The pictures of the rows have `prompts` prompts in turn.
+    """
     found = {}
     for against, features in references.items():
+        by_prompt = against == "teacher"
         for model, reference in features.items():
             found[f"FD/{model}/{against}"] = model, partial(frechet_to, reference)
-            by_prompt = against == "teacher"
-            found[f"KID/{model}/{against}"] = model, KernelDistance(reference, paired=by_prompt)
+            if reference.ndim == 2:
+                found[f"KID/{model}/{against}"] = model, KernelDistance(reference, paired=by_prompt)
+            if by_prompt:
+                found[f"spread/{model}"] = model, partial(spread_beside, reference, prompts)
     return found
 
 
@@ -130,4 +189,5 @@ def score_row(values, distances, took):
 def titles(features, references):
     """Return {figure: title} of all figures, in the order of the table's columns."""
     pairs = {f"{k}/{m}/{r}": f"{k}, {m}, to {r}" for r in references for m in features for k in DISTANCES}
-    return pairs | SCORES | {"seconds": "seconds a picture"}
+    spreads = {f"spread/{m}": f"spread, {m}" for m in features}
+    return pairs | spreads | SCORES | {"seconds": "seconds a picture"}

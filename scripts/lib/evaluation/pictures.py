@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of an evaluation: which rows there are, drawing what is missing, reading what is kept.
 
-A picture is a PNG whose text chunk "record" holds how it was drawn and what it took: so it is known whether
-it still fits. Blocks of `--batch_size` pictures are drawn together, always the same ones, so that neither an
-interruption nor the number of processes changes a picture.
+A picture is a PNG whose text chunk "record" holds its settings and its cost, so that a picture of other
+settings is noticed. Blocks of `--batch_size` pictures are drawn together, always the same ones, so that
+neither an interruption nor the number of processes changes a picture.
 """
 
 import hashlib
@@ -15,27 +15,33 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-import webdataset as wds
-from drawing import draw, peak_gib, reset_peak, set_sampler
-from model_args import LORA_FILE, TITLES, InputError
 from PIL import Image, PngImagePlugin
 from tqdm import tqdm
 
+from lib.cli import LORA_FILE, TITLES
+from lib.pipelines import MAX_PICTURE_PX, draw, peak_gib, reset_peak, set_sampler
+from lib.trainers import UnusableInput, sd15
+
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+IMAGE_NAMES = tuple(f".{suffix}" for suffix in sd15.IMAGE_SUFFIXES)
 
 
 @dataclass(frozen=True)
 class Row:
     """One way to draw all the pictures; `lora` is a (adapter name, fingerprint) pair, or None."""
 
-    name: str
+    folder: str
     label: str
     sampler: str
     steps: int
     guidance: float
     lora: tuple | None = None
     first_seed: int = 0
+    drawn_as: str = ""  # the sampler that draws the pictures, where another one is the same formula
+
+    @property
+    def name(self):
+        return self.folder if self.drawn_as in ("", self.sampler) else f"{self.sampler}={self.folder}"
 
 
 def fingerprint(source):
@@ -43,114 +49,113 @@ def fingerprint(source):
     path, parts = Path(source), [str(source)]
     if path.exists():
         names = [LORA_FILE] if (path / LORA_FILE).exists() else ["**/*"]
-        files = (
-            [path]
-            if path.is_file()
-            else sorted({f for name in names for f in path.glob(name) if f.is_file()})
-        )
+        inside = {file for name in names for file in path.glob(name) if file.is_file()}
+        files = [path] if path.is_file() else sorted(inside)
         parts = [f"{f.name} {f.stat().st_size} {f.stat().st_mtime_ns}" for f in files]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:8]
 
 
+def teacher_row(args, folder, first_seed):
+    """Return the row of the teacher's many-step pictures, in noise of its own."""
+    return Row(folder, "Teacher", "ddim", args.teacher_steps, args.guidance_scale[0], None, first_seed)
+
+
 def list_rows(args):
-    """Return the rows: the yardstick, the teacher's second draw (the floor), then every sampler."""
-    teacher = ("Teacher", "ddim", args.teacher_steps, args.guidance_scale[0], None)
-    rows = [Row("reference", *teacher, args.seed + REFERENCE_SEED), Row("teacher", *teacher, args.seed)]
+    """Return the rows of the report: the teacher's many steps, whose distance is the floor, and the samplers."""
+    rows = [teacher_row(args, "teacher", args.seed)]
     for sampler in args.samplers:
         is_lcm = sampler.startswith("lcm")
         loras = list(enumerate(args.lora)) if sampler == "lcm-lora" else [(0, None)]
         guidances = args.lcm_guidance_scale if is_lcm else args.guidance_scale
         for (index, path), guidance, steps in product(loras, guidances, args.steps):
-            name, label, lora = f"{sampler}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
+            # At 1 and 2 steps DPM-Solver++ is the formula of DDIM: see sample.py.
+            is_ddim = sampler == "dpmsolver++" and steps <= 2 and "ddim" in args.samplers
+            drawn_as = "ddim" if is_ddim else sampler
+            folder, label, lora = f"{drawn_as}-guidance{guidance:g}-{steps}steps", TITLES[sampler], None
             if path:
                 lora = (f"lcm{index}", fingerprint(path))
-                name = f"{name}-{lora[1]}"
+                folder = f"{folder}-{lora[1]}"
                 label += f" {path}" if len(args.lora) > 1 else ""
-            rows.append(Row(name, label, sampler, steps, guidance, lora, args.seed))
+            rows.append(Row(folder, label, sampler, steps, guidance, lora, args.seed, drawn_as))
     return rows
 
 
 class Gallery:
-    """The pictures of all rows in one folder, and this process's share of them."""
+    """The pictures of all rows in one folder, and this process's share of them.
 
-    def __init__(self, args, rank=0, processes=1):
-        """Name the folder and the blocks; nothing is read or drawn yet."""
+    `gap` separates the seeds of a prompt's second and later pictures from those of its first one.
+    """
+
+    def __init__(self, args, rank=0, processes=1, gap=0):
         self.folder, self.prompts, self.count = args.output_dir / "pictures", args.prompts, args.num_images
-        blocks = [
-            range(s, min(s + args.batch_size, self.count)) for s in range(0, self.count, args.batch_size)
-        ]
-        self.blocks, self.resolution = blocks[rank::processes], args.resolution
+        size = args.batch_size
+        blocks = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        self.blocks, self.resolution, self.gap = blocks[rank::processes], args.resolution, gap
         self.common = {
             "teacher": fingerprint(args.pretrained_teacher_model),
             "variant": [args.teacher_revision, args.variant, args.mixed_precision],
             "resolution": args.resolution, "diffusers": diffusers.__version__, "torch": torch.__version__,
         }  # fmt: skip
+        for flag in ("prediction_type", "pretrained_vae_model_name_or_path"):
+            self.common |= {flag: getattr(args, flag)} if getattr(args, flag) else {}
 
     def path(self, row, index):
-        """Return where a picture is kept."""
-        return self.folder / row.name / f"{index:05d}.png"
+        return self.folder / row.folder / f"{index:05d}.png"
 
     def prompt(self, index):
-        """Return the prompt of a picture."""
         return self.prompts[index % len(self.prompts)]
+
+    def seed(self, row, index):
+        return row.first_seed + index + (self.gap if index >= len(self.prompts) else 0)
 
     def settings(self, row, index):
         """Return everything that decides a picture, as JSON keeps it."""
-        own = {"sampler": row.sampler, "steps": row.steps, "guidance": row.guidance}
-        own |= {
-            "lora": row.lora and row.lora[1],
-            "seed": row.first_seed + index,
-            "prompt": self.prompt(index),
-        }
+        own = {"sampler": row.drawn_as or row.sampler, "steps": row.steps, "guidance": row.guidance}
+        own |= {"lora": row.lora and row.lora[1], "seed": self.seed(row, index), "prompt": self.prompt(index)}
         return self.common | own
 
     def record(self, row, index):
-        """Return the record of a kept picture; raises InputError if it was drawn with other settings."""
+        """Return the record of a kept picture; refuse one that was drawn with other settings."""
         path = self.path(row, index)
         try:
-            with Image.open(path) as picture:
+            with Image.open(path, formats=["PNG"]) as picture:
                 record = json.loads(picture.text["record"])
         except (OSError, LookupError, ValueError) as error:
-            raise InputError(f"{path}: no picture of this tool ({error}); delete it") from error
-        wanted = self.settings(row, index)
-        changed = [key for key, value in wanted.items() if record["settings"].get(key) != value]
+            raise UnusableInput(f"{path}: no picture of this tool ({error}); delete it") from error
+        wanted, kept = self.settings(row, index), record["settings"]
+        changed = sorted(key for key in wanted.keys() | kept.keys() if kept.get(key) != wanted.get(key))
         if changed:
             remedy = "give another --output_dir, or delete that folder"
-            raise InputError(f"{path.parent}: drawn with another {', '.join(changed)}; {remedy}")
+            raise UnusableInput(f"{path.parent}: drawn with another {', '.join(changed)}; {remedy}")
         return record
 
     def missing(self, rows):
-        """Return the blocks that this process is to draw, {row: [block]}; raises InputError as `record`."""
+        """Return the blocks that this process is to draw, {row: [block]}; refuse pictures as `record` does."""
         found = {}
-        for row, block in product(rows, self.blocks):
-            kept = [self.path(row, index).exists() for index in block]
-            for index in (index for index, is_kept in zip(block, kept, strict=True) if is_kept):
+        for row, block in product({row.folder: row for row in rows}.values(), self.blocks):
+            kept = [index for index in block if self.path(row, index).exists()]
+            for index in kept:
                 self.record(row, index)
-            if not all(kept):
+            if len(kept) < len(block):
                 found.setdefault(row, []).append(block)
         return found
 
-    def draw(self, pipe, missing, is_quiet):
+    def draw(self, pipe, missing, device, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
         calls = []
         hook = pipe.unet.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
+        options = {"resolution": self.resolution}
         for row, blocks in missing.items():
-            set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
+            set_sampler(pipe, row.drawn_as or row.sampler, {row.lora[0]: 1.0} if row.lora else {})
             warm = [self.prompt(index) for index in blocks[0]]
-            draw(pipe, warm, 1, row.guidance, list(blocks[0]), resolution=self.resolution)  # not timed
+            draw(pipe, warm, 1, row.guidance, list(blocks[0]), **options)  # not timed
             for block in blocks:
-                texts, seeds = [self.prompt(i) for i in block], [row.first_seed + i for i in block]
+                texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 calls.clear()
-                reset_peak(pipe.device)
-                pictures, seconds = draw(
-                    pipe, texts, row.steps, row.guidance, seeds, resolution=self.resolution
-                )
-                took = {
-                    "seconds": seconds,
-                    "evaluations": sum(calls) / len(block),
-                    "peak_gib": peak_gib(pipe.device),
-                }
+                reset_peak(device)
+                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **options)
+                took = {"seconds": seconds, "evaluations": sum(calls) / len(block), "peak_gib": peak_gib(device)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
@@ -159,49 +164,74 @@ class Gallery:
         hook.remove()
 
     def keep(self, row, index, picture, took):
-        """Write a picture with its record, first under a temporary name: what is there is complete."""
+        """Write a picture with its record under a temporary name first, so that what is there is complete."""
         path, text = self.path(row, index), PngImagePlugin.PngInfo()
         text.add_text("record", json.dumps({"settings": self.settings(row, index), **took}))
         path.parent.mkdir(parents=True, exist_ok=True)
         picture.save(path.with_suffix(".part"), "PNG", pnginfo=text)
         path.with_suffix(".part").replace(path)
 
+    def picture(self, row, index):
+        with Image.open(self.path(row, index), formats=["PNG"]) as picture:
+            return picture.convert("RGB")
+
     def read(self, row, indices):
         """Return pictures as uint8 [N, H, W, 3]."""
-        pictures = [np.asarray(Image.open(self.path(row, index)).convert("RGB")) for index in indices]
-        return torch.from_numpy(np.stack(pictures))
+        return torch.from_numpy(np.stack([np.asarray(self.picture(row, index)) for index in indices]))
+
+
+def is_picture(file):
+    return file.name.lower().endswith(IMAGE_NAMES)
+
+
+def is_shard(file):
+    return bool(sd15.TAR_NAMES.search(file.name))
 
 
 def real_files(paths):
-    """Return the pictures and .tar shards that paths are or hold; raises InputError where one has none."""
+    """Return the pictures and shards that --reference names or that its folders hold."""
     found = []
     for path in map(Path, paths):
         inside = sorted(path.rglob("*")) if path.is_dir() else [path]
-        files = [file for file in inside if file.suffix.lower() in (".tar", *IMAGE_SUFFIXES)]
+        files = [file for file in inside if file.is_file() and (is_shard(file) or is_picture(file))]
         if not files:
-            raise InputError(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")
+            raise UnusableInput(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")
         found += files
     return found
 
 
-def real_pictures(paths):
-    """Yield the PIL pictures of files, folders and .tar shards, in order of name."""
+def encoded_pictures(paths, skipped):
+    """Yield a function for each real picture, in order of name, that returns its bytes."""
     for file in real_files(paths):
-        if file.suffix == ".tar":
-            # Every process reads all: the split is by picture, in read_real.
-            shard = wds.WebDataset(str(file), shardshuffle=False, nodesplitter=iter).decode("pilrgb")
-            yield from (picture for (picture,) in shard.to_tuple("jpg;png;webp;jpeg"))
-        else:
-            yield Image.open(file).convert("RGB")
+        if not is_shard(file):
+            yield file.read_bytes
+            continue
+        # Members of a shard are never decoded by their suffix: a decoder of .pkl or .pth runs what it reads.
+        # An absolute path, because a file may be called "pipe:COMMAND.tar".
+        for sample in sd15.read_shard(str(file.absolute()), skipped):
+            found = [sample[suffix] for suffix in sd15.IMAGE_SUFFIXES if suffix in sample]
+            if found:
+                yield lambda data=found[0]: data
+            else:
+                skipped["no picture"] += 1
 
 
-def read_real(paths, size, rank, processes, chunk=32):
-    """Yield uint8 [n, H, W, 3] of every process's share, cut at the middle and scaled to size (W, H)."""
+def real_pictures(paths, skipped, rank=0, processes=1):
+    """Yield this process's share of the real pictures, upright RGB; count those that cannot be used."""
+    # Every process reads the shards; the first one counts what is wrong with them.
+    for number, read in enumerate(encoded_pictures(paths, sd15.Skipped() if rank else skipped)):
+        if number % processes == rank:
+            try:
+                yield sd15.open_picture(read(), MAX_PICTURE_PX)[0]
+            except sd15.SkippedSample as cause:
+                skipped[str(cause)] += 1
+
+
+def read_real(paths, size, skipped, rank=0, processes=1, chunk=32):
+    """Yield uint8 [n, H, W, 3] of a process's share, cut at the middle and scaled to size (W, H)."""
     width, height = size
     pictures = []
-    for number, picture in enumerate(real_pictures(paths)):
-        if number % processes != rank:
-            continue
+    for picture in real_pictures(paths, skipped, rank, processes):
         scale = max(width / picture.width, height / picture.height)
         left, top = (picture.width - width / scale) / 2, (picture.height - height / scale) / 2
         box = (left, top, picture.width - left, picture.height - top)

@@ -24,12 +24,13 @@ def centred(features):
 
 
 def frechet_distance(a, b):
-    """Return the Fréchet distance of Gaussians fitted to features a [N, D] and b [M, D].
+    """Return the Fréchet distance of Gaussians fitted to features a [..., D] and b [..., D].
 
     arXiv:1706.08500, eq. 6: |mean_a - mean_b|^2 + trace(C_a) + trace(C_b) - 2 trace((C_a C_b)^(1/2)). With
     C = R^T R the last trace is the sum of the singular values of R_a R_b^T: no root of a nearly singular
     matrix is taken. Raises ValueError with fewer than 2 pictures, or two widths.
     """
+    a, b = a.flatten(0, -2), b.flatten(0, -2)
     if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"Fréchet distance of {tuple(a.shape)} and {tuple(b.shape)}: 2 or more of one width")
     (mean_a, root_a), (mean_b, root_b) = centred(a.double()), centred(b.double())
@@ -59,8 +60,9 @@ def interval(value, left_out):
 def jackknife(distance, a, b):
     """Return {value, low, high} of a distance of two sets: the delete-a-group jackknife, 95%.
 
-    Picture i of sets of the same length is in the same group, so pairs that share a prompt stay together.
-    Without 2 pictures in each group there is no interval: low and high are None.
+    The sets hold pictures, or prompts with several pictures each. Items i of sets of the same length are in
+    the same group, so pictures of one prompt stay together. Without 2 items in each group there is no
+    interval: low and high are None.
     """
     value, groups = distance(a, b), [split_groups(len(x)) for x in (a, b)]
     if min(len(a), len(b)) < 2 * GROUPS:
@@ -92,7 +94,6 @@ class KernelDistance:
     """
 
     def __init__(self, reference, paired=False):
-        """Take features [N, D], N at least 2."""
         self.reference, self.paired = reference.double(), paired
         self.own = kernel_sums(self.reference, self.reference, skip_same=True)
 
@@ -100,15 +101,11 @@ class KernelDistance:
         """Return {value, low, high} of features [M, D], as `jackknife` does; M is N where they are paired."""
         a, b = features.double(), self.reference
         if min(len(a), len(b)) < 2 or (self.paired and len(a) != len(b)):
-            raise ValueError(
-                "KID: give 2 or more features of each set, as many of both where they are paired"
-            )
+            raise ValueError("KID: give 2 or more features of each set, as many of both where they are paired")
         parts = (kernel_sums(a, a, True), self.own, kernel_sums(a, b, self.paired))
 
         def estimate(kept):
-            sums, counts = (
-                torch.stack([part[which][kept][:, kept].sum() for part in parts]) for which in (0, 1)
-            )
+            sums, counts = (torch.stack([part[which][kept][:, kept].sum() for part in parts]) for which in (0, 1))
             return float((sums / counts) @ torch.tensor([1.0, 1.0, -2.0], dtype=torch.float64))
 
         every = torch.arange(GROUPS)
@@ -121,13 +118,30 @@ def bootstrap_mean(values, resamples=1000, seed=0):
     values = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
     means = torch.stack(
-        [
-            values[torch.randint(len(values), (len(values),), generator=generator)].mean()
-            for _ in range(resamples)
-        ]
+        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
     )
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": values.mean().item(), "low": low, "high": high}
+
+
+def pairwise_distances(features, prompts):
+    """Return [P], by prompt, the mean distance of two pictures of it; nan for a prompt with one picture.
+
+    features [N, D]: picture i has prompt i modulo `prompts`.
+    """
+    found = [torch.pdist(features[prompt::prompts].double()) for prompt in range(prompts)]
+    return torch.stack([distances.mean() for distances in found])  # the mean of none is nan
+
+
+def spread(mine, teachers):
+    """Return {value, low, high} of the pairwise distances [P] as a share of the teacher's, by jackknife.
+
+    None where no prompt has two pictures. Below 1 the pictures of a prompt are more alike than the teacher's.
+    """
+    known = ~(mine.isnan() | teachers.isnan())
+    if not known.any():
+        return None
+    return jackknife(lambda a, b: float(a.mean() / b.mean()), mine[known], teachers[known])
 
 
 def bias_curve(a, b):

@@ -1,0 +1,160 @@
+"""--init_lora: the UNet starts with the output that diffusers gives it with the same LoRA file."""
+
+import json
+
+import pytest
+import torch
+from conftest import flags, launch, one_family
+from diffusers import DiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+
+def with_lora(script, teacher, rank, alpha, random=False, **changes):
+    """Return the teacher's UNet with an adapter, as training makes it; random: as training leaves it."""
+    unet = DiffusionPipeline.from_pretrained(teacher).unet
+    args = script.parse_args(flags(teacher, "x", "x", lora_rank=rank, lora_alpha=alpha, **changes))
+    for number, parameter in enumerate(script.add_lora(unet, args)):
+        if random:
+            generator = torch.Generator().manual_seed(number)
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return unet
+
+
+def output(unet, grad=False):
+    generator = torch.Generator().manual_seed(0)
+    z_t = torch.randn(1, 4, 16, 16, generator=generator)
+    text = torch.randn(1, 5, unet.config.cross_attention_dim, generator=generator)
+    added = {"text_embeds": torch.ones(1, 12), "time_ids": torch.full((1, 6), 8.0)}
+    with torch.set_grad_enabled(grad):
+        return unet.eval()(z_t, 499, text, added_cond_kwargs=added).sample
+
+
+def write(script, unet, keys, folder, alpha):
+    """Write a UNet's LoRA with these keys, in float32; return the file."""
+    state = {name: value.detach() for name, value in get_peft_model_state_dict(unet).items()}
+    config = unet.peft_config["default"].to_dict()
+    config |= {"target_modules": sorted(config["target_modules"])}
+    path, header = folder / script.WEIGHTS_NAME, None
+    if keys == "kohya":
+        halves = script.kohya_weights(state, alpha, unet.config.layers_per_block)
+        names = {name: name.rpartition(".lora_")[0] for name in state}
+        state = {
+            key: next(v for n, v in state.items() if v.shape == half.shape and torch.equal(v.half(), half))
+            if half.ndim else half
+            for key, half in halves.items()
+        }  # fmt: skip
+        assert len(names) < len(state)
+    elif keys == "diffusers":
+        header = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
+        state = {f"unet.{name}": value for name, value in state.items()}
+    else:
+        path = folder / "unet" / "adapter_model.safetensors"
+        unet.peft_config["default"].save_pretrained(path.parent)
+        state = {f"base_model.model.{name}": value for name, value in state.items()}
+    save_file(state, path, metadata=header)
+    return path
+
+
+@pytest.mark.parametrize("keys", ["kohya", "diffusers", "peft"])
+def test_the_start_is_what_diffusers_makes_of_the_file(script, teacher, keys, tmp_path):
+    trained = with_lora(script, teacher, 4, 7, random=True)
+    path = write(script, trained, keys, tmp_path, 7)
+    expected = output(trained)
+    if keys != "peft":  # pipelines read no folder of PEFT's
+        pipe = DiffusionPipeline.from_pretrained(teacher)
+        pipe.load_lora_weights(str(path))
+        torch.testing.assert_close(output(pipe.unet), expected, rtol=1e-4, atol=1e-4)
+    for rank in (4, 7):
+        unet = with_lora(script, teacher, rank, 3)
+        assert (output(unet) - expected).abs().max() > 0.05
+        script.load_init_lora(unet, path if rank == 4 else tmp_path)
+        torch.testing.assert_close(output(unet), expected, rtol=1e-4, atol=1e-4)
+        assert all(p.dtype == torch.float32 for p in unet.parameters() if p.requires_grad)
+    output(unet, grad=True).square().mean().backward()
+    up = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.lora_B["default"].weight
+    assert up.grad[:, 4:].abs().min() > 0  # the added ranks are trained
+
+
+@pytest.mark.parametrize("keys", ["kohya", "diffusers"])
+def test_a_larger_rank_is_cut_by_svd(script, teacher, keys, tmp_path):
+    trained = with_lora(script, teacher, 8, 5, random=True)
+    for name, parameter in trained.named_parameters():
+        if "lora_B" in name:
+            parameter.data[:, 3:] = 0  # of rank 3 in truth, so that a rank of 3 loses nothing
+    write(script, trained, keys, tmp_path, 5)
+    unet = with_lora(script, teacher, 3, 4)
+    script.load_init_lora(unet, tmp_path)
+    torch.testing.assert_close(output(unet), output(trained), rtol=2e-3, atol=2e-3)
+
+
+def test_the_alpha_of_each_layer_counts(script, teacher, tmp_path):
+    trained = with_lora(script, teacher, 4, 8, random=True)
+    path = write(script, trained, "kohya", tmp_path, 8)
+    state = load_file(path)
+    for name in [name for name in state if name.endswith(".alpha")][::2]:
+        up = name.replace("alpha", "lora_up.weight")
+        state |= {name: torch.tensor(2.0), up: state[up] * 4}
+    save_file(state, path)
+    unet = with_lora(script, teacher, 4, 4)
+    script.load_init_lora(unet, path)
+    torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("keys", ["diffusers", "peft"])
+def test_rank_patterns_alpha_patterns_and_rslora_count(script, teacher, keys, tmp_path):
+    trained = DiffusionPipeline.from_pretrained(teacher).unet
+    config = LoraConfig(
+        r=4, lora_alpha=8, use_rslora=True, target_modules=["to_q", "to_k", "conv1"], init_lora_weights=False,
+        rank_pattern={"to_q": 6}, alpha_pattern={"to_q": 3, "up_blocks.0.resnets.0.conv1": 1},
+    )  # fmt: skip
+    trained.add_adapter(config)
+    path = write(script, trained, keys, tmp_path, None)
+    unet = with_lora(script, teacher, 6, 4)
+    assert (output(unet) - output(trained)).abs().max() > 0.01
+    script.load_init_lora(unet, path)
+    torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
+
+
+def test_what_does_not_fit_is_named(script, teacher, tmp_path):
+    path = write(script, with_lora(script, teacher, 4, 8, random=True), "kohya", tmp_path, 8)
+    good = load_file(path)
+    attention = with_lora(script, teacher, 4, 4, lora_target_modules="to_q")
+    with pytest.raises(script.UnusableInput, match="layers do not fit, such as .*--lora_target_modules"):
+        script.load_init_lora(attention, path)
+    unet = with_lora(script, teacher, 4, 4)
+    key = next(name for name in good if "attn2_to_k.lora_down" in name)
+    for content, named in (
+        (good | {key: torch.zeros(4, 99)}, r": 1 of \d+ layers do not fit, such as .*attn2.to_k \(99 x "),
+        (good | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(1)}, "lora_te"),
+        (good | {key.replace("lora_down.weight", "dora_scale"): torch.zeros(1)}, "LoRA of a UNet"),
+        (good | {key.replace("lora_down", "lora_up"): torch.zeros(3)}, "LoRA of a UNet"),
+        (good | {key: torch.tensor(1.0)}, "LoRA of a UNet"),
+        ({name: value for name, value in good.items() if "up.weight" not in name}, "LoRA of a UNet"),
+        ({"conv_in.weight": torch.zeros(1)}, "conv_in.weight"),
+        (good | {key: torch.full_like(good[key], float("nan"))}, "not finite"),
+        ({}, "LoRA of a UNet"),
+        (b"", script.WEIGHTS_NAME),
+        (None, script.WEIGHTS_NAME),
+    ):
+        path.unlink(missing_ok=True)
+        if content is not None:
+            path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
+        with pytest.raises(script.UnusableInput, match=named) as error:
+            script.load_init_lora(unet, path)
+        assert "\n" not in str(error.value)
+
+
+@one_family
+def test_a_run_starts_from_the_lora(script, teacher, shards, tmp_path):
+    trained = with_lora(script, teacher, 4, 8, random=True)
+    path = write(script, trained, "kohya", tmp_path, 8)
+    line = flags(teacher, shards, tmp_path / "run", max_train_steps=1, learning_rate=1e-12, init_lora=path)
+    done = launch(line)
+    assert done.returncode == 0, done.stderr
+    started = load_file(tmp_path / "run" / script.WEIGHTS_NAME)
+    for name, value in load_file(path).items():
+        torch.testing.assert_close(started[name], value.half(), rtol=1e-3, atol=1e-4)
+    done = launch(flags(teacher, shards, tmp_path / "other", init_lora=tmp_path / "none"))
+    assert done.returncode == 2 and "none" in done.stderr.splitlines()[-1]
