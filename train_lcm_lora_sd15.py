@@ -26,6 +26,7 @@ Sources: LCM = Latent Consistency Models, arXiv:2310.04378; LCM-LoRA, arXiv:2311
 import argparse
 import copy
 import difflib
+import errno
 import glob
 import io
 import json
@@ -52,7 +53,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import chain, islice, product
+from itertools import accumulate, chain, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -470,13 +471,23 @@ def public_flags(args):
     return flags
 
 
+def end_with_parent(number):
+    """Have the kernel (Linux) send this process a signal once its parent is gone."""
+    if sys.platform == "linux":
+        import ctypes
+
+        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
+
+
 # <<< shared: arguments
 
 if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
-    PARENT = os.getppid()
+    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
+        # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
+        end_with_parent(signal.SIGTERM)
     print("loading libraries", file=sys.stderr, flush=True)
 
 # >>> shared: imports
@@ -515,7 +526,7 @@ from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
-from PIL import Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
+from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load as load_tensors
 from safetensors.torch import load_file
@@ -699,7 +710,7 @@ def list_shards(values):
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
-        scheme = value.partition("://")[0] if re.match(r"\w+://", value) else "http"
+        scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
             raise UnusableInput(
@@ -710,12 +721,18 @@ def list_shards(values):
         elif Path(value).is_dir():
             found = list_folder(Path(value))
         else:
-            found = sorted(glob.glob(value, recursive=True)) or expand_braces(flag, value)
+            found = sorted(glob.glob(value, recursive=True))
+            found = [no_command(name) for name in found] or expand_braces(flag, value)
         shards += found
     for shard in shards:
         if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
+
+
+def no_command(name):
+    """Return the name of a file that is there as one that cannot be taken for a command or an address."""
+    return os.path.join(".", name) if is_remote(name) else name
 
 
 def expand_braces(flag, value):
@@ -731,19 +748,21 @@ def list_folder(folder):
     Raises:
         UnusableInput: the folder holds neither.
     """
-    tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
+    tars = sorted(no_command(str(path)) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
-    samples, keys = {}, []
+    samples, keys = {}, {}
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
         samples.setdefault(key, []).append(name)
-        keys += [key] * (suffix in IMAGE_SUFFIXES and key not in keys[-1:])
+        if suffix in IMAGE_SUFFIXES:
+            keys[key] = True  # in order
     if not keys:
         raise UnusableInput(
             f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
         )
+    keys = list(keys)
     parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
     return [
         PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*(samples[key] for key in part))))
@@ -799,7 +818,8 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
     skipped[f"shard {name} broke off ({cause})"] += 1
-    skipped.dead_shards = 0 if done or not is_remote(shard) else skipped.dead_shards + 1  # a network, not one file
+    is_dead = is_remote(shard) and not done  # the network, not one file
+    skipped.dead_shards = getattr(skipped, "dead_shards", 0) + 1 if is_dead else 0
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
         raise UnusableInput(
             f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
@@ -857,11 +877,15 @@ def open_shard(shard):
         with open(shard, "rb") as stream:
             yield stream
         return
-    command = shard.removeprefix("pipe:")
-    if not shard.startswith("pipe:"):  # curl gives up a server that stalls
+    if shard.startswith("pipe:"):
+        command = shard.removeprefix("pipe:")
+    else:  # curl gives up a server that stalls
         limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
         command = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
-    options = {"process_group": 0} if os.name == "posix" else {}  # so that all of the command can be killed
+    options = {}
+    if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
+        options["process_group"] = 0
+        command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
     with tempfile.TemporaryFile() as words:
         process = subprocess.Popen(
             command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, **options
@@ -883,17 +907,23 @@ def open_shard(shard):
                 raise failure
         finally:
             process.stdout.close()
-            if process.poll() is None:
+            with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-                process.wait()
+            process.wait()
 
 
 def last_words(text, shard):
-    """Return the end of a command's error output as one line, without words that `masked` hides in the command."""
-    words = re.compile(r"[^\s'\"=:&?]+")
-    hidden, text = set(words.findall(shard)) - set(words.findall(masked(shard))), masked(" ".join(text.split()))
-    for word in sorted(hidden, key=len, reverse=True):
-        text = text.replace(word, "***") if len(word) > 3 else text
+    """Return the end of a command's error output as one line, without what may be secret words of the command."""
+    pattern = r"([=:@]|(?:^|\s)-\S+\s+)?['\"]?([^\s'\"=:&?@]+)"
+    shown = {word for _, word in re.findall(pattern, masked(shard))}
+    words = {
+        word
+        for lead, word in re.findall(pattern, shard)
+        if len(word) > 3 and (lead or not re.fullmatch("[a-z]+", word))
+    }
+    text = masked(" ".join(text.split()))
+    for word in sorted(words - shown, key=len, reverse=True):
+        text = text.replace(word, "***")
     return text[-200:]
 
 
@@ -922,7 +952,8 @@ def group_members(members, lost):
         sample = waiting.pop(key)
         given[key] = frozenset(sample)
         # K.mask.png beside K.png belongs to K and is no sample of its own.
-        is_extra = key.rpartition(".")[0] in given and len(sample) == 2
+        parents = accumulate(key.split(".")[:-1], "{}.{}".format)
+        is_extra = len(sample) == 2 and any(parent in given or parent in waiting for parent in parents)
         return [] if is_extra else [sample]
 
     for name, data in members:
@@ -1048,13 +1079,13 @@ def open_picture(data, max_pixels, draft_px=None):
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        original = picture.size
+        # Pictures stored on their side; Pillow gives the size of a TIFF upright already.
+        is_turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        original = picture.size[::-1] if is_turned else picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
-        stored = picture.size
         ImageOps.exif_transpose(picture, in_place=True)
-        # Not by the orientation: the size of a TIFF is the upright one before and after.
-        return to_rgb(picture), original if picture.size == stored else original[::-1]
+        return to_rgb(picture), original
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -1362,14 +1393,6 @@ def start_worker(_worker):
     end_with_parent(signal.SIGKILL)
 
 
-def end_with_parent(number):
-    """Have the kernel (Linux) send this process a signal once its parent is gone."""
-    if sys.platform == "linux":
-        import ctypes
-
-        ctypes.CDLL(None).prctl(1, int(number))  # PR_SET_PDEATHSIG
-
-
 # <<< shared: data
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1468,12 +1491,13 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
 def loading_error(args, error):
     """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
-    path, reason = Path(args.pretrained_teacher_model), " ".join(str(error).split())
+    causes = [str(each) for each in (error, error.__cause__ or error.__context__) if each]
+    path, reason = Path(args.pretrained_teacher_model), " ".join(" ".join(causes).split())
     name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
-    if path.suffix != ".safetensors" and re.search("Weights only load failed|Unpickl|weights_only", reason):
+    if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
         return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
     halves = sorted(path.glob("unet/*.fp16.*")) if path.is_dir() else []
     if halves and not args.variant:
@@ -1817,7 +1841,8 @@ class RunState:
     stop_signal: str | None = None  # the first signal that asked the run to stop
     is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
-    is_waiting: bool = False  # for data, as the only process
+    waits_at: int | None = None  # the update whose data it waits for
+    is_alone: bool = True  # the only process; several have to agree before they save
     is_saved: bool = False  # all updates are in a checkpoint
     lock: object = None  # on the output folder, for as long as the process lives
 
@@ -2034,9 +2059,11 @@ def next_batch(job, batches, positions):
         StopWaiting: a signal came while the only process waited.
     """
     state = job.state
-    state.is_waiting = job.accelerator.num_processes == 1  # several have to agree first
+    state.waits_at = state.global_step
+    if state.stop_signal and state.is_alone:  # it came between two waits
+        raise StopWaiting
     batch = next(batches)
-    state.is_waiting = False
+    state.waits_at = None
     if "error" in batch:
         raise OutOfData(batch["error"])
     consumer, epoch, number = batch["position"]
@@ -2715,9 +2742,10 @@ def push(args, folder):
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
             time.sleep(2)
-    include = " ".join(shlex.quote(pattern) for pattern in files)
+    include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in files)
     tqdm.write(
-        f"not uploaded; publish the files later with: hf upload {name} {folder} --include {include}", file=sys.stderr
+        f"not uploaded; publish the files later with: hf upload {name} {shlex.quote(str(folder))} {include}",
+        file=sys.stderr,
     )
 
 
@@ -2765,6 +2793,10 @@ def start(args):
         )
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    if args.report_to not in ("none", "all") and not accelerator.log_with:
+        raise UnusableInput(
+            f"--report_to {args.report_to}: its package is not installed; install it or choose another"
+        )
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
@@ -2961,17 +2993,33 @@ def listen(state):
     run at once. Before and after, nothing would be lost, and a signal ends the run at once.
     """
 
+    def leave(name, number):
+        saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
+        print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
+        kill_children()
+        os._exit(3 if state.is_saved else 128 + number)
+
+    def watch(name, number, update):
+        """End the run where it waits 10 s for an update's data: the other processes cannot be asked meanwhile."""
+
+        def look(*_):
+            if state.waits_at is not None and state.waits_at == update:
+                leave(name, number)
+            watch(name, number, state.waits_at)
+
+        signal.signal(signal.SIGALRM, look)
+        signal.alarm(10)
+
     def note(number, _frame):
         name = signal.Signals(number).name
         if not state.is_training or name == "SIGINT" and state.is_interrupted:
-            saved = f"; checkpoint-{state.global_step} is saved, the same command goes on from it"
-            print(f"\nstopped by {name}{saved if state.is_saved else ''}", file=sys.stderr, flush=True)
-            kill_children()
-            os._exit(3 if state.is_saved else 128 + number)
+            leave(name, number)
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
-        if state.is_waiting:
-            state.is_waiting = False
+        if state.waits_at is not None and state.is_alone:
+            state.waits_at = None
             raise StopWaiting
+        if not state.is_alone and hasattr(signal, "alarm"):
+            watch(name, number, None)
 
     return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
 
@@ -3000,8 +3048,8 @@ def stop_if_asked(job, save):
 def train(job, loader, save):
     """Update the LoRA until the last update, logging, saving and drawing on the way."""
     args, accelerator, state = job.args, job.accelerator, job.state
-    batches, is_alone, log = iter(loader), accelerator.num_processes == 1, Log(job)
-    state.is_training = True
+    batches, log = iter(loader), Log(job)
+    state.is_training, state.is_alone = True, accelerator.num_processes == 1
     while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
         with suppress(StopWaiting):
@@ -3009,7 +3057,7 @@ def train(job, loader, save):
             log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
         last = state.global_step == job.max_train_steps
         is_due = last or state.global_step % args.checkpointing_steps == 0
-        if is_due or state.global_step % args.logging_steps == 0 or is_alone and state.stop_signal:
+        if is_due or state.global_step % args.logging_steps == 0 or state.is_alone and state.stop_signal:
             log.flush()  # also the check that the loss is finite, before anything is saved
             if not last:
                 stop_if_asked(job, save)
@@ -3199,9 +3247,15 @@ def run(args):
         is_agreed = False
         missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
         printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
-    except BaseException:
+    except BaseException as error:
         is_agreed = False
-        tqdm.write(traceback.format_exc(), file=sys.stderr)
+        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+            code = 2
+            printed = (
+                f"error: --output_dir {args.output_dir}: {error.strerror}; make room, then give the command again"
+            )
+        else:
+            tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
         tqdm.write(printed, file=sys.stderr)  # clears a progress bar
     kill_children()
@@ -3216,11 +3270,6 @@ def run(args):
 # <<< shared: run
 
 if __name__ == "__main__":
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
-        # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
-        end_with_parent(signal.SIGTERM)
-        if os.getppid() != PARENT:  # gone while the libraries loaded
-            sys.exit(1)
     EXIT_CODE = run(ARGS)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -33,11 +33,19 @@ if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
     --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
-say "3/4 pictures: $out/grid.png"
+say "3/4 pictures: $out/grid.png, $out/strip/strip.png"
 if [ ! -e "$out/grid.png" ]; then
   python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out" --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house"
+fi
+if [ ! -e "$out/strip/strip.png" ]; then
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out/strip" --strip \
+    --samplers ddim lcm-lora --base_steps 50 4 --steps 4 --prompts \
+    "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
+    "forest at noon with snow and a house" "desert at dawn with a clear sky and a tent" \
+    "hills at noon with clouds and a windmill" "sea at dawn with clouds and a lighthouse" \
+    "desert at sunset with a clear sky and birds"
 fi
 
 say "4/4 table: $out/evaluation/table.md, report.html"

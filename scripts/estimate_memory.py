@@ -2,61 +2,71 @@
 # SPDX-License-Identifier: Apache-2.0
 """Estimate the GPU memory of a training run, on any machine: will it fit on this card?
 
-    python scripts/estimate_memory.py --model sdxl --train_batch_size 1 --mixed_precision bf16 \\
-        --gradient_checkpointing --use_8bit_adam --cached
+    python scripts/estimate_memory.py --model sdxl @scripts/launch/recipes/sdxl-12gb.txt
+    python scripts/estimate_memory.py --model sd15 --train_batch_size 16 --mixed_precision fp16 --cached
 
-The training script's own step runs on PyTorch's meta device, whose tensors have shapes and no values, and
-what is alive at each moment is added up. Flags that are not listed here are the training script's.
+The training script's own step runs on PyTorch's meta device, whose tensors have shapes and no values, and the
+bytes of all tensors that are alive at a moment are added up. Flags that are not listed here are the training
+script's.
 
-Not counted: CUDA's context (about half a GiB), workspaces of cuDNN and cuBLAS, fragmentation, and with
-several GPUs DDP's buckets (4 bytes a parameter of the LoRA). Attention counts as flash attention; --compile
-and xformers are left out. Exit codes: 0 done; 2 wrong usage; 1 anything else.
+Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's buffers.
+Attention counts as flash attention; --compile and xformers are left out. The last line is the peak in GiB.
+Exit codes: 0 done; 2 wrong usage; 1 anything else.
 """
 
 import argparse
-import logging
 import os
 import sys
 import weakref
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
-HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE / "benchmark")]
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for package in ("xformers", "bitsandbytes"):
-    logging.getLogger(package).setLevel(logging.ERROR)  # on import they warn of CUDA code not needed here
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+from lib.benchmark.sweep import REAL_MODELS
+
+GIB = 2**30
+ADAMW_BYTES, ADAMW_8BIT_BYTES = 8, 2 + 8 / 256  # two moments; in 8 bits with a float32 scale for 256 values
+NF4_BYTES = 0.5 + 4 / 64  # a weight in 4 bits, with a float32 scale for 64 weights
+
+
+def parse_args(argv=None):
+    """Return (this tool's flags, words for the training script); wrong ones exit with 2."""
+    cli = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    cli.add_argument("--model", choices=REAL_MODELS, required=True)
+    cli.add_argument("--cached", action="store_true", help="train from cached latents and text")
+    return cli.parse_known_args(argv)
+
+
+if __name__ == "__main__":
+    OWN, WORDS = parse_args()  # before the imports below, which take seconds
+
+import copy
 
 import torch
-from diffusers.utils import logging as diffusers_logging
-from real_models import REAL_MODELS, build_teacher
+from lib.benchmark.real_models import build_teacher, trainer_of
+from lib.trainers import DTYPES, exit_code
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
-import train_lcm_lora_sd15
-import train_lcm_lora_sdxl
-
-GIB = 2**30
 META = torch.device("meta")
-DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-ADAMW_BYTES, ADAMW_8BIT_BYTES = 8, 2 + 8 / 256  # two moments; in 8 bits with a float32 scale for 256 values
-PARTS = {"encode_moments": "VAE", "encode_prompts": "text", "teacher_step": "teacher", "consistency": None}
 
 
 class LiveMemory(TorchDispatchMode):
-    """Adds up the meta storages that are alive; `peaks` has the most bytes in each part of a step."""
+    """Adds up the meta storages that are alive; `peaks` holds the most bytes in each part of a step."""
 
     def __init__(self, fixed):
         """Start with nothing alive; storages of the tensors `fixed` never count."""
         super().__init__()
-        self.live, self.part, self.peaks = 0, "other", {}
+        self.live, self.part, self.peaks = 0, "student", {}
         self.known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in fixed})
 
     def __torch_dispatch__(self, function, _types, args=(), kwargs=None):
-        """Run an operation and count the storages that it makes."""
         output = function(*args, **(kwargs or {}))
         for tensor in tree_leaves(output):
             if isinstance(tensor, torch.Tensor) and tensor.is_meta:
@@ -72,7 +82,6 @@ class LiveMemory(TorchDispatchMode):
         self.peaks[self.part] = max(self.peaks.get(self.part, 0), self.live)
 
     def free(self, num_bytes):
-        """Count a storage no more."""
         self.live -= num_bytes
 
     @contextmanager
@@ -82,15 +91,15 @@ class LiveMemory(TorchDispatchMode):
         yield
         self.part = outer
 
-    def wrap(self, owner, function, part):
-        """Let every call of `owner.function` be a part."""
-        plain = getattr(owner, function)
+    def parted(self, owner, name, part):
+        """Return a patch with which every call of `owner.name` is a part."""
+        plain = getattr(owner, name)
 
         def counted(*args, **kwargs):
-            with self.within(part or ("student forward" if torch.is_grad_enabled() else "target")):
+            with self.within(part):
                 return plain(*args, **kwargs)
 
-        setattr(owner, function, counted)
+        return patch.object(owner, name, counted)
 
 
 def flash_attention(query, key, value, *_, **__):
@@ -98,49 +107,52 @@ def flash_attention(query, key, value, *_, **__):
     return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
 
 
-def parse_args(argv=None):
-    """Return (this tool's flags, the training script, its flags); wrong ones exit with 2."""
-    cli = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
-    cli.add_argument("--model", choices=REAL_MODELS, required=True)
-    cli.add_argument("--cached", action="store_true", help="train from cached latents and text")
-    own, words = cli.parse_known_args(argv)
-    trainer = train_lcm_lora_sd15 if own.model == "sd15" else train_lcm_lora_sdxl
+def trainer_flags(own, words, trainer):
+    """Return the training script's flags, without what is not counted."""
     args = trainer.parse_args([
-        *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url", "pipe:",
-        "--max_train_steps", "1", "--output_dir", os.devnull + "/none",
+        *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url",
+        "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none",
     ])  # fmt: skip
     args.compile = args.enable_xformers_memory_efficient_attention = False
-    return own, trainer, args
+    return args
 
 
-def make_job(own, trainer, args):
-    """Return (what `batch_loss` asks of a job, the LoRA's parameters, bytes of the UNet as it is loaded).
+def meta_job(own, trainer, args):
+    """Return (what `batch_loss` needs of a job, the LoRA's parameters, bytes that 4-bit packing saves).
 
-    All of it is on the meta device.
+    All of it is on the meta device, where nothing can be packed: 4-bit layers stay as they are.
     """
+    packed = args.use_4bit_base
+    args.use_4bit_base = False
     dtype = DTYPES[args.mixed_precision or "no"]
     pipe = build_teacher(own.model, args, dtype, META)
     uncond_embeds = trainer.encode_prompts(pipe, [""], META)
     if own.cached:
         pipe.text_encoder = pipe.text_encoder_2 = None  # the VAE is loaded at the first validation
-    teacher = trainer.twin(pipe.unet)
-    loaded = size_of(pipe.unet.parameters())
-    if args.use_4bit_base:
-        trainer.quantize(pipe.unet, teacher)
+    saved = saved_by_packing(trainer, pipe.unet) if packed else 0
+    teacher_unet = trainer.make_twin(pipe.unet)
     with META:
         parameters = trainer.add_lora(pipe.unet, args)
-    for unet in (pipe.unet, teacher):
-        trainer.make_fast(unet, args)
-    flags = args.num_ddim_timesteps, args.timestep_scaling_factor
+    for unet in (pipe.unet, teacher_unet):
+        trainer.prepare_unet(unet, args)
     job = SimpleNamespace(
-        args=args, pipe=pipe, teacher=teacher, student=pipe.unet, dtype=dtype, scaling_factor=1.0,
-        schedule=trainer.make_schedule(pipe.scheduler.config, *flags, META, args.loss_space),
-        accelerator=SimpleNamespace(device=META, process_index=0), state=trainer.RunState(),
+        args=args, pipe=pipe, teacher_unet=teacher_unet, student_unet=pipe.unet, student=pipe.unet, dtype=dtype,
+        scaling_factor=1.0, schedule=trainer.make_schedule(pipe.scheduler.config, args, META),
+        accelerator=SimpleNamespace(device=META, process_index=0), state=SimpleNamespace(global_step=0),
         uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()},
     )  # fmt: skip
-    return job, parameters, loaded
+    return job, parameters, saved
+
+
+def saved_by_packing(trainer, unet):
+    """Return how many bytes fewer a UNet takes once `quantize_4bit` has packed its layers."""
+    before = {name: module.weight for name, module in unet.named_modules() if hasattr(module, "weight")}
+    packed = copy.deepcopy(unet)
+    trainer.quantize_4bit(packed)
+    kinds = {name: type(module) for name, module in packed.named_modules()}
+    changed = [weight for name, weight in before.items() if kinds[name] is not type(unet.get_submodule(name))]
+    unpacked = max(weight.numel() * weight.element_size() for weight in changed)  # in use, one at a time
+    return sum(weight.numel() * (weight.element_size() - NF4_BYTES) for weight in changed) - unpacked
 
 
 def make_batch(own, args, job):
@@ -148,37 +160,37 @@ def make_batch(own, args, job):
     size, side = args.train_batch_size, args.resolution
     batch = {"caption": ["a"] * size, "time_ids": torch.empty(size, 6, device=META)}
     if not own.cached:
-        return batch | {"pixels": torch.empty(size, side, side, 3, dtype=torch.uint8, device=META)}
-    moments = torch.empty(size, 8, side // 8, side // 8, device=META)
+        tokenizers = [job.pipe.tokenizer, getattr(job.pipe, "tokenizer_2", None)]
+        ids = [torch.empty(size, each.model_max_length, dtype=torch.int64, device=META) for each in tokenizers if each]
+        return batch | {"ids": ids, "pixels": torch.empty(size, side, side, 3, dtype=torch.uint8, device=META)}
+    factor = job.pipe.vae_scale_factor
+    moments = torch.empty(size, 8, side // factor, side // factor, device=META)
     embeds = {name: value.repeat(size, *[1] * (value.ndim - 1)) for name, value in job.uncond_embeds.items()}
     return batch | embeds | {"moments": moments}
 
 
-def scales_of(module):
-    """Return the scales of weights kept in 4 bits, which are neither parameters nor buffers."""
-    return [each.packing.absmax for each in module.modules() if hasattr(each, "packing")]
-
-
-def size_of(tensors):
-    """Return the bytes that tensors take."""
+def bytes_of(tensors):
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def measure(own, trainer, args):
-    """Return ({what lies in memory throughout: bytes}, {part of the step: most bytes beside that})."""
-    functional.scaled_dot_product_attention = flash_attention
-    job, parameters, loaded = make_job(own, trainer, args)
-    modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", *trainer.TEXT_PARTS)}
+def count_memory(own, words):
+    """Return (flags, {what lies in memory throughout: bytes}, {part of the step: most bytes beside that})."""
+    trainer = trainer_of(own.model)
+    args = trainer_flags(own, words, trainer)
+    job, parameters, saved = meta_job(own, trainer, args)
+    modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
     tensors = {
-        name: [*module.parameters(), *module.buffers(), *scales_of(module)]
+        name: [*module.parameters(), *module.buffers()]
         for name, module in modules.items()
         if isinstance(module, torch.nn.Module)
     }
     memory = LiveMemory([tensor for each in tensors.values() for tensor in each])
-    for function, part in PARTS.items():
-        memory.wrap(trainer, function, part)
-    side = args.resolution // 8
-    with memory:
+    side = args.resolution // job.pipe.vae_scale_factor
+    with ExitStack() as stack:
+        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", flash_attention))
+        stack.enter_context(memory.parted(trainer, "encode", "VAE, text"))
+        stack.enter_context(memory.parted(trainer, "teacher_step", "teacher"))
+        stack.enter_context(memory)
         for micro_step in range(min(2, args.gradient_accumulation_steps)):  # the second with gradients alive
             loss = trainer.batch_loss(job, make_batch(own, args, job), micro_step)
             with memory.within("backward"):
@@ -186,35 +198,31 @@ def measure(own, trainer, args):
             del loss
         for parameter in parameters:
             parameter.grad = None
-        with torch.no_grad(), memory.within("validation"):
-            job.pipe.vae.decode(torch.empty(1, 4, side, side, dtype=job.dtype, device=META))
+        if args.validation_steps != -1:
+            with torch.no_grad(), memory.within("validation"):
+                job.pipe.vae.decode(torch.empty(1, 4, side, side, dtype=job.dtype, device=META))
+    fixed = {name: bytes_of(each) for name, each in tensors.items()}
+    fixed["unet"] -= bytes_of(parameters) + saved
+    fixed["LoRA"] = bytes_of(parameters)
     num_parameters = sum(parameter.numel() for parameter in parameters)
-    fixed = {name: size_of(each) for name, each in tensors.items()}
-    fixed["unet"] -= size_of(parameters)
-    fixed["LoRA"] = size_of(parameters)
     fixed["optimizer"] = num_parameters * (ADAMW_8BIT_BYTES if args.use_8bit_adam else ADAMW_BYTES)
-    if args.use_4bit_base:  # before the LoRA is there, and a cache's VAE
-        later = ("LoRA", "optimizer", "vae") if own.cached else ("LoRA", "optimizer")
-        memory.peaks["loading"] = max(0, loaded - fixed["unet"] - sum(fixed[name] for name in later))
-    return fixed, memory.peaks
+    return args, fixed, memory.peaks
 
 
-def main(own, trainer, args):
+def peak_gib_of(fixed, peaks):
+    """Return the peak of a run in GiB."""
+    return (sum(fixed.values()) + max(peaks.values())) / GIB
+
+
+def main(own):
     """Print what a run's memory goes to, and its peak."""
-    diffusers_logging.set_verbosity_error()
-    fixed, peaks = measure(own, trainer, args)
-    peaks = {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}
+    args, fixed, peaks = count_memory(own, WORDS)
     precision = args.mixed_precision or "no"
-    print(
-        f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB"
-    )
-    for name, num_bytes in (fixed | peaks | {"peak": sum(fixed.values()) + max(peaks.values())}).items():
+    print(f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB")
+    for name, num_bytes in (fixed | {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}).items():
         print(f"  {name:20}{num_bytes / GIB:8.2f}")
+    print(f"  {'peak':20}{peak_gib_of(fixed, peaks):8.2f}")
 
 
 if __name__ == "__main__":
-    try:
-        main(*parse_args())
-    except (train_lcm_lora_sd15.UnusableInput, train_lcm_lora_sdxl.UnusableInput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, OWN))

@@ -15,9 +15,7 @@ folder. The model draws in 2 to 8 steps at guidance 1 with the LCM sampler; the 
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
-import argparse
 import json
-import logging
 import os
 import re
 import sys
@@ -26,6 +24,9 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+from lib.cli import ToolParser, refuse
 
 # What names a family in a header, in a run's args.json or in a model's unet/config.json.
 FAMILY_MARKS = {
@@ -36,9 +37,7 @@ FAMILY_MARKS = {
 
 def parse_args(argv=None):
     """Return the checked flags; wrong ones end the process with exit code 2 and one line."""
-    raw = argparse.RawDescriptionHelpFormatter
-    cli = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
-    cli.error = lambda message: cli.exit(2, f"error: {message}\n")
+    cli = ToolParser(__doc__)
     add = cli.add_argument
     add("--input", required=True, type=Path, metavar="PATH", help="LoRA file, or folder that holds one")
     add("--output", required=True, type=Path, metavar="PATH", help="file, or new folder of a merged model")
@@ -55,30 +54,26 @@ def parse_args(argv=None):
     text = "what the model's UNet predicts (default: by its config, or the markers in a single file)"
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
     args = cli.parse_args(argv)
-    is_file = args.output.suffix == ".safetensors"
     of_model = args.teacher_config or args.variant or args.prediction_type
-    for is_wrong, message in (
+    problems = [
         (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
         (args.rank is not None and args.rank < 1, f"--rank {args.rank}: must be at least 1"),
         (args.merge_into and args.output.exists(), f"--output {args.output}: exists; name a new one"),
-        (args.format and not is_file, f"--output {args.output}: name a file that ends in .safetensors"),
+        (
+            args.format and args.output.suffix != ".safetensors",
+            f"--output {args.output}: name a file that ends in .safetensors",
+        ),
         (args.output.is_dir(), f"--output {args.output}: is a folder; name a file"),
         (args.bare_header and args.format != "kohya", "--bare_header: only with --format kohya"),
         (of_model and not args.merge_into, "--teacher_config, --variant, --prediction_type: only with --merge_into"),
-    ):
-        if is_wrong:
-            cli.error(message)
+    ]
+    refuse(cli, problems)
     return args
 
 
 if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds
-
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for package in ("xformers", "bitsandbytes"):
-    logging.getLogger(package).setLevel(logging.ERROR)  # on import they warn of CUDA code not needed here
 
 import torch
 from diffusers import LCMScheduler

@@ -60,6 +60,7 @@ def parse_args(argv=None):
     )
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder for pictures, grid.png and samples.json")
+    add("--strip", action="store_true", help="also write strip.png: a column a prompt, a row a sampler and step count")
     args = parser.parse_args(argv)
     fill_in(args)
     cli.refuse(parser, [*cli.model_problems(args), *cli.lora_problems(args.loras), *task_problems(args)])
@@ -248,6 +249,8 @@ def main(args):
         steps = sorted({count for row in rows for count in row.steps})
         labels = {row.name: row.label for row in rows}
         pipelines.make_grid(args.prompts, labels, steps, pictures).save(args.output_dir / "grid.png")
+        if args.strip:
+            pipelines.make_strip(labels, pictures).save(args.output_dir / "strip.png")
         text = json.dumps(records, indent=1, ensure_ascii=False)
         (args.output_dir / "samples.json").write_text(text, "utf-8")
     print(f"{len(records)} pictures, grid.png and samples.json in {args.output_dir}")

@@ -4,8 +4,14 @@ import importlib.util
 import io
 import json
 import os
+import re
+import signal
+import socket
 import subprocess
 import sys
+import tarfile
+import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +19,7 @@ import psutil
 import pytest
 import torch
 import webdataset as wds
+from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -29,6 +36,7 @@ SCRIPTS = ["train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py"]
 FAMILIES = ["sd15", "sdxl"]  # as the tests are named
 # For whole runs of what both families share and nothing of the model touches; all other tests run on both.
 one_family = pytest.mark.parametrize("script", SCRIPTS[:1], ids=FAMILIES[:1], indirect=True)
+DEADLINE_S = 600  # for a run that hangs; a busy machine can take minutes for one of seconds
 SIDE = 32  # px of the test pictures; latents are half of it
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 sys.path.insert(0, str(ROOT / "scripts" / "demo"))
@@ -168,6 +176,17 @@ def write_shard(path, samples):
     return path
 
 
+def write_tar(path, files, **options):
+    """Write (name, bytes) pairs as one tar, in their order, and return its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", **options) as tar:
+        for name, data in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(data)
+            tar.addfile(member, io.BytesIO(data))
+    return path
+
+
 def write_shards(folder, num_shards=2, samples_per_shard=12, side=SIDE):
     """Write numbered shards whose captions are the samples' numbers, and return their paths."""
     return [
@@ -213,11 +232,18 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
+def free_port():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
 def launch(arguments, script=SCRIPTS[0], processes=1, timeout=240, **kwargs):
     """Run a script as a user would and return the finished process, its output as text."""
     launcher = [sys.executable]
-    if processes > 1:
-        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes), "--master_port", "0"]
+    if processes > 1:  # not port 0: torch hands it to the workers as it is
+        launcher += ["-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
+        launcher += ["--master_addr", "127.0.0.1", "--master_port", str(free_port())]
     return subprocess.run(
         [*launcher, str(ROOT / script), *map(str, arguments)],
         capture_output=True, text=True, timeout=timeout, env=ENVIRONMENT | kwargs.pop("env", {}), **kwargs,
@@ -227,6 +253,97 @@ def launch(arguments, script=SCRIPTS[0], processes=1, timeout=240, **kwargs):
 def read_log(output_dir):
     """Return the lines of a run's log.jsonl."""
     return [json.loads(line) for line in (Path(output_dir) / "log.jsonl").read_text().splitlines()]
+
+
+class Run:
+    """A script's run in forked processes: as its own command, without the seconds that imports take."""
+
+    def __init__(self, script, arguments, said, processes=1, hook=None):
+        """Start it; `said` is the file for its output, `hook` is called with the script in each process."""
+        self.said = said
+        self.pids = []
+        port = free_port()
+        for rank in range(processes):
+            world = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": processes, "LOCAL_WORLD_SIZE": processes,
+                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+            environment = ENVIRONMENT | {name: str(value) for name, value in world.items() if processes > 1}
+            self.pids.append(os.fork())
+            if not self.pids[-1]:
+                self.become(script, [*map(str, arguments)], environment, hook)
+
+    def become(self, script, arguments, environment, hook):
+        """Run the script in this process and leave with its exit code."""
+        code = 1
+        try:
+            os.setsid()
+            os.environ.update(environment)
+            os.dup2(os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
+            os.dup2(2, 1)
+            sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._shared_state.clear()
+            if hook:
+                hook(script)
+            code = script.run(script.parse_args(arguments))
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stderr.flush()
+            os._exit(code)
+
+    def signal(self, number):
+        """Send a signal to the first process and everything it started, as a scheduler does."""
+        os.killpg(self.pids[0], number)
+
+    def wait(self):
+        """Return the exit code of each process, that of a signal negative."""
+        codes, ends = {}, time.monotonic() + DEADLINE_S
+        while len(codes) < len(self.pids):
+            for pid in set(self.pids) - codes.keys():
+                done, status = os.waitpid(pid, os.WNOHANG)
+                if done:
+                    codes[pid] = os.waitstatus_to_exitcode(status)
+                elif time.monotonic() > ends:
+                    os.killpg(pid, signal.SIGKILL)
+            time.sleep(0.01)
+        return [codes[pid] for pid in self.pids]
+
+    def lines(self):
+        """Return what it said, but for the progress bar, which has to be on lines of its own."""
+        lines = re.split(r"[\r\n]+", self.said.read_text())
+        return [line for line in lines if line and not line.startswith("distilling")]
+
+
+def finish(script, arguments, said, expected=0, **kwargs):
+    """Run a script to its end and return the lines that it said."""
+    run = Run(script, arguments, said, **kwargs)
+    codes = run.wait()
+    assert set(codes) == {expected}, (codes, run.said.read_text()[-3000:])
+    return run.lines()
+
+
+def at_call(name, when, act):
+    """Return a hook that acts at the n-th call of one of the script's functions, or where when(*args)."""
+
+    def hook(script):
+        function = getattr(script, name)
+        calls = []
+
+        def acting(*args, **kwargs):
+            calls.append(1)
+            if len(calls) == when if isinstance(when, int) else when(*args):
+                act()
+            return function(*args, **kwargs)
+
+        setattr(script, name, acting)
+
+    return hook
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
 
 
 def pytest_collection_modifyitems(items):

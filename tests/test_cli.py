@@ -1,5 +1,7 @@
 """The command line: what is accepted, what is refused, and that every flag acts."""
 
+import argparse
+import json
 import re
 import shlex
 import subprocess
@@ -10,9 +12,9 @@ from types import SimpleNamespace
 import bitsandbytes
 import pytest
 import torch
-from conftest import ENVIRONMENT, flags
+from bitsandbytes.optim import optimizer as bnb_optimizer
+from conftest import ENVIRONMENT, ROOT, SCRIPTS, flags, load_script
 
-POINTLESS = {"cast_teacher_unet"}  # accepted for diffusers' launch lines; its help says that it is not needed
 KNOWN_FLAGS = """
 pretrained_teacher_model pretrained_vae_model_name_or_path teacher_revision variant output_dir cache_dir
 seed logging_dir report_to checkpointing_steps checkpoints_total_limit resume_from_checkpoint
@@ -36,6 +38,14 @@ DIFFUSERS_README = """
 """
 ONLY_XL = "--pretrained_vae_model_name_or_path=madebyollin/sdxl-vae-fp16-fix --use_fix_crop_and_size"
 RECIPES = {"train_lcm_lora_sd15": (512, 5), "train_lcm_lora_sdxl": (1024, 3)}  # resolution, least w
+NOTHING = dict.fromkeys(("train_batch_size", "mixed_precision", "lora_rank", "lora_alpha"))
+both_families = pytest.mark.parametrize("name", SCRIPTS)
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The SD 1.5 script: but for defaults the command line is shared."""
+    return load_script(SCRIPTS[0])
 
 
 def parse(script, **changes):
@@ -47,30 +57,30 @@ def actions(script):
     return {action.dest: action for action in script.build_parser()._actions if action.dest != "help"}
 
 
-def test_every_flag_has_help_and_a_group(script):
+@both_families
+def test_every_flag_has_help_and_a_group_and_users_know_its_name(name):
+    script = load_script(name)
     groups = script.build_parser()._action_groups
     named = {action.dest for group in groups[2:] for action in group._group_actions}
-    assert named == set(actions(script)) and len(groups) == 9
+    assert named == set(actions(script)) >= set(KNOWN_FLAGS) | script.FREE_FLAGS
     for name, action in actions(script).items():
-        assert action.help, name
-        assert action.option_strings == [f"--{name}"]
+        assert action.help and f"--{name}" in action.option_strings, name
 
 
-def test_the_flags_that_users_know_are_there(script):
-    assert set(KNOWN_FLAGS) <= set(actions(script))
+@both_families
+def test_every_flag_is_read_or_is_said_to_have_no_effect(name):
+    script = load_script(name)
+    body = Path(script.__file__).read_text().partition("# <<< shared: arguments")[2]
+    unread = set(actions(script)) - set(re.findall(r"\bargs\.(\w+)", body))
+    assert unread <= set(script.FLAGS_WITHOUT_EFFECT) | {"use_fix_crop_and_size"}
+    assert ("use_fix_crop_and_size" in script.FLAGS_WITHOUT_EFFECT) == (name == SCRIPTS[0])
+    for flag in set(script.FLAGS_WITHOUT_EFFECT) - {"use_fix_crop_and_size"}:
+        assert "without effect" in actions(script)[flag].help
 
 
-def test_every_flag_is_read(script):
-    source = Path(script.__file__).read_text()
-    body = source.partition("# <<< shared: arguments")[2]
-    read = set(re.findall(r"\bargs\.(\w+)", body))
-    unread = set(actions(script)) - read
-    assert unread == POINTLESS
-    for name in unread:
-        assert "accepted and not needed" in actions(script)[name].help
-
-
-def test_the_launch_line_of_diffusers_readme_parses(script):
+@both_families
+def test_the_launch_line_of_diffusers_readme_parses(name):
+    script = load_script(name)
     script.parse_args(shlex.split(DIFFUSERS_README + ONLY_XL))
     args = script.parse_args(shlex.split(DIFFUSERS_README))
     assert args.train_shards_path_or_url[0].startswith("pipe:curl -L -s https://")
@@ -78,77 +88,106 @@ def test_the_launch_line_of_diffusers_readme_parses(script):
     assert args.use_8bit_adam and args.push_to_hub and args.report_to == "wandb"
 
 
-def test_defaults_are_the_released_recipe(script):
+@both_families
+def test_defaults_are_the_released_recipe(name):
+    script = load_script(name)
     args = parse(script, lora_rank=None, lora_alpha=None, learning_rate=None, train_batch_size=None)
     assert (args.lora_rank, args.lora_alpha, args.learning_rate) == (64, 64, 1e-4)
     assert (args.w_max, args.num_ddim_timesteps, args.loss_type, args.huber_c) == (15, 50, "huber", 0.001)
-    assert args.loss_space == "sample"
+    assert args.loss_space == "sample" and not args.hub_public_repo
     assert (args.timestep_scaling_factor, args.adam_weight_decay, args.proportion_empty_prompts) == (10, 0, 0)
     assert parse(script, lora_rank=8, lora_alpha=None).lora_alpha == 8
     args = parse(script, resolution=None)
     assert (args.resolution, args.w_min) == RECIPES[script.__name__]
 
 
+# Wrong values
+
 COUNTS = """
 lora_rank num_ddim_timesteps resolution train_batch_size gradient_accumulation_steps max_train_steps
 num_train_epochs max_train_samples checkpointing_steps checkpoints_total_limit logging_steps
 vae_encode_batch_size shuffle_buffer_samples max_image_pixels
 """.split()
-FROM_ZERO = "dataloader_num_workers lr_warmup_steps seed validation_steps min_image_side_px".split()
+FROM_ZERO = "dataloader_num_workers lr_warmup_steps seed min_image_side_px".split()
 POSITIVE = "lora_alpha learning_rate adam_epsilon max_grad_norm huber_c timestep_scaling_factor".split()
 SHARES = "lora_dropout adam_beta1 adam_beta2 proportion_empty_prompts max_watermark max_unsafe".split()
-WRONG = [
-    *((name, value) for name in COUNTS for value in (0, -1, 1.5, "nan")),
-    *((name, value) for name in FROM_ZERO for value in (-1, 0.5, "inf")),
-    *((name, value) for name in POSITIVE for value in (0, -0.1, "nan", "inf", "much")),
-    *((name, value) for name in SHARES for value in (-0.1, 1.1, "nan", "inf")),
-    *((name, 1) for name in ("lora_dropout", "adam_beta1", "adam_beta2")),
-    *((name, value) for name in ("w_min", "adam_weight_decay") for value in (-1, "nan", "inf")),
-    ("resolution", 60),
-    *(("w_max", value) for value in (2.9, "nan", "inf")),
-    *(("min_aesthetic", value) for value in ("nan", "-inf")),
-    *(
-        (name, "x")
-        for name in "loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type".split()
-    ),
-    ("lora_target_modules", " , "),
-    ("seed", 2**63),
-    ("pretrained_teacher_model", None),
-    ("pretrained_teacher_model", "/nowhere/teacher"),
-    ("pretrained_teacher_model", "./nowhere"),
-    ("pretrained_teacher_model", "nowhere.safetensors"),
-    ("pretrained_vae_model_name_or_path", "/nowhere/vae"),
-    ("teacher_config", "/nowhere/config"),
-    ("train_shards_path_or_url", None),
-    ("train_shards_path_or_url", "/nowhere/0.tar"),
-    ("train_shards_path_or_url", ["pipe:cat 0.tar", "/nowhere/1.tar"]),
-    ("resume_from_checkpoint", "/nowhere/checkpoint-2"),
-    ("output_dir", __file__),
-    ("max_train_steps", None),
-    ("unknown_flag", 1),
-    ("lora_ran", 4),
-]
+CHOICES = """
+loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type prediction_type
+""".split()
+WRONG = {
+    "counts": [(name, value) for name in COUNTS for value in (0, -1, 1.5, "nan")],
+    "from zero": [(name, value) for name in FROM_ZERO for value in (-1, 0.5, "inf")],
+    "positive": [(name, value) for name in POSITIVE for value in (0, -0.1, "nan", "inf", "much")],
+    "shares": [(name, value) for name in SHARES for value in (-0.1, 1.1, "nan", "inf")],
+    "below one": [(name, 1) for name in ("lora_dropout", "adam_beta1", "adam_beta2")],
+    "not negative": [(name, v) for name in ("w_min", "adam_weight_decay") for v in (-1, "nan", "inf")],
+    "choices": [(name, "x") for name in CHOICES],
+    "w_max": [("w_max", value) for value in (2.9, "nan", "inf")],
+    "aesthetic": [("min_aesthetic", value) for value in ("nan", "-inf")],
+    "others": [
+        ("resolution", 60), ("validation_steps", -2), ("validation_steps", 0.5), ("seed", 2**63),
+        ("lora_target_modules", " , "), ("num_ddim_timesteps", 7),
+    ],
+    "paths": [
+        ("pretrained_teacher_model", "/nowhere/teacher"), ("pretrained_teacher_model", "./nowhere"),
+        ("pretrained_teacher_model", "nowhere.safetensors"), ("teacher_config", "/nowhere/config"),
+        ("pretrained_vae_model_name_or_path", "/nowhere/vae"), ("output_dir", __file__),
+        ("resume_from_checkpoint", "/nowhere/checkpoint-2"), ("output_dir", f"{__file__}/below"),
+    ],
+    "missing": [(name, None) for name in "pretrained_teacher_model train_shards_path_or_url max_train_steps".split()],
+    "unknown": [("unknown_flag", 1), ("lora_ran", 4)],
+}  # fmt: skip
 
 
-@pytest.mark.parametrize(("name", "value"), WRONG)
-def test_wrong_flags_end_in_one_line_that_names_them(script, capsys, name, value):
-    required = {"pretrained_teacher_model": "owner/name", "train_shards_path_or_url": "pipe:cat 0.tar"}
-    values = required | {"max_train_steps": 1} | {name: value}
-    line = []
-    for flag, given in values.items():  # with "=", as argparse takes "-inf" alone for a flag
-        if given is not None:
-            line += [f"--{flag}", *given] if isinstance(given, list) else [f"--{flag}={given}"]
+def refusal(script, capsys, line):
+    """Return the one line that a wrong command line ends with."""
     with pytest.raises(SystemExit) as error:
         script.parse_args(line)
     printed = capsys.readouterr()
-    assert error.value.code == 2 and not printed.out
-    assert printed.err.count("\n") == 1 and f"--{name}" in printed.err
-    assert value is None or isinstance(value, (bool, list)) or f"{value}" in printed.err
+    assert error.value.code == 2 and not printed.out and printed.err.count("\n") == 1
+    assert printed.err.startswith("error: ")
+    return printed.err
 
 
-def test_every_numeric_flag_is_in_the_table_of_wrong_values(script):
-    numeric = {name for name, action in actions(script).items() if action.type in (int, float)}
-    assert numeric <= {name for name, _ in WRONG}
+@pytest.mark.parametrize("kind", WRONG)
+def test_wrong_flags_end_in_one_line_that_names_them(script, capsys, kind):
+    required = {"pretrained_teacher_model": "owner/name", "train_shards_path_or_url": "pipe:cat 0.tar"}
+    for name, value in WRONG[kind]:
+        given = required | {"max_train_steps": 1} | {name: value}
+        # with "=", because argparse takes "-inf" alone for a flag
+        line = [f"--{flag}={value}" for flag, value in given.items() if value is not None]
+        said = refusal(script, capsys, line)
+        assert f"--{name}" in said and (value is None or f"{value}" in said or kind == "unknown"), said
+
+
+def test_every_flag_with_a_rule_is_in_the_table_of_wrong_values(script):
+    ruled = {name for name, action in actions(script).items() if action.type or action.choices}
+    assert ruled <= {name for group in WRONG.values() for name, _ in group}
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("--network_dim", "--lora_rank"), ("--network_alpha=8", "--lora_alpha"), ("--rank", "--lora_rank"),
+        ("--validation_prompt", "--validation_prompts"), ("--lora_rnak", "--lora_rank"),
+        ("--max_train_epochs", "--num_train_epochs"), ("--instance_data_dir", "--train_data_dir"),
+        ("--pretrained_model_name_or_path", "--pretrained_teacher_model"),
+    ],
+)  # fmt: skip
+def test_a_foreign_or_mistyped_flag_is_answered_with_the_flag_that_is_meant(script, capsys, word, meant):
+    said = refusal(script, capsys, [*flags("owner/name", "pipe:cat 0.tar", "unused"), word, "4"])
+    assert f"did you mean {meant}?" in said and word.partition("=")[0] in said
+
+
+def test_every_answer_names_a_flag_that_exists(script):
+    known = {option for action in actions(script).values() for option in action.option_strings}
+    assert set(script.FOREIGN_FLAGS.values()) <= known and not set(script.FOREIGN_FLAGS) & set(actions(script))
+
+
+@pytest.mark.parametrize("flag", ["dataset_name", "dataset_config_name", "image_column", "caption_column"])
+def test_a_data_set_of_the_hub_is_answered_with_the_line_that_makes_shards(script, capsys, flag):
+    said = refusal(script, capsys, ["--pretrained_teacher_model", "owner/name", f"--{flag}", "owner/data"])
+    assert "scripts/make_shards.py --dataset_name" in said and "--train_shards_path_or_url" in said
 
 
 @pytest.mark.parametrize(
@@ -157,14 +196,100 @@ def test_every_numeric_flag_is_in_the_table_of_wrong_values(script):
         {"w_min": 7.5, "w_max": 7.5},
         {"lora_dropout": 0, "proportion_empty_prompts": 1, "max_watermark": 0, "min_aesthetic": -1},
         {"max_train_steps": None, "max_train_samples": 10},
-        {"train_shards_path_or_url": ["pipe:cat 0.tar", "https://host/{0..9}.tar", "s3://x/0.tar"]},
+        {"train_shards_path_or_url": ["pipe:cat 0.tar", "https://host/{0..9}.tar"]},
         {"resume_from_checkpoint": "none", "lr_warmup_steps": 0, "adam_weight_decay": 0, "seed": 2**63 - 1},
+        {"validation_steps": -1, "report_to": "all"},
     ],
 )
 def test_values_at_the_edge_are_accepted(script, changes):
     args = parse(script, **changes)
     for name, value in changes.items():
         assert getattr(args, name) == value
+
+
+def test_train_data_dir_is_train_shards_path_or_url(script):
+    args = script.parse_args(["--pretrained_teacher_model=o/n", "--train_data_dir", "a", "b", "--max_train_steps=1"])
+    assert args.train_shards_path_or_url == ["a", "b"]
+
+
+# Files of flags
+
+
+def test_flags_come_from_files_too(script, tmp_path):
+    """Several words a line, comments, quotes; what comes later wins."""
+    (tmp_path / "card.txt").write_text(
+        "# for a card of 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
+        "--validation_prompts \"sea at dawn\" 'a # in a prompt'\n"
+    )
+    line = flags("owner/name", "pipe:cat 0.tar", "unused", train_batch_size=None, mixed_precision=None)
+    args = script.parse_args([f"@{tmp_path / 'card.txt'}", *line, "--train_batch_size", "8"])
+    assert (args.mixed_precision, args.train_batch_size, args.gradient_checkpointing) == ("fp16", 8, True)
+    args = script.parse_args([*line, f"@{tmp_path / 'card.txt'}"])
+    assert args.validation_prompts == ["sea at dawn", "a # in a prompt"] and args.train_batch_size == 4
+
+
+def test_a_file_of_flags_that_cannot_be_read_is_named(script, tmp_path, capsys):
+    (tmp_path / "open.txt").write_text("--validation_prompts 'sea\n")
+    (tmp_path / "latin").write_bytes("--validation_prompts m\xe4r\n".encode("latin-1"))
+    for name in ("nowhere.txt", "open.txt", "latin"):
+        assert name in refusal(script, capsys, [f"@{tmp_path / name}"])
+
+
+RECIPE_FILES = sorted((ROOT / "scripts" / "launch" / "recipes").glob("*.txt"))
+
+
+def test_every_recipe_parses_with_its_script():
+    for path in RECIPE_FILES:
+        script = load_script(SCRIPTS["sdxl" in path.name])
+        line = flags("owner/name", "pipe:cat 0.tar", "unused", mixed_precision=None)
+        assert script.parse_args([f"@{path}", *line]).mixed_precision in ("fp16", "bf16"), path
+
+
+# Documented commands
+
+
+def documented_commands():
+    """Yield (file, words after the script, script) of each command in README's and docs' bash blocks."""
+    pages = [ROOT / "README.md", ROOT / "scripts" / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    for page in (page for page in pages if page.exists()):
+        for block in re.findall(r"^ *```(?:bash|sh)\n(.*?)^ *```", page.read_text(), re.MULTILINE | re.DOTALL):
+            for command in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(command, comments=True)
+                ends = [n for n, word in enumerate(words) if word in ("|", ">", "&&", ";")]
+                words = words[: ends[0] if ends else None]
+                places = [n for n, word in enumerate(words) if re.search(r"(^|/)[\w.]+\.py$", word)]
+                if places and (ROOT / words[places[0]]).parent in (ROOT, ROOT / "scripts"):
+                    yield page.name, words[places[0] + 1 :], words[places[0]]
+
+
+def test_every_documented_command_parses_with_its_own_parser(monkeypatch):
+    """The paths in it need not exist."""
+    monkeypatch.chdir(ROOT)
+    parse_known_args, parsed = argparse.ArgumentParser.parse_known_args, []
+
+    def noted(parser, *given, **named):
+        result = parse_known_args(parser, *given, **named)
+        parsed.append(result[1])
+        return result
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_known_args", noted)
+    count = 0
+    for page, words, name in documented_commands():
+        assert (ROOT / name).exists(), f"{page}: {name} does not exist"
+        parsed.clear()
+        try:
+            result = load_script(name).parse_args([word for word in words if word != "..."])
+            if isinstance(result, tuple):  # tools of training steps pass on what the training script reads
+                required = flags("owner/name", "pipe:cat 0.tar", "unused", **NOTHING)
+                load_script(SCRIPTS["sdxl" in words]).parse_args([*required, *result[1]])
+        except SystemExit:
+            pass  # for a path that does not exist
+        assert parsed and parsed[-1] == [], f"{page}: {name} {shlex.join(words)}"
+        count += 1
+    assert count >= 10
+
+
+# The start
 
 
 @pytest.mark.parametrize(("argument", "code"), [("--help", 0), ("--lora_rank=0", 2)])
@@ -187,50 +312,46 @@ def test_the_token_leaves_the_command_line(script, monkeypatch):
         assert "hf_secret" not in " ".join(sys.argv) and "--lora_rank" in sys.argv
 
 
-def test_fewer_solver_steps_than_are_drawn_are_refused(script, capsys):
-    with pytest.raises(SystemExit):
-        parse(script, num_ddim_timesteps=max(script.VALIDATION_STEPS) - 1)
-    assert "--num_ddim_timesteps" in capsys.readouterr().err
-
-
 # Settings of a resumed run
 
-PROCESS = SimpleNamespace(num_processes=1, mixed_precision="no")
+ONE = SimpleNamespace(num_processes=1, mixed_precision="no")
 
 
-def compare(script, first, second, process=PROCESS):
-    manifest = {"settings": script.settings_of(first, PROCESS)}
-    script.check_same_settings(manifest, second, process)
-
-
-def test_free_flags_are_flags(script):
-    assert set(actions(script)) >= script.FREE_FLAGS
+def compare(script, first, second, process=ONE, shards=(1, 1), workers=(0, 0)):
+    """Resume the run of the first flags with the second."""
+    old = script.settings_of(first, ONE, first.max_train_steps, shards[0], workers[0])
+    new = script.settings_of(second, process, second.max_train_steps, shards[1], workers[1])
+    script.check_resume(Path("checkpoint-2"), {"settings": old, "global_step": 2}, new, second.max_train_steps)
 
 
 def test_each_changed_setting_is_named(script):
-    for name in set(actions(script)) - {"mixed_precision"}:
+    for name in set(actions(script)) - {"mixed_precision", "dataloader_num_workers"}:
         changed = parse(script)
-        several = isinstance(getattr(changed, name), list)
-        setattr(changed, name, ["something else"] if several else "something else")
+        is_list = isinstance(getattr(changed, name), list)
+        setattr(changed, name, 7 if name == "max_train_steps" else ["something"] if is_list else "something")
         if name in script.FREE_FLAGS:
             compare(script, parse(script), changed)
         else:
-            with pytest.raises(script.UnusableInput, match=rf"{name} was .*, is \[?'something else'"):
+            with pytest.raises(script.UnusableInput, match=rf"{name} was .*, is \[?'something'"):
                 compare(script, parse(script), changed)
 
 
 def test_all_changed_settings_are_named_at_once(script):
-    with pytest.raises(script.UnusableInput, match="lora_rank was 4, is 8; w_min was 5.0, is 3.0"):
+    with pytest.raises(script.UnusableInput, match="lora_rank was 4, is 8; w_min was 5.0, is 3.0") as error:
         compare(script, parse(script, w_min=5.0), parse(script, lora_rank=8, w_min=3.0))
+    assert str(error.value).startswith("checkpoint-2 ")
 
 
-def test_number_of_processes_and_precision_are_compared(script):
-    for process, message in (
-        (SimpleNamespace(num_processes=2, mixed_precision="no"), "number of processes was 1, is 2"),
-        (SimpleNamespace(num_processes=1, mixed_precision="bf16"), "mixed_precision was 'no', is 'bf16'"),
+def test_processes_precision_workers_and_shards_are_compared(script):
+    for changes, message in (
+        ({"process": SimpleNamespace(num_processes=2, mixed_precision="no")}, "number of processes was 1, is 2"),
+        ({"process": SimpleNamespace(num_processes=1, mixed_precision="bf16")}, "mixed_precision was 'no', is 'bf16'"),
+        ({"shards": (1, 2)}, "number of shards was 1, is 2"),
+        ({"workers": (0, 2)}, "workers was 1, is 2"),
     ):
         with pytest.raises(script.UnusableInput, match=message):
-            compare(script, parse(script), parse(script), process)
+            compare(script, parse(script), parse(script), **changes)
+    compare(script, parse(script), parse(script), workers=(0, 1))  # the order of samples is the same
 
 
 @pytest.mark.parametrize("name", ["linear", "cosine", "cosine_with_restarts", "polynomial"])
@@ -240,13 +361,31 @@ def test_length_matters_where_it_shapes_the_learning_rate(script, name):
         compare(script, *lines)
 
 
+def test_fewer_updates_than_are_done_are_refused(script):
+    with pytest.raises(script.UnusableInput, match="--max_train_steps 1: checkpoint-2 is beyond it.*at least 2"):
+        compare(script, parse(script), parse(script, max_train_steps=1))
+
+
+def test_a_run_is_as_long_as_its_epochs(script):
+    line = {"max_train_steps": None, "train_batch_size": 3, "gradient_accumulation_steps": 2}
+    for processes, epochs, samples, updates in ((1, 2, 10, 4), (4, 2, 240, 20), (4, None, 24, 100), (4, 1, 1, 1)):
+        args = parse(script, num_train_epochs=epochs, max_train_samples=samples, **line)
+        assert script.count_updates(args, SimpleNamespace(num_processes=processes)) == updates
+    args = parse(script, num_train_epochs=2, max_train_samples=10, max_train_steps=7)
+    assert script.count_updates(args, ONE) == 7, "--max_train_steps wins"
+
+
 # Optimizer
+
+
+def make_optimizer(script, parameters, num_processes=1, **changes):
+    args = parse(script, **changes)
+    return script.make_optimizer(parameters, args, num_processes, args.max_train_steps)
 
 
 def rates(script, num_updates, num_processes=1, **changes):
     """Return the learning rate of each update."""
-    parameters = [torch.nn.Parameter(torch.zeros(1))]
-    optimizer, schedule = script.make_optimizer(parameters, parse(script, **changes), num_processes)
+    optimizer, schedule = make_optimizer(script, [torch.nn.Parameter(torch.zeros(1))], num_processes, **changes)
     found = []
     for _ in range(num_updates):
         found.append(optimizer.param_groups[0]["lr"])
@@ -259,9 +398,6 @@ def rates(script, num_updates, num_processes=1, **changes):
 def test_constant_rate_honours_warmup(script, name):
     found = rates(script, 7, lr_scheduler=name, lr_warmup_steps=4, learning_rate=0.4)
     assert found == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4, 0.4, 0.4])
-
-
-def test_constant_rate_is_constant(script):
     assert rates(script, 3, learning_rate=0.4) == [0.4] * 3
 
 
@@ -282,11 +418,38 @@ def test_scale_lr_multiplies_by_the_samples_of_an_update(script):
 
 @pytest.mark.parametrize("use_8bit_adam", [True, None])
 def test_optimizer_takes_the_adam_flags(script, use_8bit_adam):
-    args = parse(
-        script, use_8bit_adam=use_8bit_adam, adam_beta1=0.8, adam_beta2=0.9, adam_weight_decay=0.1,
-        adam_epsilon=1e-6,
+    optimizer, _ = make_optimizer(
+        script, [torch.nn.Parameter(torch.zeros(1))], use_8bit_adam=use_8bit_adam, adam_beta1=0.8, adam_beta2=0.9,
+        adam_weight_decay=0.1, adam_epsilon=1e-6,
     )  # fmt: skip
-    optimizer, _ = script.make_optimizer([torch.nn.Parameter(torch.zeros(1))], args, 1)
-    assert type(optimizer) is (bitsandbytes.optim.AdamW8bit if use_8bit_adam else torch.optim.AdamW)
+    assert isinstance(optimizer, bitsandbytes.optim.AdamW8bit if use_8bit_adam else torch.optim.AdamW)
     group = optimizer.param_groups[0]
     assert (tuple(group["betas"]), group["weight_decay"], group["eps"]) == ((0.8, 0.9), 0.1, 1e-6)
+
+
+def test_8bit_adam_computes_what_bitsandbytes_own_does_and_waits_for_no_matrix(script, monkeypatch):
+    waits, sync = [], bnb_optimizer.sync_gpu
+    monkeypatch.setattr(bnb_optimizer, "sync_gpu", lambda tensor: (waits.append(1), sync(tensor)))
+    generator = torch.Generator().manual_seed(0)
+    start = [torch.randn(shape, generator=generator) for shape in ((80, 64), (7,), (4096,))]
+    gradients = [[torch.randn(p.shape, generator=generator) for p in start] for _ in range(4)]
+
+    def trained(make):
+        parameters = [torch.nn.Parameter(value.clone()) for value in start]
+        optimizer = make(parameters)
+        for number, step in enumerate(gradients):
+            for parameter, gradient in zip(parameters, step, strict=True):
+                parameter.grad = gradient.clone()
+            parameters[1].grad = None if number == 1 else parameters[1].grad
+            optimizer.step(None)  # as accelerate calls it
+        return parameters, json.dumps([str(value) for state in optimizer.state.values() for value in state.values()])
+
+    line = {"learning_rate": 0.01, "adam_weight_decay": 0.1, "use_8bit_adam": True}
+    ours, our_state = trained(lambda parameters: make_optimizer(script, parameters, **line)[0])
+    assert not waits
+    theirs, their_state = trained(
+        lambda parameters: bitsandbytes.optim.AdamW8bit(parameters, lr=0.01, weight_decay=0.1, betas=(0.9, 0.999))
+    )
+    assert waits and our_state == their_state
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    assert not torch.equal(ours[0], start[0])

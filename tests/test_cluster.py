@@ -7,15 +7,14 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import pytest
 import yaml
 from conftest import ENVIRONMENT, ROOT, flags, load_script
 
-SLURM = sorted((ROOT / "scripts" / "slurm").glob("*.sh"))
-CONFIGS = sorted((ROOT / "scripts" / "accelerate").glob("*.yaml"))
-TRAINING = [path for path in SLURM if path.name.startswith("train_")]
+SLURM = sorted((ROOT / "scripts" / "launch" / "slurm").glob("*.sh"))
+CONFIGS = sorted((ROOT / "scripts" / "launch" / "accelerate").glob("*.yaml"))
+TRAIN, CACHE = (ROOT / "scripts" / "launch" / "slurm" / name for name in ("train.sh", "cache_latents.sh"))
 
 # Stand-ins for Slurm's commands: srun runs its command in a process group, scancel signals all of it,
 # scontrol notes what was asked; and for the launcher with its training process, whose 3 it turns into 1.
@@ -33,11 +32,16 @@ if [[ $1 == show ]]; then echo node0; exit; fi
 echo "$@" >> $STATE/scontrol; kill -KILL -- -$(cat $STATE/step) 2>/dev/null; exit 0""",
     "squeue": """#!/bin/bash
 echo ${JOB_STATE:-RUNNING}""",
-    "accelerate": """#!/bin/bash
-printf '%s\\n' "$@" > $STATE/words; env > $STATE/env
+    "torchrun": """#!/bin/bash
+printf '%s\\n' $(basename $0) "$@" > $STATE/words; env > $STATE/env
 [[ -n $FAIL ]] && exit 1
 [[ -n $WORK ]] || exit 0
 python3 $STATE/bin/train.py || exit 1""",
+    "python": """#!/bin/bash
+printf '%s\\n' $(basename $0) "$@" > $STATE/words; env > $STATE/env
+[[ -n $FAIL ]] && exit 1
+[[ -n $WORK ]] || exit 0
+exec python3 $STATE/bin/train.py""",
     "train.py": """
 import os, pathlib, signal, sys, time
 state = pathlib.Path(os.environ["STATE"])
@@ -67,14 +71,16 @@ def job(tmp_path):
         (tmp_path / "bin" / name).write_text(text)
         (tmp_path / "bin" / name).chmod(0o755)
     (tmp_path / "shards").mkdir()
+    (tmp_path / "venv" / "bin").mkdir(parents=True)
+    (tmp_path / "venv" / "bin" / "activate").write_text("export ACTIVATED=1\n")
     for number in range(4):
         (tmp_path / "shards" / f"{number:05d}.tar").write_bytes(b"tar")
 
     def run(script, *words, send=None, **changes):
         variables = {
-            "STATE": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "USER": "me",
-            "SLURM_JOB_ID": 77,
-            "SLURM_NNODES": 2, "SLURM_JOB_NODELIST": "node[0-1]", "SHARDS": tmp_path / "shards",
+            "STATE": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": 77,
+            "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
+            "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
             "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
@@ -108,54 +114,72 @@ def to_the_step(tmp_path):
     return lambda _process: os.killpg(int(noted(tmp_path, "step")[0]), signal.SIGTERM)
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda path: path.name)
+# One process runs under plain python, several under torchrun, which turns the exit code 3 into 1.
+@pytest.mark.parametrize("gpus", [1, 8])
 @pytest.mark.parametrize("name", ["SIGUSR1", "SIGTERM"])
-def test_a_stopped_job_saves_and_requeues_itself(job, tmp_path, script, name):
+def test_a_stopped_job_saves_and_requeues_itself(job, tmp_path, gpus, name):
     send = to_the_shell if name == "SIGUSR1" else to_the_step(tmp_path)
-    code, said = job(script, send=send, WORK=1)
+    code, said = job(TRAIN, send=send, WORK=1, SLURM_NNODES=1, SLURM_GPUS_ON_NODE=gpus)
     assert noted(tmp_path, "saved") == [name], said
+    assert noted(tmp_path, "words")[0] == ("python" if gpus == 1 else "torchrun")
     assert noted(tmp_path, "scancel") == (["--signal=USR1 77"] if name == "SIGUSR1" else [])
     assert noted(tmp_path, "scontrol") == ["requeue 77"] and code == 3 and "requeued" in said
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda path: path.name)
-def test_a_job_that_fails_or_is_done_or_is_cancelled_is_not_requeued(job, tmp_path, script):
-    assert job(script, FAIL=1)[0] == 1 and job(script)[0] == 0
-    assert job(script, send=to_the_step(tmp_path), WORK=1, JOB_STATE="COMPLETING")[0] == 3
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_a_job_that_fails_or_is_done_or_is_cancelled_is_not_requeued(job, tmp_path, gpus):
+    options = {"SLURM_NNODES": 1, "SLURM_GPUS_ON_NODE": gpus}
+    assert job(TRAIN, FAIL=1, **options)[0] == 1 and job(TRAIN, **options)[0] == 0
+    assert job(TRAIN, send=to_the_step(tmp_path), WORK=1, JOB_STATE="COMPLETING", **options)[0] == 3
     assert noted(tmp_path, "scontrol") == []
 
 
-@pytest.mark.parametrize("script", TRAINING, ids=lambda path: path.name)
-def test_the_training_script_takes_what_a_job_gives(job, tmp_path, script):
-    code, said = job(script, "--max_train_steps", "7", STAGE=1, OFFLINE=1, SLURM_GPUS_ON_NODE=8)
+@pytest.mark.parametrize(("nodes", "model"), [(1, "sd15"), (2, "sdxl")])
+def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model):
+    options = {"SLURM_NNODES": nodes, "MODEL": model, "SLURM_GPUS_ON_NODE": 8, "SLURM_CPUS_PER_TASK": 32}
+    code, said = job(TRAIN, "--max_train_steps", "7", STAGE=1, OFFLINE=1, RECIPE=f"{model}-80gb", **options)
     assert code == 0, said
     words = noted(tmp_path, "words")
-    number = next(i for i, word in enumerate(words) if word.startswith("train_lcm_lora_"))
+    number = words.index(f"train_lcm_lora_{model}.py")
     launch = dict(zip(words[1:number:2], words[2:number:2], strict=True))
-    assert (ROOT / launch["--config_file"]).is_file()
-    assert launch["--num_processes"] == ("16" if "multi_node" in script.name else "8")
-    if "multi_node" in script.name:
-        assert launch["--num_machines"] == "2" and launch["--main_process_ip"] == "node0"
-        assert launch["--machine_rank"] == "0" and 20000 <= int(launch["--main_process_port"]) < 40000
-    copied = tmp_path / "local" / "me-lcm-lora" / "shards"
+    assert words[0] == "torchrun" and launch["--nnodes"] == str(nodes) and launch["--nproc_per_node"] == "8"
+    assert launch["--master_addr"] == "node0" and launch["--node_rank"] == "0"
+    assert 20000 <= int(launch["--master_port"]) < 40000
+    variables = dict(line.split("=", 1) for line in noted(tmp_path, "env") if "=" in line)
+    assert variables["ACTIVATED"] == variables["HF_HUB_OFFLINE"] == "1" and "USER" not in variables
+    copied = tmp_path / "local" / f"lcm-lora-{os.getuid()}" / "shards"
     assert {path.name for path in copied.iterdir()} == {f"{number:05d}.tar" for number in range(4)}
     args = load_script(words[number]).parse_args(words[number + 1 :])
     assert args.max_train_steps == 7 and args.resume_from_checkpoint == "latest"
     assert args.train_shards_path_or_url == [str(copied)] and args.output_dir == str(tmp_path / "out")
-    given = dict(line.partition("=")[::2] for line in noted(tmp_path, "env"))
-    assert (given["WANDB_RUN_ID"], given["WANDB_RESUME"]) == ("lcm-lora-77", "allow")
-    assert given["HF_HUB_OFFLINE"] == "1" and given["TRITON_CACHE_DIR"].startswith(str(tmp_path / "local"))
+    assert (variables["WANDB_RUN_ID"], variables["WANDB_RESUME"]) == ("lcm-lora-77", "allow")
+    assert variables["TRITON_CACHE_DIR"].startswith(str(tmp_path / "local"))
+    assert args.dataloader_num_workers == 3 and args.mixed_precision == "fp16"
 
 
-def test_the_array_shares_the_shards(job, tmp_path):
-    script = ROOT / "scripts" / "slurm" / "cache_latents.sh"
-    assert job(script, "--resolution", "512")[0] == 0
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [({"MODEL": "sd3"}, "MODEL=sd3"), ({"RECIPE": "sdxl-9gb"}, "sdxl-9gb"), ({"SHARDS": ""}, "SHARDS"),
+     ({"OUTPUT_DIR": ""}, "OUTPUT_DIR"), ({"VENV": "/none"}, "VENV=/none")],
+)  # fmt: skip
+def test_a_job_with_unusable_variables_ends_at_once(job, tmp_path, changes, named):
+    code, said = job(TRAIN, **changes)
+    assert code == 2 and named in said and len(said.splitlines()) == 1
+    assert not (tmp_path / "words").exists()
+
+
+def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
+    code, said = job(CACHE, "--resolution", "1024")
+    assert code == 0, said
     words = noted(tmp_path, "words")
-    assert [Path(word).name for word in words if word.endswith(".tar")] == ["00001.tar", "00003.tar"]
-    assert words[words.index("--output_dir") + 1] == str(tmp_path / "out" / "part-1")
-    assert job(script, send=to_the_shell, WORK=1)[0] != 0
-    assert noted(tmp_path, "scontrol") == ["requeue 77"]
-    assert job(script, SLURM_ARRAY_TASK_ID=5, SLURM_ARRAY_TASK_COUNT=9)[0] == 2
+    assert words[:2] == ["python", "scripts/cache_latents.py"] and words[-2:] == ["--resolution", "1024"]
+    first = words.index("--train_shards_path_or_url") + 1
+    mine = [str(tmp_path / "shards" / f"{number:05d}.tar") for number in (1, 3)]
+    assert words[first : first + 3] == [*mine, "--output_dir"]
+    assert "ACTIVATED=1" in noted(tmp_path, "env")
+    assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77"]
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
+    assert code == 2 and "holds 4 .tar files" in said
 
 
 @pytest.mark.parametrize("script", SLURM, ids=lambda path: path.name)
@@ -201,15 +225,10 @@ def test_a_killed_process_ends_the_others_and_is_named(teacher, shards, tmp_path
     wrapper = tmp_path / "killed.py"
     wrapper.write_text(WRAPPER.format(tests=str(ROOT / "tests")))
     command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file"]
-    command += [str(ROOT / "scripts" / "accelerate" / "multi_cpu.yaml"), str(wrapper)]
+    command += [str(ROOT / "scripts" / "launch" / "accelerate" / "multi_cpu.yaml"), str(wrapper)]
     line = flags(teacher, shards, tmp_path / "out", max_train_steps=100, checkpointing_steps=2)
     done = subprocess.run(  # one that waits for the dead runs into the time limit
-        [*command, *map(str, line)],
-        capture_output=True,
-        text=True,
-        timeout=240,
-        env=ENVIRONMENT,
-        cwd=tmp_path,
+        [*command, *map(str, line)], capture_output=True, text=True, timeout=240, env=ENVIRONMENT, cwd=tmp_path
     )
     said = done.stdout + done.stderr
     assert done.returncode == 1

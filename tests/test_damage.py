@@ -10,19 +10,21 @@ import random
 import tarfile
 import threading
 import time
+import tracemalloc
 from collections import Counter
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, flags, load_script, picture_bytes, write_shard, write_shards
+import torch
+from conftest import SCRIPTS, flags, load_script, picture_bytes, write_shard, write_shards, write_tar
 
-SCRIPTS = sorted(path.name for path in ROOT.glob("train_lcm_lora_*.py"))
 SAMPLES = 6  # of the shard that is damaged
 
 
-@pytest.fixture(scope="module", params=SCRIPTS)
-def script(request):
-    return load_script(request.param)
+@pytest.fixture(scope="module")
+def script():
+    """One family: check_shared.py proves that the other one reads data with the same code."""
+    return load_script(SCRIPTS[0])
 
 
 @pytest.fixture
@@ -45,8 +47,8 @@ def shard(tmp_path):
 
 def read(script, url):
     """Return (captions that a shard gives, what was counted)."""
-    skipped = Counter()
-    return [sample["txt"].decode() for sample in script.read_shard(str(url), skipped)], skipped
+    skipped = script.Skipped()
+    return [sample["txt"].decode() for sample in script.read_shard(str(url), skipped) if "txt" in sample], skipped
 
 
 def offsets(shard):
@@ -65,7 +67,7 @@ def test_an_end_between_any_two_members_is_noticed(script, shard, sleeps, member
     end = offsets(shard)[member]
     captions, skipped = read(script, f"pipe:head -c {end} {shard}")
     ((cause, count),) = skipped.items()
-    assert str(shard) in cause and "ends before its end mark" in cause and count == 1
+    assert str(shard) in cause and "end" in cause and count == 1
     assert sorted(set(captions)) == sorted(captions), "no sample twice, though it was read three times"
     assert len(captions) >= (member - 1) // 3 and len(sleeps) == script.READ_ATTEMPTS
 
@@ -73,7 +75,7 @@ def test_an_end_between_any_two_members_is_noticed(script, shard, sleeps, member
 def test_a_command_that_fails_after_a_whole_shard_is_noticed(script, shard, sleeps):
     captions, skipped = read(script, f"pipe:cat {shard}; exit 3")
     ((cause, count),) = skipped.items()
-    assert "exit 3" in cause and count == 1
+    assert "exit code 3" in cause and count == 1
     assert captions == [f"sea {i}" for i in range(len(captions))] and len(sleeps) == script.READ_ATTEMPTS
 
 
@@ -111,16 +113,66 @@ def test_compressed_shards_are_read_and_their_early_end_is_noticed(script, shard
     data = bytearray(gzip.compress(shard.read_bytes()))
     data[10] = 0xFF  # behind gzip's header: a block of no known type
     packed.write_bytes(data)
-    assert "while decompressing data" in str(read(script, packed)[1])
+    assert "broke off" in str(read(script, packed)[1])
 
 
 @pytest.mark.usefixtures("sleeps")
 @pytest.mark.parametrize("module", [bz2, lzma])
-def test_other_kinds_of_compression_are_named(script, shard, module):
+def test_other_kinds_of_compression_are_read(script, shard, module):
     packed = shard.with_suffix(".packed")
     packed.write_bytes(module.compress(shard.read_bytes()))
-    captions, skipped = read(script, packed)
-    assert not captions and "bzip2, xz or zstd; give it as 'pipe:" in str(skipped)
+    assert read(script, packed) == ([f"sea {i}" for i in range(SAMPLES)], Counter())
+    packed.write_bytes(packed.read_bytes()[:-40])
+    assert "broke off" in str(read(script, packed)[1])
+
+
+@pytest.mark.usefixtures("sleeps")
+@pytest.mark.parametrize("end", ["head -c 3000", "head -c 512", "head -c 10", "head -c 0"])
+def test_a_command_that_ends_early_with_exit_code_0_is_noticed(script, shard, end):
+    captions, skipped = read(script, f"pipe:{end} {shard}")
+    assert len(captions) < SAMPLES and sum(skipped.values()) == 1 and "broke off" in str(skipped)
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_what_is_not_read_does_not_lie_in_memory(script, tmp_path):
+    """As a film among the pictures."""
+    path = write_tar(tmp_path / "0.tar", [("film.mp4", bytes(2**25)), ("a.txt", b"sea"), ("b.mov", bytes(2**25))])
+    tracemalloc.start()
+    try:
+        assert read(script, path)[0] == ["sea"]
+        assert tracemalloc.get_traced_memory()[1] < 2**23
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_sparse_files_are_an_error(script, tmp_path):
+    header = tarfile.TarInfo("a.txt")
+    header.type, header.size = tarfile.GNUTYPE_SPARSE, 512
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(512 + 1024))
+    captions, skipped = read(script, tmp_path / "0.tar")
+    assert not captions and "sparse files are not read" in str(skipped)
+
+
+@pytest.mark.usefixtures("sleeps")
+def test_random_damage_never_ends_a_reader(script, shard):
+    """What is read is what was written, or it is counted; no other error comes out."""
+    rng, whole = random.Random(0), shard.read_bytes()
+    for _ in range(150):
+        data = bytearray(whole)
+        for place in rng.sample(range(len(data)), rng.choice((1, 3))):
+            data[place] = rng.randrange(256)
+        start = rng.choice(offsets_of_headers(whole)) + rng.choice((0, 124, 156, 257, 345))
+        data[start : start + 3] = rng.randbytes(3)
+        shard.write_bytes(data if rng.random() < 0.7 else data[: rng.randrange(len(data))])
+        captions, skipped = [], script.Skipped()
+        for sample in script.read_shard(str(shard), skipped):
+            captions.append(sample.get("txt"))
+        assert len(captions) == SAMPLES or skipped
+
+
+def offsets_of_headers(data):
+    return [place for place in range(0, len(data), 512) if data[place + 257 : place + 262] == b"ustar"]
 
 
 def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):
@@ -139,9 +191,10 @@ def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):
 @pytest.mark.usefixtures("sleeps")
 def test_a_run_ends_when_no_shard_can_be_read_any_more(script):
     args = script.parse_args(flags("a/teacher", "pipe:false", "unused"))
-    stream = script.ShardStream(["pipe:false"], args, 1, 0)
-    with pytest.raises(script.UnusableInput, match="no usable sample: shard pipe:false broke off"):
-        script.next_batch(iter(script.make_loader(stream, cuda=False)), script.RunState())
+    stream = script.ShardStream(["pipe:false"], args, 1, 0, 1)
+    job = SimpleNamespace(state=script.RunState(), accelerator=SimpleNamespace(num_processes=1))
+    with pytest.raises(script.OutOfData, match="no usable sample: shard pipe:false broke off"):
+        script.next_batch(job, iter(script.make_loader(stream, 0, torch.device("cpu"))), {})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -200,8 +253,8 @@ def test_an_address_without_a_shard_is_an_error_in_under_10_seconds(script, serv
 @pytest.mark.usefixtures("sleeps")
 def test_a_server_that_stalls_is_left(script, server, monkeypatch):
     monkeypatch.setattr(script, "STALL_S", 1)
-    skipped, started = Counter(), time.monotonic()
-    assert not list(script.read_shard(f"{server}/{STALLS}.tar", skipped))
+    skipped, started = script.Skipped(), time.monotonic()
+    assert not list(script.read_shard(f"{server}/{STALLS}.tar", skipped, attempts=1))
     assert time.monotonic() - started < 30 and "broke off" in str(skipped)
 
 
@@ -218,6 +271,14 @@ def layouts(tmp_path_factory):
     return folder
 
 
+def stream_of(script, shards, args, processes, rank, done=0, positions=None):
+    """Return the stream of one of several processes after `done` of its batches."""
+    workers = max(1, args.dataloader_num_workers or 0)
+    stream = script.ShardStream(shards, args, processes * workers, rank * workers, workers)
+    stream.num_batches, stream.positions = done, positions or {}
+    return stream
+
+
 def first_epoch(stream, worker, monkeypatch):
     """Return (hash of the pixels, caption) of each sample that a loader worker gives in epoch 0, in order."""
     info = SimpleNamespace(id=worker) if stream.args.dataloader_num_workers else None
@@ -225,8 +286,7 @@ def first_epoch(stream, worker, monkeypatch):
         patch.setattr("torch.utils.data.get_worker_info", lambda: info)
         batches = itertools.takewhile(lambda batch: batch["position"][1] == 0, stream)
         return [
-            (hashlib.sha256(batch["pixels"].numpy().tobytes()).hexdigest(), *batch["caption"])
-            for batch in batches
+            (hashlib.sha256(batch["pixels"].numpy().tobytes()).hexdigest(), *batch["caption"]) for batch in batches
         ]
 
 
@@ -238,7 +298,7 @@ def test_every_picture_comes_once_an_epoch(script, layouts, monkeypatch, count):
         line = flags("a/teacher", layouts, "u", train_batch_size=1, dataloader_num_workers=workers, seed=4)
         args = script.parse_args(line)
         parts = [
-            first_epoch(script.ShardStream(shards, args, processes, rank), worker, monkeypatch)
+            first_epoch(stream_of(script, shards, args, processes, rank), worker, monkeypatch)
             for rank in range(processes)
             for worker in range(max(1, workers))
         ]
@@ -248,7 +308,7 @@ def test_every_picture_comes_once_an_epoch(script, layouts, monkeypatch, count):
         orders[processes, workers] = parts
     assert orders[1, 0] == orders[1, 1] and orders[2, 0] == orders[2, 1], "a worker changes nothing"
     args.seed = 5
-    again = [first_epoch(script.ShardStream(shards, args, 3, 0), 0, monkeypatch) for _ in "ab"]
+    again = [first_epoch(stream_of(script, shards, args, 3, 0), 0, monkeypatch) for _ in "ab"]
     assert again[0] == again[1] != orders[3, 3][0], "order is a function of the seed"
 
 
@@ -258,10 +318,10 @@ def test_killed_at_any_step_a_run_sees_what_it_would_have_seen(script, layouts):
     args = script.parse_args(flags("a/teacher", layouts, "u", train_batch_size=2, shuffle_buffer_samples=7))
     rng = random.Random(0)
     for rank in (0, 1):
-        unbroken = [b["caption"] for b in itertools.islice(script.ShardStream(shards, args, 2, rank), 24)]
+        unbroken = [b["caption"] for b in itertools.islice(stream_of(script, shards, args, 2, rank), 24)]
         seen, done, positions = [], 0, {}
         while done < 24:
-            stream = script.ShardStream(shards, args, 2, rank, done, positions)
+            stream = stream_of(script, shards, args, 2, rank, done, positions)
             steps, lost = rng.randint(1, 6), rng.randint(0, 3)  # `lost` come after the checkpoint
             batches = list(itertools.islice(stream, min(steps + lost, 24 - done)))[:steps]
             seen += [batch["caption"] for batch in batches]

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIDE, flags, load_script, tiny_unet
+from conftest import ROOT, SIDE, flags, load_script, one_family, tiny_unet
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
@@ -101,6 +101,7 @@ def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras):
     assert (ours - latents_of(pipe, "lcm-without-lora")).abs().max() > 1e-2
 
 
+@one_family
 def test_peft_folder_of_another_model_is_refused(teacher, loras, tmp_path):
     folder, _ = loras
     (tmp_path / "unet").mkdir()
@@ -142,6 +143,7 @@ def test_rows_of_strengths_guidances_and_base_steps(sample, teacher, loras, tmp_
     assert blank == [True, True, False]
 
 
+@one_family
 def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path):
     folder, _ = loras
     Image.effect_noise((SIDE + 3, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
@@ -158,6 +160,7 @@ def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path
     assert abs(weak - coded).mean() < abs(full - coded).mean()
 
 
+@one_family
 def test_inpainting_keeps_what_the_mask_keeps(sample, teacher, loras, tmp_path):
     folder, _ = loras
     Image.effect_noise((SIDE, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
@@ -205,6 +208,7 @@ def test_controlnet(sample, teacher, loras, tmp_path):
     assert controlled("net", "light", "--image", tmp_path / "dark.png", "--strength", "1").shape == (SIDE, SIDE, 3)
 
 
+@one_family
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
@@ -231,6 +235,7 @@ def test_wrong_values_exit_with_2(sample, teacher, loras, tmp_path, capsys, flag
     assert stop.value.code == 2 and named in message and message.count("\n") == 1
 
 
+@one_family
 def test_a_file_that_is_no_picture_exits_with_2(sample, teacher, loras, tmp_path, capsys):
     folder, _ = loras
     config = folder / "lcm" / "unet" / "adapter_config.json"

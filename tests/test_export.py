@@ -315,7 +315,7 @@ def test_diffusers_keys_need_no_alpha_to_be_right(tool, trained, tmp_path):
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_dtype(tool, trained, tmp_path, dtype):
     family, *_, folder = trained
-    out = tmp_path / "out.safetensors"
+    out = tmp_path / "new" / "folder" / "out.safetensors"
     run(tool, "--input", folder, "--family", family, "--format", "kohya", "--dtype", dtype, "--output", out)
     assert {value.dtype for value in load_file(out).values()} == {tool.DTYPES[dtype]}
 
@@ -468,6 +468,13 @@ def test_the_original_layout_of_each_model_is_the_one_diffusers_reads(model, tmp
         tmp_path / "unet.safetensors", config=str(tmp_path), subfolder="unet", local_files_only=True
     )
     assert len(state) == len(unet.state_dict())
+    adapted = build_unet(NARROW[model])
+    with_lora(adapted, trainer_of(model), lora_rank=1)
+    names = ldm_modules(adapted)  # diffusers alone is no proof: it reads upsamplers at the wrong place too
+    assert len(names) == {"sd15": 278, "sdxl": 788, "ssd-1b": 423}[model]
+    for name, original in names.items():
+        key = unet_key(f"{name}.weight", unet.config).removesuffix(".weight")
+        assert f"lora_unet_{key.replace('.', '_')}" == original
     ours = read.state_dict()
     for name, value in unet.state_dict().items():
         assert torch.equal(ours[name], value), name

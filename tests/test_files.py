@@ -1,18 +1,19 @@
-"""What a run leaves: LoRA files, checkpoints, model card, record, upload."""
+"""What a run leaves: the LoRA file, model card, record, upload; whose files can be read by others."""
 
 import ast
 import copy
 import json
 import logging
+import os
+import stat
 from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
-from conftest import SCRIPTS, flags, load_script
+from conftest import FAMILIES, SCRIPTS, flags, load_script
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
-from huggingface_hub.errors import EntryNotFoundError
 from huggingface_hub.utils import filter_repo_objects
 from peft import PeftModel
 from PIL import Image
@@ -56,6 +57,15 @@ RELEASED = {
 }  # fmt: skip
 
 
+both_families = pytest.mark.parametrize("script", SCRIPTS, ids=FAMILIES, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """The SD 1.5 script, unless a test names another."""
+    return load_script(getattr(request, "param", SCRIPTS[0]))
+
+
 @pytest.fixture
 def args(script, teacher, shards, tmp_path):
     return script.parse_args(flags(teacher, shards, tmp_path / "run"))
@@ -78,11 +88,11 @@ def train_lora(script, unet, args, seed=1):
 
 @pytest.fixture
 def trained(script, fresh, args, tmp_path):
-    """Return (UNet with a LoRA of alpha != rank, folder with its files)."""
+    """Return (UNet with a LoRA of alpha != rank, folder with its file)."""
     pipe = fresh()
     train_lora(script, pipe.unet, args)
     (tmp_path / "run").mkdir()
-    script.save_lora(pipe.unet, type(pipe), tmp_path / "run", args)
+    script.save_lora(pipe.unet, tmp_path / "run" / script.WEIGHTS_NAME, args)
     return pipe.unet, tmp_path / "run"
 
 
@@ -145,36 +155,37 @@ def warnings_of_libraries(caplog):
     diffusers_logging.set_verbosity(verbosity)
 
 
-@pytest.mark.parametrize(("file", "tolerance"), [("WEIGHTS_NAME", 1e-6), ("KOHYA_NAME", 2e-3)])
-def test_files_load_into_a_fresh_pipeline(
-    script, trained, fresh, warnings_of_libraries, recwarn, file, tolerance
-):
+@both_families
+def test_the_file_loads_into_a_fresh_pipeline(trained, fresh, warnings_of_libraries, recwarn):
+    """Every layer, with alpha unlike the rank, to the rounding of float16, and without a warning."""
     unet, folder = trained
     pipe = fresh()
     before = output(pipe.unet)
-    options = {} if file == "WEIGHTS_NAME" else {"weight_name": getattr(script, file)}
     recwarn.clear()
-    pipe.load_lora_weights(folder, adapter_name="lcm", **options)
+    pipe.load_lora_weights(folder, adapter_name="lcm")
     warned = [str(w.message) for w in recwarn] + [r.message for r in warnings_of_libraries.records]
-    # diffusers says of every LoRA without text encoder weights that it has none.
+    # diffusers reports of every LoRA without text encoder weights that it has none.
     assert [text for text in warned if not text.startswith("No LoRA keys associated to CLIP")] == []
     assert count_lora_layers(pipe.unet) == count_lora_layers(unet) and min(count_lora_layers(unet)) > 0
-    torch.testing.assert_close(output(pipe.unet), output(unet), rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(output(pipe.unet), output(unet), rtol=2e-3, atol=2e-3)
     assert (output(pipe.unet) - before).abs().max() > 0.1
 
 
 def test_a_lora_trained_with_dropout_draws_without(script, fresh, args, tmp_path):
     args.lora_dropout, pipe, user = 0.5, fresh(), fresh()
-    script.save_lora(train_lora(script, pipe.unet, args), type(pipe), tmp_path, args)
+    script.save_lora(train_lora(script, pipe.unet, args), tmp_path / script.WEIGHTS_NAME, args)
     user.load_lora_weights(tmp_path)
     with torch.no_grad():  # diffusers leaves new layers in training mode
         first, second = (user.unet(**inputs_of(user.unet)).sample for _ in range(2))
     assert torch.equal(first, second)
 
 
-def test_kohya_file_has_three_tensors_a_module(script, trained):
+@both_families
+def test_the_file_has_kohyas_three_tensors_a_module(script, trained):
+    """As the released LCM-LoRAs: ComfyUI and Forge take half of the layers by other names, and no alpha."""
     unet, folder = trained
-    state = load_file(folder / script.KOHYA_NAME)
+    assert {path.name for path in folder.iterdir()} == {script.WEIGHTS_NAME}
+    state = load_file(folder / script.WEIGHTS_NAME)
     modules = {name.partition(".")[0] for name in state}
     assert len(modules) == sum(count_lora_layers(unet))
     sides = ("lora_down.weight", "lora_up.weight", "alpha")
@@ -185,34 +196,32 @@ def test_kohya_file_has_three_tensors_a_module(script, trained):
     assert f"lora_unet_{place[script.__name__]}_transformer_blocks_0_attn1_to_out_0" in modules
 
 
-def test_nothing_but_the_two_files_is_left(script, trained):
-    assert {p.name for p in trained[1].iterdir()} == {script.WEIGHTS_NAME, script.KOHYA_NAME}
-
-
 def merged(base, loras):
-    """Return a UNet with LoRA files merged by hand: W + weight * alpha / rank * B @ A."""
+    """Return a UNet with PEFT states merged by hand: W + weight * alpha / rank * B @ A."""
     unet = copy.deepcopy(base)
-    for path, weight, alpha in loras:
-        state = {name.removeprefix("unet."): value for name, value in load_file(path).items()}
+    for state, weight, alpha in loras:
         for name in (n for n in state if n.endswith(".lora_A.weight")):
             down, up = state[name], state[name.replace("lora_A", "lora_B")]
             delta = weight * alpha / len(down) * (up.flatten(1) @ down.flatten(1))
-            target = unet.get_submodule(name.removesuffix(".lora_A.weight")).weight
+            target = unet.get_submodule(name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")).weight
             target.data += delta.view_as(target)
     return unet
 
 
 def test_set_adapters_with_a_style_lora_is_the_weighted_sum(script, trained, fresh, args, tmp_path):
     lcm, style, pipe = trained[1], tmp_path / "style", fresh()
-    args.lora_rank, args.lora_alpha = 2, 3.0
     style.mkdir()
-    script.save_lora(train_lora(script, fresh().unet, args, seed=2), type(pipe), style, args)
-    name = script.WEIGHTS_NAME
-    expected = output(merged(pipe.unet, [(lcm / name, 1.0, 8), (style / name, 0.8, 3)]))
+    script.save_for_peft(trained[0], tmp_path / "peft-lcm")
+    args.lora_rank, args.lora_alpha = 2, 3.0
+    second = train_lora(script, fresh().unet, args, seed=2)
+    script.save_lora(second, style / script.WEIGHTS_NAME, args)
+    script.save_for_peft(second, tmp_path / "peft-style")
+    states = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("peft-lcm", "peft-style")]
+    expected = output(merged(pipe.unet, [(states[0], 1.0, 8), (states[1], 0.8, 3)]))
     pipe.load_lora_weights(lcm, adapter_name="lcm")
     pipe.load_lora_weights(style, adapter_name="style")
     pipe.set_adapters(["lcm", "style"], [1.0, 0.8])
-    torch.testing.assert_close(output(pipe.unet), expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(output(pipe.unet), expected, rtol=2e-3, atol=2e-3)
 
 
 def test_peft_users_can_load_a_checkpoint(script, trained, fresh, tmp_path):
@@ -223,132 +232,20 @@ def test_peft_users_can_load_a_checkpoint(script, trained, fresh, tmp_path):
     torch.testing.assert_close(output(loaded), output(unet), rtol=1e-6, atol=1e-6)
 
 
-# Checkpoints
-
-
-def make_checkpoint(script, output_dir, step):
-    """Write a folder that looks like a complete checkpoint."""
-    folder = output_dir / f"checkpoint-{step}"
-    (folder / "unet").mkdir(parents=True)
-    files = {"optimizer.bin": b"optimizer", "unet/adapter_model.safetensors": b"lora" * step}
-    for name, data in files.items():
-        (folder / name).write_bytes(data)
-    manifest = {
-        "global_step": step, "settings": {}, "positions": {},
-        "files": {name: script.digest(folder / name) for name in files},
-    }  # fmt: skip
-    (folder / script.MANIFEST_NAME).write_text(json.dumps(script.seal(manifest)))
-    return folder
-
-
-def find(script, output_dir, wanted="latest"):
-    """Return (name of the checkpoint to resume from, what was said)."""
-    said = []
-    args = SimpleNamespace(resume_from_checkpoint=str(wanted), output_dir=str(output_dir))
-    folder, manifest = script.find_checkpoint(args, said.append)
-    assert (folder is None) == (manifest is None)
-    return folder and folder.name, said
-
-
-def test_the_newest_complete_checkpoint_is_resumed_from(script, tmp_path):
-    assert find(script, tmp_path) == (None, [])
-    for step in (2, 10, 9):
-        make_checkpoint(script, tmp_path, step)
-    make_checkpoint(script, tmp_path, 12).rename(tmp_path / ".writing-checkpoint-12")
-    (tmp_path / "checkpoint-best").mkdir()
-    assert find(script, tmp_path) == ("checkpoint-10", [])
-    assert find(script, tmp_path, tmp_path / "checkpoint-2") == ("checkpoint-2", [])
-
-
-def remove(path):
-    path.unlink()
-
-
-def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
-
-
-def empty(path):
-    path.write_bytes(b"")
-
-
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [remove, truncate, empty, flip])
-@pytest.mark.parametrize("name", ["optimizer.bin", "unet/adapter_model.safetensors", "checkpoint.json"])
-def test_a_damaged_checkpoint_is_never_picked(script, tmp_path, name, damage):
-    older, newer = (make_checkpoint(script, tmp_path, step) for step in (2, 4))
-    damage(newer / name)
-    found, said = find(script, tmp_path)
-    assert found == "checkpoint-2"
-    assert len(said) == 1 and "checkpoint-4: " in said[0]
-    with pytest.raises(script.UnusableInput, match="checkpoint-4: .* (damaged|missing)"):
-        find(script, tmp_path, newer)
-    damage(older / name)
-    assert find(script, tmp_path)[0] is None
-
-
-def test_a_manifest_cut_anywhere_is_never_read(script, tmp_path):
-    folder = make_checkpoint(script, tmp_path, 2)
-    text = (folder / script.MANIFEST_NAME).read_bytes()
-    assert script.read_manifest(folder)[0]["global_step"] == 2
-    for length in range(len(text)):
-        (folder / script.MANIFEST_NAME).write_bytes(text[:length])
-        assert script.read_manifest(folder)[0] is None, length
-
-
-def test_a_manifest_with_a_flipped_bit_is_never_read(script, tmp_path):
-    folder = make_checkpoint(script, tmp_path, 2)
-    data = (folder / script.MANIFEST_NAME).read_bytes()
-    for place in range(len(data)):
-        damaged = bytearray(data)
-        damaged[place] ^= 1
-        (folder / script.MANIFEST_NAME).write_bytes(damaged)
-        assert script.read_manifest(folder)[0] is None, place
-
-
-def test_none_does_not_overwrite_an_earlier_run(script, tmp_path):
-    assert find(script, tmp_path, "none") == (None, [])
-    make_checkpoint(script, tmp_path, 2)
-    with pytest.raises(script.UnusableInput, match="none: .*holds checkpoints of an earlier run"):
-        find(script, tmp_path, "none")
-
-
-def test_pruning_keeps_the_newest(script, tmp_path):
-    for step in (2, 10, 9):
-        make_checkpoint(script, tmp_path, step)
-    (tmp_path / ".writing-checkpoint-11").mkdir()
-    (tmp_path / "validation").mkdir()
-    script.prune_checkpoints(tmp_path, None)
-    assert len(script.list_checkpoints(tmp_path)) == 3
-    script.prune_checkpoints(tmp_path, 2)
-    assert {p.name for p in tmp_path.iterdir()} == {"checkpoint-9", "checkpoint-10", "validation"}
-
-
-def test_pruning_never_leaves_damaged_checkpoints_alone(script, tmp_path):
-    remove(make_checkpoint(script, tmp_path, 6) / "optimizer.bin")
-    make_checkpoint(script, tmp_path, 5)  # saved on SIGTERM, after resuming from 4
-    script.prune_checkpoints(tmp_path, 1)
-    assert find(script, tmp_path)[0] == "checkpoint-5"
-
-
 # Card, record, upload
 
 
-def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby night")):  # fmt: skip
+def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby night"), drawn=True):  # fmt: skip
     """Write a card as the end of a run does and return (front matter, text)."""
     pictures = [Image.new("RGB", (8, 8)) for _ in prompts]
-    folder = script.Path(args.output_dir)
-    folder.mkdir(exist_ok=True)
-    script.write_card(args, {1: pictures, 4: pictures}, list(prompts), num_processes=1)
-    text = (folder / "README.md").read_text()
+    script.Path(args.output_dir).mkdir(exist_ok=True)
+    job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1))
+    script.write_card(job, {1: pictures, 4: pictures} if drawn else {})
+    text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
 
 
+@both_families
 def test_card_of_a_hub_teacher(script, args):
     args.pretrained_teacher_model, args.hub_token = "owner/teacher", TOKEN
     front, text = write_card(script, args)
@@ -360,32 +257,20 @@ def test_card_of_a_hub_teacher(script, args):
     assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
     assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
-
-
-def test_snippet_of_the_card_is_python(script, args):
-    _, text = write_card(script, args)
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
 
 
-def test_card_is_written_where_the_teachers_own_cannot_be_read(script, args, monkeypatch):
-    def load(*_arguments, **_options):
-        raise EntryNotFoundError("no README.md")
-
-    monkeypatch.setattr(script.ModelCard, "load", load)
-    args.pretrained_teacher_model, args.push_to_hub = "owner/teacher", True
-    assert "license" not in write_card(script, args)[0]
+def test_card_without_pictures_has_no_gallery_of_them(script, args):
+    front, _ = write_card(script, args, drawn=False)
+    assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
 
 
-def test_card_of_a_local_teacher_names_no_path(script, args, teacher, shards, tmp_path):
-    (tmp_path / "cards").mkdir()
+def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(script, args, teacher, shards, tmp_path):
     args.hub_token = TOKEN
     front, text = write_card(script, args)
-    assert "base_model" not in front and "license" not in front
+    assert not front.get("base_model") and not front.get("license")
     for secret in (TOKEN, str(teacher), shards, str(tmp_path), "/tmp", "/home"):
         assert secret not in text
-
-
-def test_card_passes_on_a_local_teachers_license(script, args, tmp_path):
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# teacher\n")
     args.pretrained_teacher_model = str(tmp_path / "teacher")
@@ -395,15 +280,17 @@ def test_card_passes_on_a_local_teachers_license(script, args, tmp_path):
 def write_record(script, args):
     """Write the record of a run and return the config that its tracker got."""
     configs = []
-    accelerator = SimpleNamespace(
-        is_main_process=True, init_trackers=lambda _project, config, **_: configs.append(config)
-    )
-    script.write_record(args, accelerator)
+    accelerator = SimpleNamespace(init_trackers=lambda _project, config, *_, **__: configs.append(config))
+    state = script.RunState()
+    script.open_output(args, state)
+    state.lock.release()
+    script.start_trackers(args, accelerator)
     return configs[0]
 
 
 def test_the_token_is_in_no_record(script, args, trained):
     args.hub_token = TOKEN
+    args.train_shards_path_or_url = [f"https://me:{TOKEN}@host/0.tar", f"pipe:curl -H 'Authorization: {TOKEN}' x.tar"]
     config = write_record(script, args)
     write_card(script, args)
     script.save_for_peft(trained[0], trained[1] / "unet")
@@ -413,21 +300,20 @@ def test_the_token_is_in_no_record(script, args, trained):
     assert record["learning_rate"] == config["learning_rate"] == 1e-3
     assert all(isinstance(value, (int, float, str, bool)) for value in config.values())
     assert TOKEN not in json.dumps(config)
-    settings = script.settings_of(args, SimpleNamespace(num_processes=1, mixed_precision="no"))
+    settings = script.settings_of(args, SimpleNamespace(num_processes=1, mixed_precision="no"), 4, 1, 0)
     assert TOKEN not in json.dumps(settings)
     for path in trained[1].rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path
 
 
-def test_no_path_is_in_a_header(script, trained, teacher, args, tmp_path):
-    for name in (script.WEIGHTS_NAME, script.KOHYA_NAME):
-        with safe_open(trained[1] / name, framework="pt") as file:
-            header = json.dumps(file.metadata())
-        assert all(secret not in header for secret in (str(teacher), str(tmp_path), "/tmp", args.output_dir))
-    with safe_open(trained[1] / script.KOHYA_NAME, framework="pt") as file:
+@both_families
+def test_the_header_names_rank_alpha_and_model_and_no_path(script, trained, teacher, args, tmp_path):
+    with safe_open(trained[1] / script.WEIGHTS_NAME, framework="pt") as file:
         metadata = file.metadata()
+    header = json.dumps(metadata)
+    assert all(secret not in header for secret in (str(teacher), str(tmp_path), "/tmp", args.output_dir))
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "8.0")
-    assert metadata.items() >= script.kohya_model(16).items()
+    assert metadata.items() >= script.kohya_model(16).items() and metadata["ss_network_module"] == "networks.lora"
 
 
 def test_versions_and_script_are_in_the_record(script, args):
@@ -440,20 +326,41 @@ def test_versions_and_script_are_in_the_record(script, args):
 
 
 def test_push_uploads_lora_pictures_and_card_only(script, args, trained, monkeypatch):
-    folder, uploads = trained[1], []
+    folder, uploads, made = trained[1], [], []
     write_card(script, args)
     write_record(script, args)
-    make_checkpoint(script, folder, 4)
-    script.save_lora(trained[0], PIPELINES[script.__name__], folder / "checkpoint-4", args)
-    for name in ("log.jsonl", "logs/events.out", "validation/step-4.png", "checkpoint-4/image_0.png"):
+    script.save_for_peft(trained[0], folder / "checkpoint-4" / "unet")
+    script.save_lora(trained[0], folder / "checkpoint-4" / script.WEIGHTS_NAME, args)
+    for name in ("log.jsonl", "logs/events.out", "validation/step-4.png", "checkpoint-4/image_0.png", "wandb/a.png"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("x")
-    monkeypatch.setattr(script, "create_repo", lambda name, **_options: SimpleNamespace(repo_id=f"me/{name}"))
+    monkeypatch.setattr(script, "create_repo", lambda name, **options: made.append((name, options["private"])))
     monkeypatch.setattr(script, "upload_folder", lambda **options: uploads.append(options))
     args.hub_token = TOKEN
-    script.push(args)
-    assert uploads[0]["repo_id"] == "me/run" and uploads[0]["token"] == TOKEN
+    script.push(args, folder)
+    assert uploads[0]["repo_id"] == "run" and uploads[0]["token"] == TOKEN and made == [("run", True)]
     files = [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
     sent = filter_repo_objects(files, allow_patterns=uploads[0]["allow_patterns"])
-    expected = {script.WEIGHTS_NAME, script.KOHYA_NAME, "README.md", "image_0.png", "image_1.png"}
-    assert set(sent) == expected and len(files) > 10
+    # fnmatch's * also matches "/"
+    assert set(sent) == {script.WEIGHTS_NAME, "README.md", "image_0.png", "image_1.png"} and len(files) > 10
+    args.hub_public_repo = True
+    script.make_repository(args)
+    assert made[-1] == ("run", False)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027])
+def test_every_file_follows_the_umask(script, args, trained, umask):
+    """safetensors writes files that only their owner can read; a group's folder or a container needs them."""
+    before = os.umask(umask)
+    try:
+        write_record(script, args)
+        write_card(script, args)
+        script.save_lora(trained[0], trained[1] / script.WEIGHTS_NAME, args)
+        script.save_for_peft(trained[0], trained[1] / "unet")
+        script.write_atomically(trained[1] / "text", "x")
+    finally:
+        os.umask(before)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in trained[1].rglob("*") if path.is_file()}
+    assert len(modes) > 8 and {mode & 0o777 for name, mode in modes.items() if name != ".lock"} == {0o666 & ~umask}, (
+        modes
+    )

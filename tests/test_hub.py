@@ -3,6 +3,7 @@
 import base64
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import threading
@@ -12,11 +13,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-import test_checkpoint
-from conftest import ENVIRONMENT, ROOT, flags, load_script
+from conftest import ENVIRONMENT, ROOT, Run, flags, load_script
 
 TOKEN = "hf_secretSECRETsecretSECRET"
-LORA = {"pytorch_lora_weights.safetensors", "lcm_lora_kohya.safetensors"}
+LORA = {"pytorch_lora_weights.safetensors"}
 ALL = LORA | {"README.md", "image_0.png"}
 
 
@@ -33,6 +33,7 @@ class Hub(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), Handler)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
         self.blobs, self.commits, self.seen, self.bodies, self.tokens = {}, {}, Counter(), [], set()
+        self.visibility = {}
         threading.Thread(target=self.serve_forever, daemon=True).start()
 
     def status(self, name, step):
@@ -80,6 +81,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.answer(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             name, step = json.loads(body)["name"], "create"
+            hub.visibility[name] = json.loads(body).get("visibility")
         elif path.endswith("/info/lfs/objects/batch"):
             name, step = path.removesuffix(".git/info/lfs/objects/batch").rpartition("/")[2], "lfs"
         elif path.startswith("/upload/"):
@@ -133,39 +135,30 @@ class Handler(BaseHTTPRequestHandler):
 # The other process: this file as a program, with the real client, which reads HF_ENDPOINT on import
 # ----------------------------------------------------------------------------------------------------------
 
-STEPS = {"flaky": 4, "full": 2, "down": 2, "forbidden": 2}
+# Repository -> changes of its run.
+RUNS = {
+    "flaky": {"max_train_steps": 4, "validation_prompts": None}, "full": {"hub_public_repo": True}, "down": {},
+    "forbidden": {},
+}  # fmt: skip
 
 
-def wait_less(_script=None):
-    """Make every pause a short one, and return the list of those asked for."""
-    pauses, sleep = [], time.sleep
-
-    def pause(seconds):
-        if seconds > 0.05:
-            pauses.append(seconds)
-        sleep(min(seconds, 0.01))
-
-    time.sleep = pause
-    return pauses
+def wait_less(_script):
+    """Make every pause a short one."""
+    sleep = time.sleep
+    time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 
 
 def train_and_publish(folder, teacher, shards):
-    """Train into folder/NAME for repositories that fail in different ways, publish, note what came of it."""
-    script, tool = load_script("train_lcm_lora_sd15.py"), load_script("scripts/push_to_hub.py")
-    test_checkpoint.DEADLINE_S = 600
-    results = {}
-    for name, steps in STEPS.items():
+    """Train into folder/NAME for repositories that fail in different ways, and note what came of it."""
+    script, results = load_script("train_lcm_lora_sd15.py"), {}
+    for name, changes in RUNS.items():
+        changes = {"max_train_steps": 2, "push_to_hub": True, "push_checkpoints_to_hub": True} | changes
         line = flags(
-            teacher, shards, folder / name, max_train_steps=steps, push_to_hub=True, hub_token=TOKEN,
-            push_checkpoints_to_hub=True, hub_model_id=f"me/{name}", lora_target_modules="to_q,conv1",
+            teacher, shards, folder / name, hub_token=TOKEN, hub_model_id=f"me/{name}",
+            lora_target_modules="to_q,conv1", **changes,
         )  # fmt: skip
-        run = test_checkpoint.Run(script, line, folder / f"{name}.txt", hook=wait_less)
+        run = Run(script, line, folder / f"{name}.txt", hook=wait_less)
         results[name] = {"code": run.wait()[0], "said": run.said.read_text()}
-    pauses = wait_less()
-    for name in ("late", "down", "forbidden"):
-        pauses.clear()
-        words = ["--folder", str(folder / "full"), "--hub_model_id", f"me/{name}", "--hub_token", TOKEN]
-        results[f"tool: {name}"] = {"code": tool.main(tool.parse_args(words)), "pauses": list(pauses)}
     (folder / "results.json").write_text(json.dumps(results))
 
 
@@ -189,9 +182,18 @@ def test_a_hub_that_fails_now_and_then_gets_checkpoint_and_all_files(hub):
     assert results["flaky"]["code"] == 0 and said.count("uploaded to ") == 2 and "not uploaded" not in said
     assert "me/flaky cannot be made" in said and "upload 1 of 2 failed: " in said
     first, last = server.commits["flaky"]
-    assert set(first) == LORA and set(last) == ALL
+    assert set(first) == LORA and set(last) == LORA | {"README.md"} | {f"image_{n}.png" for n in range(4)}
     for name, commit in (("checkpoint-2", first), (".", last)):
         assert all((folder / "flaky" / name / path).read_bytes() == data for path, data in commit.items())
+
+
+def test_captions_of_the_data_do_not_become_public(hub):
+    server, _, _ = hub
+    card = server.files("flaky")["README.md"].decode()
+    prompts = load_script("train_lcm_lora_sd15.py").NEUTRAL_PROMPTS
+    assert all(prompt in card for prompt in prompts) and "sea 1" not in card and len(prompts) == 4
+    kinds = {"flaky": "private", "full": "public", "down": "private", "forbidden": "private"}
+    assert server.visibility.items() >= kinds.items()
 
 
 @pytest.mark.parametrize("name", ["full", "down"])
@@ -201,23 +203,27 @@ def test_a_failing_hub_loses_and_stops_nothing(hub, name):
     assert server.files(name) == {}
     assert all((folder / name / path).is_file() for path in ALL)
     said = results[name]["said"]
-    assert said.count("upload 5 of 5 failed: ") == 1 and "Traceback" not in said
-    later = f"python scripts/push_to_hub.py --folder {folder / name} --hub_model_id me/{name}"
+    assert said.count("upload 2 of 2 failed: ") == 1 and "Traceback" not in said
+    later = f"hf upload me/{name} {folder / name} --include pytorch_lora_weights.safetensors README.md 'image_*.png'"
     assert said.splitlines()[-1].endswith(later)
+
+
+def test_the_line_that_publishes_later_is_one_that_hf_takes(hub):
+    """With the command line's own parser, run against the same Hub, whose repository `full` has recovered."""
+    server, _, results = hub
+    words = shlex.split(results["full"]["said"].splitlines()[-1].partition(": hf ")[2].replace("me/full", "me/late"))
+    online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
+    command = [Path(sys.executable).parent / "hf", *words]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT | online)
+    assert done.returncode == 0 and set(server.files("late")) == ALL, done.stderr[-2000:]
 
 
 def test_a_refusal_is_said_before_anything_is_trained(hub):
     _, folder, results = hub
-    last = results["forbidden"]["said"].splitlines()[-1]
-    assert results["forbidden"]["code"] == 2 and last.startswith("error: --push_to_hub: me/forbidden")
-    assert not (folder / "forbidden").exists()
-
-
-def test_a_finished_folder_is_published_later(hub):
-    server, folder, results = hub
-    assert results["tool: late"]["code"] == 0 and set(server.files("late")) == ALL
-    assert results["tool: forbidden"]["code"] == 2
-    assert results["tool: down"]["code"] == 1 and results["tool: down"]["pauses"] == [1, 2, 4, 8]
+    said = results["forbidden"]["said"]
+    assert results["forbidden"]["code"] == 2
+    assert said.splitlines()[-1].startswith("error: --push_to_hub: me/forbidden") and "loading the models" not in said
+    assert not (folder / "forbidden" / "log.jsonl").exists()
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub):
@@ -230,16 +236,9 @@ def test_the_token_goes_to_the_hub_and_nowhere_else(hub):
 
 def test_no_path_of_this_machine_is_uploaded(hub, teacher, shards):
     server, folder, _ = hub
-    for path, data in (server.files("late") | server.files("flaky")).items():
+    for path, data in server.files("flaky").items():
         for secret in (str(folder), str(teacher), str(shards)):
             assert secret.encode() not in data, path
-
-
-def test_push_to_hub_wants_a_finished_folder(tmp_path, capsys):
-    with pytest.raises(SystemExit) as ended:
-        load_script("scripts/push_to_hub.py").parse_args(["--folder", str(tmp_path)])
-    said = capsys.readouterr().err
-    assert ended.value.code == 2 and said.startswith(f"error: --folder {tmp_path}: holds no pytorch_lora")
 
 
 if __name__ == "__main__":

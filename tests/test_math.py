@@ -6,10 +6,23 @@ import dataclasses
 import numpy as np
 import pytest
 import torch
+from conftest import SCRIPTS, load_script
 from diffusers import DDIMScheduler, LCMScheduler
 
 PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 REQUIRED = ["--pretrained_teacher_model", "owner/name", "--train_shards_path_or_url", "pipe:cat 0.tar"]
+
+
+@pytest.fixture(scope="module")
+def script():
+    """The SD 1.5 script: the mathematics is the same in both."""
+    return load_script(SCRIPTS[0])
+
+
+def args_of(script, **changes):
+    args = script.build_parser().parse_args(REQUIRED)
+    vars(args).update(changes)
+    return args
 
 
 def ddim(prediction_type="epsilon", **changes):
@@ -22,8 +35,8 @@ def ddim(prediction_type="epsilon", **changes):
     return scheduler
 
 
-def schedule_of(script, scheduler, num_ddim_timesteps=50):
-    return script.make_schedule(scheduler.config, num_ddim_timesteps, 10.0, torch.device("cpu"))
+def schedule_of(script, scheduler, **changes):
+    return script.make_schedule(scheduler.config, args_of(script, **changes), torch.device("cpu"))
 
 
 def noise(seed, batch=1):
@@ -31,7 +44,7 @@ def noise(seed, batch=1):
 
 
 def raw_output(scheduler, latents, eps, timesteps):
-    """Return what a perfect UNet of the scheduler's prediction type says of latents and eps."""
+    """Return the output of a perfect UNet of the scheduler's prediction type for latents and eps."""
     if scheduler.config.prediction_type == "v_prediction":
         return scheduler.get_velocity(latents, eps, timesteps)
     return eps if scheduler.config.prediction_type == "epsilon" else latents
@@ -55,9 +68,9 @@ def test_solver_grid_is_trailing(script):
     assert schedule.k == 20
     assert schedule.ddim_timesteps.tolist() == list(range(19, 1000, 20))
     assert schedule.ddim_timesteps.tolist() == ddim().timesteps.tolist()[::-1]
-    assert schedule_of(script, ddim(), 1000).ddim_timesteps.tolist() == list(range(1000))
+    assert schedule_of(script, ddim(), num_ddim_timesteps=1000).ddim_timesteps.tolist() == list(range(1000))
     with pytest.raises(script.UnusableInput, match="--num_ddim_timesteps 1001"):
-        schedule_of(script, ddim(), 1001)
+        schedule_of(script, ddim(), num_ddim_timesteps=1001)
 
 
 @pytest.mark.parametrize("timestep_scaling", [10.0, 0.5])
@@ -88,13 +101,11 @@ def test_v_prediction_takes_zero_terminal_snr(script):
 def test_schedules_that_cannot_be_distilled_are_refused(script):
     with pytest.raises(script.UnusableInput, match="zero terminal SNR"):
         schedule_of(script, ddim("epsilon", rescale_betas_zero_snr=True))
-    v_prediction = ddim("v_prediction", rescale_betas_zero_snr=True).config
     with pytest.raises(script.UnusableInput, match="--loss_space sample"):
-        script.make_schedule(v_prediction, 50, 10.0, torch.device("cpu"), "epsilon")
+        schedule_of(script, ddim("v_prediction", rescale_betas_zero_snr=True), loss_space="epsilon")
+    config = dict(ddim().config) | {"prediction_type": "flow_prediction"}
     with pytest.raises(script.UnusableInput, match="prediction_type 'flow_prediction'"):
-        script.make_schedule(
-            dict(ddim().config) | {"prediction_type": "flow_prediction"}, 50, 10.0, torch.device("cpu")
-        )
+        script.make_schedule(config, args_of(script), torch.device("cpu"))
 
 
 def test_schedule_tables_are_float32(script):
@@ -145,15 +156,13 @@ def test_the_loss_in_epsilon_compares_the_noise_that_clean_latents_imply(script,
 
 
 def draw(script, step=3, micro_step=1, rank=2, batch=64, **changes):
-    args = script.build_parser().parse_args(REQUIRED)
-    vars(args).update(changes)
-    return script.draw(args, (batch, 4, 4, 4), step, micro_step, rank, torch.device("cpu"))
+    return script.draw(args_of(script, **changes), (batch, 4, 4, 4), step, micro_step, rank, torch.device("cpu"))
 
 
 def same(first, second):
     """Return for each field of two Draws whether they are equal."""
-    pairs = zip(dataclasses.astuple(first), dataclasses.astuple(second), strict=True)
-    return [a == b if isinstance(a, list) else torch.equal(a, b) for a, b in pairs]
+    names = [field.name for field in dataclasses.fields(first)]
+    return [torch.equal(getattr(first, name), getattr(second, name)) for name in names]
 
 
 def test_draws_are_a_function_of_their_key(script):
@@ -182,6 +191,6 @@ def test_draws_keep_to_their_ranges(script):
 
 
 def test_proportion_of_empty_prompts(script):
-    assert not any(draw(script, proportion_empty_prompts=0.0).empty)
-    assert all(draw(script, proportion_empty_prompts=1.0).empty)
-    assert 0.2 < np.mean(draw(script, batch=4000, proportion_empty_prompts=0.25).empty) < 0.3
+    assert not draw(script, proportion_empty_prompts=0.0).empty.any()
+    assert draw(script, proportion_empty_prompts=1.0).empty.all()
+    assert 0.2 < draw(script, batch=4000, proportion_empty_prompts=0.25).empty.float().mean() < 0.3

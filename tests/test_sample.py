@@ -1,6 +1,7 @@
 """scripts/sample.py on a random Stable Diffusion of a few thousand weights."""
 
 import argparse
+import itertools
 import json
 import os
 import string
@@ -279,7 +280,6 @@ def test_batch_equals_single_pictures(models):
         (["--lora", "{models}/empty"], "pytorch_lora_weights.safetensors"),
         (["--samplers", "lcm-lora"], "--lora"),
         (["--steps", "0"], "--steps"),
-        (["--steps", "4", "1001"], "--steps"),
         (["--steps", "4", "51", "--samplers", "lcm-without-lora"], "--steps"),
         (["--steps", "61"], "[61]"),
         (["--guidance_scale", "nan"], "guidance"),
@@ -301,12 +301,11 @@ def test_wrong_values_exit_with_2(sample, models, tmp_path, capsys, flags, named
     assert stop.value.code == 2 and named in message and message.count("\n") == 1
 
 
-@pytest.mark.parametrize("name", ["blank.txt", "no-file.txt"])
-def test_prompts_file_without_prompts(sample, models, tmp_path, capsys, name):
-    usual = usual_flags(models, tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        sample.parse_args([*usual, "--prompts_file", str(models / name)])
-    assert stop.value.code == 2 and name in capsys.readouterr().err
+def test_prompts_file_without_prompts(sample, models, tmp_path, capsys):
+    for name in ("blank.txt", "no-file.txt"):
+        with pytest.raises(SystemExit) as stop:
+            sample.parse_args([*usual_flags(models, tmp_path), "--prompts_file", str(models / name)])
+        assert stop.value.code == 2 and name in capsys.readouterr().err
 
 
 def test_prompts_file_is_read_line_by_line(sample, models, tmp_path):
@@ -353,9 +352,9 @@ def test_unusable_files_exit_with_2(sample, models, tmp_path, capfd, monkeypatch
 XL_KEY = "conditioner.embedders.1.model.transformer.resblocks.9.mlp.c_proj.bias"
 
 
-@pytest.mark.parametrize("suffix", [".safetensors", ".ckpt"])
-def test_single_file_decides_the_family(tmp_path, suffix):
-    for key, family in (("model.diffusion_model.input_blocks.0.0.weight", sd15), (XL_KEY, sdxl)):
+def test_single_file_decides_the_family(tmp_path):
+    families = (("model.diffusion_model.input_blocks.0.0.weight", sd15), (XL_KEY, sdxl))
+    for suffix, (key, family) in itertools.product((".safetensors", ".ckpt"), families):
         path, weights = tmp_path / f"model{suffix}", {key: torch.zeros(8, 4, 1, 1)}
         if suffix == ".ckpt":
             torch.save({"state_dict": weights}, path)
@@ -467,13 +466,13 @@ def test_every_tool_takes_prediction_type_and_file_markers(sample, tmp_path, mon
     assert prediction_type == "v_prediction" and {"v_pred", "ztsnr"} <= set(names)
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "dpmsolver++", "lcm-without-lora"])
-def test_v_prediction_and_zero_snr_reach_the_sampler(tmp_path, sampler):
+def test_v_prediction_and_zero_snr_reach_the_samplers(tmp_path):
     teacher = build_teacher(tmp_path, "v_prediction", rescale_betas_zero_snr=True)
     pipe = load(teacher)
-    pipelines.set_sampler(pipe, sampler)
-    assert pipe.scheduler.config.prediction_type == "v_prediction"
-    assert pipe.scheduler.alphas_cumprod[-1] < 1e-6
+    for sampler in ("ddim", "dpmsolver++", "lcm-without-lora"):
+        pipelines.set_sampler(pipe, sampler)
+        assert pipe.scheduler.config.prediction_type == "v_prediction", sampler
+        assert pipe.scheduler.alphas_cumprod[-1] < 1e-6, sampler
 
 
 def test_a_process_takes_the_gpu_of_its_rank(monkeypatch):

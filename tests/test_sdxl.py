@@ -2,16 +2,17 @@
 
 import io
 import shutil
+import signal
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SIDE, build_teacher_xl, flags, load_script, read_log
+from conftest import SCRIPTS, SIDE, at_call, build_teacher_xl, finish, flags, load_script, read_log, send
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
-from test_checkpoint import finish
+from test_checkpoint import assert_same, checkpoints
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -96,12 +97,15 @@ def test_teacher_and_student_are_told_the_size_and_crop_of_their_sample(script, 
         lambda _module, _args, named: seen.append(named["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
     samples = [ruler(script, 80, 48, key) for key in "ab"]
-    batch = script.collate(samples)
-    batch |= script.encode_prompts(loaded, batch["caption"], CPU)
-    given = script.condition(script.encode_prompts(loaded, [""], CPU), batch, [True, False])
+    batch = script.ShardStream([], args, 1, 0, 1).collate(samples)
+    embeds = script.encode_prompts(loaded, batch["caption"], CPU)
+    empty = torch.tensor([True, False])
+    given = script.condition(script.encode_prompts(loaded, [""], CPU), embeds, batch, empty)
     draws = script.draw(args, (2, 4, 8, 8), 0, 0, 0, CPU)
-    schedule = script.make_schedule(loaded.scheduler.config, 50, 10.0, CPU)
-    script.distillation_loss(*[loaded.unet] * 3, schedule, draws.eps, *given, draws, args, F32)
+    schedule = script.make_schedule(loaded.scheduler.config, args, CPU)
+    unets = dict.fromkeys(("teacher_unet", "student_unet", "student"), loaded.unet)
+    job = SimpleNamespace(args=args, dtype=F32, schedule=schedule, **unets)
+    script.training_loss(job, draws.eps, *given, draws)
     ids = torch.stack([sample["time_ids"] for sample in samples])
     assert not torch.equal(ids[0], ids[1])
     doubled, *single = seen
@@ -125,13 +129,11 @@ def test_empty_and_dropped_captions_are_what_the_pipeline_guides_away_from(scrip
         uncond_embeds = script.encode_prompts(pipe, [""], CPU)
         batch = {"caption": captions, "time_ids": torch.zeros(3, 6)}
         batch |= script.encode_prompts(pipe, captions, CPU)
-        conditioning, uncond = script.condition(uncond_embeds, batch, [True, False, False])
+        conditioning, uncond = script.condition(uncond_embeds, batch, batch, torch.tensor([True, False, False]))
     pipe.register_to_config(force_zeros_for_empty_prompt=True)
     assert (free == 0).all() == force_zeros and (free_pooled == 0).all() == force_zeros
     for part, empty, full in (("encoder_hidden_states", free, text), ("text_embeds", free_pooled, pooled)):
-        ours, theirs = (
-            given.get(part, given["added_cond_kwargs"].get(part)) for given in (conditioning, uncond)
-        )
+        ours, theirs = (given.get(part, given["added_cond_kwargs"].get(part)) for given in (conditioning, uncond))
         torch.testing.assert_close(theirs, empty.expand_as(theirs))
         torch.testing.assert_close(ours, torch.cat([empty, empty, full]))
     assert torch.equal(batch["prompt_embeds"][1], uncond_embeds["prompt_embeds"][0])
@@ -150,8 +152,7 @@ SSD_1B = {  # in small: no attention in the middle, a count of transformer layer
 def output(unet):
     """Return a UNet's output at fixed inputs."""
     z_t, text, pooled = (
-        torch.randn(2, *shape, generator=torch.Generator().manual_seed(0))
-        for shape in ((4, 8, 8), (5, 40), (12,))
+        torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 8, 8), (5, 40), (12,))
     )
     added = {"text_embeds": pooled, "time_ids": torch.tensor([[48.0, 80, 0, 10, 32, 32]]).repeat(2, 1)}
     with torch.no_grad():
@@ -174,14 +175,24 @@ def test_an_asymmetric_teacher_trains_loads_and_draws(script, shards, tmp_path):
     pipe = StableDiffusionXLPipeline.from_pretrained(teacher)
     pipe.load_lora_weights(out)
     assert lora_modules(pipe.unet) == lora_modules(trained) > 20
-    torch.testing.assert_close(output(pipe.unet), output(trained), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(output(pipe.unet), output(trained), rtol=2e-3, atol=2e-3)
     assert (output(pipe.unet) - before).abs().max() > 0.01
     line = ["--pretrained_teacher_model", str(teacher), "--lora", str(out), "--prompts", "sea", "--steps"]
     line += ["2", "--samplers", "lcm-lora", "--output_dir", str(tmp_path / "drawn"), "--device", "cpu"]
     sample = load_script("scripts/sample.py")
-    assert sample.main(sample.parse_args([*line, "--resolution", str(SIDE)])) == 0
+    assert not sample.main(sample.parse_args([*line, "--resolution", str(SIDE)]))
     with Image.open(tmp_path / "drawn" / "lcm-lora-2steps" / "0-0.png") as picture:
         assert picture.size == (SIDE, SIDE) and len(np.unique(np.asarray(picture))) > 20
+
+
+def test_a_run_is_resumed_exactly(script, teacher, shards, tmp_path):
+    changes = {"validation_steps": -1, "random_flip": True, "dataloader_num_workers": 1, "max_train_steps": 3}
+    lines = [flags(teacher, shards, tmp_path / name, **changes) for name in ("whole", "broken")]
+    finish(script, lines[0], tmp_path / "said")
+    finish(script, lines[1], tmp_path / "said", -9, hook=at_call("draw", 3, send(signal.SIGKILL)))
+    assert checkpoints(tmp_path / "broken") == {"checkpoint-2"}
+    finish(script, lines[1], tmp_path / "said")
+    assert_same(tmp_path / "whole", tmp_path / "broken")
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -243,9 +254,7 @@ def asked(script, pipe, monkeypatch):
         (None, F32, {"pretrained_vae_model_name_or_path": "owner/vae"}, "owner/vae"),
     ],
 )
-def test_half_precision_takes_the_vae_that_does_not_overflow(
-    script, teacher, asked, model, dtype, changes, expected
-):
+def test_half_precision_takes_the_vae_that_does_not_overflow(script, teacher, asked, model, dtype, changes, expected):
     script.load_teacher(make_args(script, model or teacher, **changes), dtype, CPU)
     assert asked == [(expected, None if expected == "its own" else dtype)]
 
@@ -270,9 +279,7 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     args = make_args(script, teacher)
     args.output_dir = str(tmp_path)
     loaded = script.load_teacher(args, torch.float16, CPU)
-    assert {part.dtype for part in (loaded.unet, loaded.text_encoder, loaded.text_encoder_2)} == {
-        torch.float16
-    }
+    assert {part.dtype for part in (loaded.unet, loaded.text_encoder, loaded.text_encoder_2)} == {torch.float16}
     expected = {F32 if force_upcast else torch.float16}
     seen = watch(loaded.vae)
     pixels = torch.zeros(1, SIDE, SIDE, 3, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""scripts/check_shared.py notices each way in which the two training scripts can drift apart."""
+"""scripts/dev/check_shared.py notices each way in which the two training scripts can drift apart."""
 
 import shutil
 import subprocess
@@ -44,7 +44,7 @@ IN_ONE = {
         ["region 'step' differs", "+def draw(args, shape=None,"],
     ),
     "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "'step' closes, open is None"]),
-    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'data' opens inside 'step'"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'files' opens inside 'step'"]),
     "the last region without its end": (replaced("# <<< shared: run\n", ""), ["'run' is never closed"]),
     "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
     "regions in another order": (swapped, ["regions differ"]),
@@ -71,7 +71,7 @@ IN_BOTH = {
 @pytest.fixture
 def check(tmp_path, monkeypatch, capsys):
     """Return a function that checks copies of the scripts in tmp_path: (exit code, what it says)."""
-    tool = load_script("scripts/check_shared.py")
+    tool = load_script("scripts/dev/check_shared.py")
     for name in SCRIPTS:
         shutil.copy(ROOT / name, tmp_path)
 
@@ -92,7 +92,7 @@ def change(folder, names, edit):
 
 
 def test_the_scripts_of_the_repository_agree():
-    command = [sys.executable, str(ROOT / "scripts" / "check_shared.py")]
+    command = [sys.executable, str(ROOT / "scripts" / "dev" / "check_shared.py")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert not done.stderr and "the same" in done.stdout
@@ -106,31 +106,32 @@ def test_a_difference_is_named(check, tmp_path, name):
     assert code == 1 and all(text in said for text in named), said
 
 
-@pytest.mark.parametrize("kind", IN_BOTH)
-def test_a_copy_outside_of_the_regions_is_named(check, tmp_path, kind):
-    text, name = IN_BOTH[kind]
-    change(tmp_path, SCRIPTS, replaced(CLOSE, CLOSE + text))
-    code, said = check()
-    assert code == 1 and f"{name!r} is defined in both scripts outside a region" in said, said
-    line = (tmp_path / SCRIPTS[1]).read_text()[: -len(text)].partition(CLOSE)[0].count("\n")
-    assert f"{SCRIPTS[1]}:{line + 2 + text.startswith('if')}" in said
+def test_a_copy_outside_of_the_regions_is_named(check, tmp_path):
+    whole = {script: (tmp_path / script).read_text() for script in SCRIPTS}
+    line = whole[SCRIPTS[1]].partition(CLOSE)[0].count("\n")
+    for text, name in IN_BOTH.values():
+        change(tmp_path, SCRIPTS, replaced(CLOSE, CLOSE + text))
+        code, said = check()
+        assert code == 1 and f"{name!r} is defined in both scripts outside a region" in said, said
+        assert f"{SCRIPTS[1]}:{line + 2 + text.startswith('if')}" in said
+        for script in SCRIPTS:
+            (tmp_path / script).write_text(whole[script])
 
 
 def test_a_region_that_lost_its_markers_in_both_scripts_is_named(check, tmp_path):
     change(tmp_path, SCRIPTS, without_step_markers)
     code, said = check()
-    assert code == 1 and "'distillation_loss' is defined in both" in said
+    assert code == 1 and "'training_loss' is defined in both" in said
 
 
 def test_a_reason_without_its_definition_is_named(check, monkeypatch):
-    tool = load_script("scripts/check_shared.py")
+    tool = load_script("scripts/dev/check_shared.py")
     monkeypatch.setitem(tool.DIFFERENT_FOR_A_REASON, "gone", "was here once")
     code, said = check()
     assert code == 1 and "'gone' of DIFFERENT_FOR_A_REASON" in said
 
 
-@pytest.mark.parametrize("target", SCRIPTS)
-@pytest.mark.parametrize("name", ["one byte", "a def line", "a space at a line's end"])
+@pytest.mark.parametrize(("name", "target"), zip(["one byte", "a space at a line's end"], SCRIPTS, strict=True))
 def test_copying_brings_the_other_script_up_to_date(check, tmp_path, name, target):
     whole = {script: (tmp_path / script).read_bytes() for script in SCRIPTS}
     change(tmp_path, [target], IN_ONE[name][0])

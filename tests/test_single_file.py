@@ -59,9 +59,7 @@ def ldm_unet_key(key, config):
     if kind == "upsamplers":
         after_attention = "CrossAttn" in config.up_block_types[int(level)]
         return f"output_blocks.{first + per_level - 1}.{1 + after_attention}.{rest}"
-    blocks = (
-        f"input_blocks.{1 + first + int(layer)}" if side == "down" else f"output_blocks.{first + int(layer)}"
-    )
+    blocks = f"input_blocks.{1 + first + int(layer)}" if side == "down" else f"output_blocks.{first + int(layer)}"
     return f"{blocks}.1.{rest}" if kind == "attentions" else f"{blocks}.0.{renamed(rest, UNET_RESNET)}"
 
 
@@ -131,7 +129,7 @@ def test_an_sdxl_file_gives_the_weights_and_the_folder_the_settings(xl_reference
     args = trainer.parse_args(flags(file, shards, "unused", teacher_config=folder))
     for pipe in (
         trainer.load_teacher(args, torch.float32, torch.device("cpu")),
-        sample.load_pipeline(file, config=folder),
+        sample.load_teacher(sampler_args(sample, file, folder), "cpu"),
     ):
         for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
             theirs, ours = getattr(reference, name).state_dict(), getattr(pipe, name).state_dict()
@@ -264,9 +262,29 @@ def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, 
     torch.testing.assert_close(pipe.unet.state_dict(), unet, rtol=0, atol=0)
 
 
+def sampler_args(sample, model, config=None):
+    """Return the flags of scripts/sample.py for a model."""
+    line = ["--pretrained_teacher_model", str(model), "--prompts", "sea", "--device", "cpu", "--output_dir", "unused"]
+    return sample.parse_args(line + ([] if config is None else ["--teacher_config", str(config)]))
+
+
+def test_a_files_markers_and_the_flag_tell_what_it_predicts(trainer, file, teacher, shards, tmp_path):
+    weights, path = load_file(file), tmp_path / "teacher.safetensors"
+    for markers, flag, expected in (
+        ((), None, ("epsilon", False)), (("v_pred",), None, ("v_prediction", False)),
+        (("v_pred", "ztsnr"), None, ("v_prediction", True)), ((), "v_prediction", ("v_prediction", False)),
+        (("v_pred",), "epsilon", ("epsilon", False)),
+    ):  # fmt: skip
+        save_file(weights | {name: torch.zeros(1) for name in markers}, path)
+        args = trainer.parse_args(flags(path, shards, "unused", teacher_config=teacher, prediction_type=flag))
+        config = trainer.load_teacher(args, torch.float32, torch.device("cpu"), vae=None).scheduler.config
+        assert (config.prediction_type, config.get("rescale_betas_zero_snr", False)) == expected
+        assert trainer.make_schedule(config, args, torch.device("cpu")).prediction_type == expected[0]
+
+
 @pytest.mark.parametrize("config", ["teacher", "bare_config"])
 def test_sampler_loads_the_same_file(request, sample, file, reference, config):
-    pipe = sample.load_pipeline(file, config=request.getfixturevalue(config))
+    pipe = sample.load_teacher(sampler_args(sample, file, request.getfixturevalue(config)), "cpu")
     assert_same_models(pipe, reference)
     expected = {"teacher": "epsilon", "bare_config": "v_prediction"}[config]
     assert pipe.scheduler.config.prediction_type == expected
@@ -274,38 +292,12 @@ def test_sampler_loads_the_same_file(request, sample, file, reference, config):
     assert pipe.scheduler.config.prediction_type == expected
 
 
-def test_sampler_draws_from_file_and_flag(sample, file, teacher, tmp_path):
-    line = ["--pretrained_teacher_model", str(file), "--teacher_config", str(teacher), "--prompts", "sea"]
-    line += ["--output_dir", str(tmp_path), "--samplers", "ddim", "--steps", "1", "--device", "cpu"]
-    assert sample.main(sample.parse_args(line)) == 0
-    assert (tmp_path / "ddim-1steps" / "0-0.png").is_file()
-
-
 @pytest.mark.parametrize("is_xl", [False, True])
-def test_file_decides_the_family_whatever_the_config(sample, file, teacher, tmp_path, monkeypatch, is_xl):
-    path, seen = tmp_path / "model.safetensors", []
+def test_file_decides_the_family(sample, file, teacher, tmp_path, is_xl):
+    path = tmp_path / "model.safetensors"
     save_file(load_file(file) | ({XL_KEY: torch.zeros(8)} if is_xl else {}), path)
-    whole = StableDiffusionPipeline.from_pretrained(teacher)
-    for family in (StableDiffusionPipeline, StableDiffusionXLPipeline):
-
-        def from_single_file(cls, *_, config, **__):
-            seen.append((cls, config))
-            return whole
-
-        monkeypatch.setattr(family, "from_single_file", classmethod(from_single_file))
-    sample.load_pipeline(path, config=teacher)
-    assert seen == [(StableDiffusionXLPipeline if is_xl else StableDiffusionPipeline, str(teacher))]
-
-
-def run_trainer(trainer, shards, output_dir, model, config):
-    changes = {"teacher_config": config, "resume_from_checkpoint": "none"}
-    return trainer.run(trainer.parse_args(flags(model, shards, output_dir, **changes)))
-
-
-def run_sampler(sample, output_dir, model, config):
-    line = ["--pretrained_teacher_model", str(model), "--prompts", "sea", "--output_dir", str(output_dir)]
-    line += [] if config is None else ["--teacher_config", str(config)]
-    return sample.main(sample.parse_args([*line, "--device", "cpu"]))
+    family = sample.pipelines.family_of(sampler_args(sample, path, teacher))
+    assert family.__name__ == f"train_lcm_lora_{'sdxl' if is_xl else 'sd15'}"
 
 
 @pytest.fixture
@@ -342,25 +334,30 @@ CASES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("script", ["trainer", "sample"])
 @pytest.mark.parametrize("case", CASES)
-def test_unusable_file_ends_in_one_line(trainer, sample, shards, unusable, tmp_path, capfd, script, case):
+def test_unusable_file_is_named_in_one_line(trainer, shards, unusable, case):
     model, config, words = unusable[case]
-    if script == "trainer":
-        code = run_trainer(trainer, shards, tmp_path / "out", model, config)
-    else:
-        code = run_sampler(sample, tmp_path / "out", model, config)
-    printed = capfd.readouterr().err
-    lines = [line for line in printed.splitlines() if not line.startswith("data: ")]
-    assert code == 2 and len(lines) == 1 and words in lines[0] and str(model) in lines[0], printed
+    args = trainer.parse_args(flags(model, shards, "unused", teacher_config=config))
+    with pytest.raises(trainer.UnusableInput) as error:
+        trainer.load_teacher(args, torch.float32, torch.device("cpu"))
+    said = str(error.value)
+    assert words in said and str(model) in said and "\n" not in said
+
+
+@pytest.mark.parametrize("case", ["no config", "lora"])
+def test_sampler_ends_with_the_same_line(sample, unusable, tmp_path, capfd, case):
+    model, config, words = unusable[case]
+    args = sampler_args(sample, model, config)
+    args.output_dir = str(tmp_path / "out")
+    assert sample.exit_code(sample.main, args) == 2
+    said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(said) == 1 and words in said[0] and str(model) in said[0]
 
 
 @pytest.mark.parametrize(("model", "config"), [("file", "./nowhere"), ("teacher", "teacher")])
-def test_sampler_refuses_config_that_is_not_there_or_has_no_file(
-    request, sample, teacher, tmp_path, capsys, model, config
-):
+def test_sampler_refuses_config_that_is_not_there_or_has_no_file(request, sample, teacher, capsys, model, config):
     config = teacher if config == "teacher" else config
     with pytest.raises(SystemExit) as stop:
-        run_sampler(sample, tmp_path, request.getfixturevalue(model), config)
+        sampler_args(sample, request.getfixturevalue(model), config)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--teacher_config" in message and message.count("\n") == 1

@@ -1,4 +1,4 @@
-"""One training step on a tiny UNet: its loss, its gradients, its precision, its conditioning."""
+"""One training step on a tiny UNet: its loss, its gradients, its precision, its conditioning, its waiting."""
 
 import copy
 import dataclasses
@@ -9,14 +9,22 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState, GradientState, PartialState
-from conftest import flags, read_log
+from conftest import FAMILIES, SCRIPTS, flags, load_script, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 from diffusers.models.embeddings import Timesteps
-from peft.tuners.lora import Conv2d, Linear, LoraLayer
-from torch.utils.flop_counter import FlopCounterMode
+from peft import LoraConfig
+from peft.tuners.lora import Linear, LoraLayer
+from torch.utils._python_dispatch import TorchDispatchMode
 
 CPU = torch.device("cpu")
 F32 = torch.float32
+both_families = pytest.mark.parametrize("script", SCRIPTS, ids=FAMILIES, indirect=True)
+
+
+@pytest.fixture(scope="module")
+def script(request):
+    """The SD 1.5 script, unless a test names another: the step is the same in both."""
+    return load_script(getattr(request, "param", SCRIPTS[0]))
 
 
 @pytest.fixture
@@ -41,12 +49,12 @@ def with_lora(script, base, args, scale=0.1):
     generator = torch.Generator().manual_seed(1)
     for parameter in script.add_lora(unet, args):
         parameter.data += scale * torch.randn(parameter.shape, generator=generator)
-    script.make_fast(unet, args)
+    script.prepare_unet(unet, args)
     return unet
 
 
-def schedule_of(script, pipe, **changes):
-    return script.make_schedule(dict(pipe.scheduler.config) | changes, 50, 10.0, CPU)
+def schedule_of(script, pipe, args, **changes):
+    return script.make_schedule(dict(pipe.scheduler.config) | changes, args, CPU)
 
 
 def inputs(script, args, pipe, index=(0, 7, 24, 49), dtype=F32):
@@ -56,12 +64,9 @@ def inputs(script, args, pipe, index=(0, 7, 24, 49), dtype=F32):
     draws = dataclasses.replace(draws, index=torch.tensor(index))
     latents = torch.randn(shape, generator=torch.Generator().manual_seed(2))
     with torch.no_grad():
-        uncond_embeds = {
-            name: value.to(dtype) for name, value in script.encode_prompts(pipe, [""], CPU).items()
-        }
-        conditioning, uncond = script.condition(
-            uncond_embeds, batch_of(script, pipe, len(index)), draws.empty
-        )
+        uncond_embeds = {name: value.to(dtype) for name, value in script.encode_prompts(pipe, [""], CPU).items()}
+        batch = batch_of(script, pipe, len(index))
+        conditioning, uncond = script.condition(uncond_embeds, batch, batch, draws.empty)
     return latents, conditioning, uncond, draws
 
 
@@ -73,10 +78,11 @@ def batch_of(script, pipe, size):
 
 
 def loss_of(script, unet, pipe, args, schedule=None, dtype=F32, data=None, teacher=None):
-    schedule = schedule or schedule_of(script, pipe)
-    data = data or inputs(script, args, pipe, dtype=dtype)
-    teacher = teacher or script.twin(copy.deepcopy(pipe.unet).to(dtype))
-    return script.distillation_loss(unet, unet, teacher, schedule, *data, args, dtype)
+    job = SimpleNamespace(
+        args=args, dtype=dtype, schedule=schedule or schedule_of(script, pipe, args), student_unet=unet, student=unet,
+        teacher_unet=teacher or script.make_twin(copy.deepcopy(pipe.unet).to(dtype)),
+    )  # fmt: skip
+    return script.training_loss(job, *(data or inputs(script, args, pipe, dtype=dtype)))
 
 
 def row(conditioning, n):
@@ -113,11 +119,15 @@ def plain_loss(unet, config, latents, conditioning, uncond, draws, adapter=True,
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+@pytest.mark.parametrize(
+    ("script", "prediction_type"),
+    [(SCRIPTS[0], "epsilon"), (SCRIPTS[0], "v_prediction"), (SCRIPTS[0], "sample"), (SCRIPTS[1], "epsilon")],
+    ids=["epsilon", "v_prediction", "sample", "sdxl"], indirect=["script"],
+)  # fmt: skip
 def test_loss_is_the_definition(script, pipe, unet, args, prediction_type):
     data, config = inputs(script, args, pipe), dict(pipe.scheduler.config)
     config["prediction_type"] = prediction_type
-    schedule = schedule_of(script, pipe, prediction_type=prediction_type)
+    schedule = schedule_of(script, pipe, args, prediction_type=prediction_type)
     loss = loss_of(script, unet, pipe, args, schedule, data=data)
     torch.testing.assert_close(loss, plain_loss(unet, config, *data), rtol=1e-5, atol=0)
 
@@ -131,7 +141,7 @@ def test_loss_is_not_a_broken_variant(script, pipe, unet, args, broken):
 
 
 def test_loss_tells_a_bfloat16_schedule(script, pipe, unet, args):
-    schedule = schedule_of(script, pipe)
+    schedule = schedule_of(script, pipe, args)
     rounded = dataclasses.replace(
         schedule, alphas=schedule.alphas.bfloat16().float(), sigmas=schedule.sigmas.bfloat16().float()
     )
@@ -144,7 +154,7 @@ def test_target_of_the_first_grid_point_is_z_prev(script, pipe, unet, args, monk
     data = inputs(script, args, pipe, index=(0, 0))
     loss_of(script, unet, pipe, args, data=data)
     latents, conditioning, uncond, draws = data
-    schedule, timesteps = schedule_of(script, pipe), torch.tensor([19, 19])
+    schedule, timesteps = schedule_of(script, pipe, args), torch.tensor([19, 19])
     z_t = script.add_noise(schedule, latents, draws.eps, timesteps)
     with torch.no_grad():
         z_prev = script.teacher_step(
@@ -166,7 +176,7 @@ def spy(script, monkeypatch):
 
 
 def test_the_loss_in_epsilon_counts_from_the_upper_end(script, pipe, unet, args, monkeypatch):
-    seen, schedule = spy(script, monkeypatch), schedule_of(script, pipe)
+    seen, schedule = spy(script, monkeypatch), schedule_of(script, pipe, args)
     for args.loss_space in ("sample", "epsilon"):
         loss_of(script, unet, pipe, args, schedule)
     alpha_t, sigma_t = schedule.at(schedule.ddim_timesteps[[0, 7, 24, 49]])
@@ -195,7 +205,7 @@ def test_every_lora_weight_and_nothing_else_has_a_gradient(script, pipe, unet, a
 def test_an_update_changes_the_lora_alone(script, pipe, unet, args):
     before = {name: value.clone() for name, value in unet.state_dict().items()}
     trained = [p for p in unet.parameters() if p.requires_grad]
-    optimizer, _ = script.make_optimizer(trained, args, 1)
+    optimizer, _ = script.make_optimizer(trained, args, 1, 4)
     loss_of(script, unet, pipe, args).backward()
     optimizer.step()
     for name, value in unet.state_dict().items():
@@ -223,7 +233,7 @@ def test_the_teacher_has_the_weights_and_not_the_lora(script, pipe, args, dtype)
     unet = copy.deepcopy(pipe.unet).to(dtype)
     z_t, timesteps, conditioning = unet_inputs(script, args, pipe, dtype)
     expected = script.predict(unet, z_t, timesteps, conditioning, dtype)
-    teacher = script.twin(unet)
+    teacher = script.make_twin(unet)
     weights = {name: value.data_ptr() for name, value in unet.state_dict().items()}
     for parameter in script.add_lora(unet, args):
         parameter.data += 0.1
@@ -245,21 +255,20 @@ def test_lora_stays_float32_on_a_bfloat16_base(script, pipe, args):
     assert {p.grad.dtype for p in unet.parameters() if p.requires_grad} == {F32}
 
 
-@pytest.mark.parametrize("merges", [False, True])
-def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args, monkeypatch, merges):
-    monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
-    args.gradient_checkpointing = merges
+def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args, monkeypatch):
+    args.gradient_checkpointing = True
     monkeypatch.setattr(pipe, "unet", with_widths(pipe.unet, 8, 64))
     small, plain = copy.deepcopy(pipe.unet), copy.deepcopy(pipe.unet)
-    teachers = script.twin(small), script.twin(plain)
-    script.quantize(small, teachers[0])
-    kept = {name: module for name, module in small.named_modules() if hasattr(module, "packing")}
+    script.quantize_4bit(small)
+    small.to(CPU)
+    teachers = script.make_twin(small), script.make_twin(plain)
+    kept = {n: module for n, module in small.named_modules() if isinstance(module, bitsandbytes.nn.Linear4bit)}
     widths = set()
     for name, module in plain.named_modules():
         is_linear = isinstance(module, torch.nn.Linear) and ".attentions." in name
         assert (name in kept) == (is_linear and module.in_features % 64 == 0), name
         if name in kept:
-            assert teachers[0].get_submodule(name) is kept[name]
+            assert teachers[0].get_submodule(name).weight.data_ptr() == kept[name].weight.data_ptr()
             assert kept[name].weight.numel() == module.weight.numel() / 2
             unpacked = unpack(kept[name])
             assert 0.02 < (unpacked - module.weight).norm() / module.weight.norm() < 0.12
@@ -268,7 +277,7 @@ def test_a_base_in_4_bits_computes_with_its_unpacked_weights(script, pipe, args,
     assert {(64, 64), (512, 64), (64, 256)} == widths
     results = []
     for base, teacher in zip((small, plain), teachers, strict=True):
-        unet = with_lora(script, base, args).train()
+        unet = with_lora(script, base, args)
         loss = loss_of(script, unet, pipe, args, teacher=teacher)
         loss.backward()
         results.append([loss, *(each.grad for each in unet.parameters() if each.requires_grad)])
@@ -285,10 +294,10 @@ NF4 = torch.tensor([
 
 def unpack(layer):
     """Return the weight of a layer kept in 4 bits, written from its definition and exact to four digits."""
-    packed, scales = layer.weight.flatten(), layer.packing.absmax
+    packed, scales = layer.weight.flatten(), layer.weight.quant_state.absmax
     codes = torch.stack([packed >> 4, packed & 15], dim=1).long().flatten()
     values = (NF4[codes].view(-1, 64) * scales[:, None]).view(-1, layer.in_features)
-    exact = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.packing)
+    exact = bitsandbytes.functional.dequantize_4bit(layer.weight, layer.weight.quant_state)
     torch.testing.assert_close(exact, values, rtol=1e-3, atol=1e-4)
     return exact
 
@@ -302,37 +311,35 @@ def with_widths(unet, *widths):
 def test_a_base_with_nothing_to_pack_is_refused(script, pipe):
     unet = with_widths(pipe.unet, 8, 8)
     with pytest.raises(script.UnusableInput, match="use_4bit_base: .* leave it out"):
-        script.quantize(unet, script.twin(unet))
+        script.quantize_4bit(unet)
 
 
-@pytest.mark.parametrize("dropout, merges, whole", [
-    (0.5, False, False), (0.0, False, False), (0.0, True, False), (0.0, True, True)
-])  # fmt: skip
-def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, monkeypatch, dropout, merges, whole):
+@pytest.mark.parametrize("dropout", [0.5, 0.0])
+def test_lora_layers_compute_what_pefts_own_do(script, pipe, args, dropout):
     args.lora_dropout, args.lora_alpha = dropout, 3 * args.lora_rank
-    fast = with_lora(script, pipe.unet, args).train()
-    plain = copy.deepcopy(pipe.unet)
-    script.add_lora(plain, args)
-    plain.load_state_dict(fast.state_dict())
-    if not dropout:  # which forbids it
-        monkeypatch.setattr(script, "merging_pays", lambda *_given: merges)
-    monkeypatch.setattr(script, "whole_gradient_pays", lambda *_given: whole)
-    seen, layers = set(), dict(plain.train().named_modules())
-    for name, layer in fast.named_modules():
+    ours, pefts = with_lora(script, pipe.unet, args).train(), copy.deepcopy(pipe.unet)
+    pefts.add_adapter(
+        LoraConfig(
+            r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=dropout,
+            target_modules=args.lora_target_modules.split(","),
+        )
+    )  # fmt: skip
+    pefts.load_state_dict(ours.state_dict())
+    seen, layers = set(), dict(pefts.train().named_modules())
+    for name, layer in ours.named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         given = [2, 5, layer.in_features] if isinstance(layer, Linear) else [2, layer.in_features, 6, 6]
         x = torch.randn(given)
         for with_input in (False, True):  # the first layers' inputs need no gradient
             results = [gradients_of(each, x, with_input) for each in (layer, layers[name])]
-            torch.testing.assert_close(
-                *results, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}"
-            )
+            torch.testing.assert_close(*results, rtol=1e-4, atol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
         for each in (layer, layers[name]):
             each.enable_adapters(False)
         assert torch.equal(layer(x), layers[name](x)) and not torch.equal(layer(x), results[0][0])
         seen.add(type(layer))
-    assert seen == {script.LoraLinear, script.LoraConv2d}
+        assert type(layer) is not type(layers[name])
+    assert len(seen) == 2
 
 
 def gradients_of(layer, x, with_input):
@@ -342,52 +349,6 @@ def gradients_of(layer, x, with_input):
     output = layer(leaf)
     wanted = [leaf] * with_input + [each for each in layer.parameters() if each.requires_grad]
     return output, *torch.autograd.grad(output.square().sum(), wanted)
-
-
-def test_lora_layers_take_the_way_of_fewest_flops(script, pipe, args, monkeypatch):
-    args.lora_rank, chosen = 3, set()
-    unet = with_lora(script, pipe.unet, args)
-    for layer in (module for module in unet.modules() if isinstance(module, LoraLayer)):
-        factors = sum(p.numel() for p in layer.parameters() if p.requires_grad)
-        even = 3 * layer.base_layer.weight.numel() // factors  # rows for which W + B A is as much as A and B
-        for count, rows in (
-            (forward_flops, even // 2), (forward_flops, even * 3 // 2),
-            (all_flops, even * 3 // 2), (all_flops, even * 3), (all_flops, even * 99),
-        ):  # fmt: skip
-            picture = layer.base_layer.stride if isinstance(layer, Conv2d) else ()  # one pixel of output
-            x = torch.randn(rows, layer.in_features, *picture)
-            taken, flops = count(layer, x), {}
-            for way in ((False, False), (True, False), (True, True)):
-                with monkeypatch.context() as patch:
-                    for name, value in zip(("merging_pays", "whole_gradient_pays"), way, strict=True):
-                        patch.setattr(script, name, lambda *_given, value=value: value)
-                    flops[way] = count(layer, x)
-            assert taken == min(flops.values()), (layer, rows, taken, flops)
-            chosen.add((count, min(flops, key=flops.get)))
-    assert {way for _, way in chosen} == set(flops) and len(chosen) == 5  # each way that there is
-
-
-def forward_flops(layer, x):
-    """Return the FLOPs of the layer's output."""
-    with torch.no_grad(), counter() as flops:
-        layer(x)
-    return flops.get_total_flops()
-
-
-def all_flops(layer, x):
-    """Return the FLOPs of the layer's output and gradients."""
-    with counter() as flops:
-        layer(x.clone().requires_grad_()).sum().backward()
-    return flops.get_total_flops()
-
-
-def counter():
-    """Return PyTorch's counter, taught the operation in place that it does not know."""
-
-    def addmm_flops(_sum, left, right, **_rest):
-        return 2 * left[0] * left[1] * right[1]
-
-    return FlopCounterMode(display=False, custom_mapping={torch.ops.aten.addmm_: addmm_flops})
 
 
 @pytest.mark.parametrize("dtype", [F32, torch.bfloat16])
@@ -403,16 +364,121 @@ def test_the_unet_computes_in_the_named_dtype(script, pipe, args, monkeypatch, d
     assert {tensor.dtype for tensor in seen[0]} == {F32}
 
 
-def test_accelerate_does_not_autocast(script, args, monkeypatch):
+@pytest.fixture
+def job_of(script, args, monkeypatch):
+    """Return a function that starts a run as the script does, and returns its Job."""
     for state in (AcceleratorState, GradientState, PartialState):
         monkeypatch.setattr(state, "_shared_state", {})  # whatever another test has started
+
+    def start():
+        return script.make_job(args, script.start(args), [{"caption": "sea"}], None, script.RunState())
+
+    return start
+
+
+def test_accelerate_does_not_autocast(script, args, job_of):
     args.mixed_precision, seen = "bf16", set()
-    job = script.make_job(args, script.start(args), [{"caption": "sea"}], None)
-    job.pipe.unet.conv_in.register_forward_hook(lambda *_given: seen.add(torch.is_autocast_enabled("cpu")))
+    job = job_of()
+    job.student_unet.conv_in.register_forward_hook(lambda *_given: seen.add(torch.is_autocast_enabled("cpu")))
     z_t, timesteps, conditioning = unet_inputs(script, args, job.pipe, job.dtype)
     assert script.predict(job.student, z_t, timesteps, conditioning, job.dtype).dtype == F32
     output = job.student(z_t.to(job.dtype), timesteps, **conditioning).sample
     assert seen == {False} and job.dtype == output.dtype == torch.bfloat16
+
+
+class NoWaiting(TorchDispatchMode):
+    """Raises where a number leaves its tensor: on a GPU the program would wait there for all queued work."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "is_nonzero"), name
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("use_8bit_adam", [True, False])
+def test_an_update_on_pictures_waits_for_nothing(script, args, job_of, shards, use_8bit_adam):
+    """Captions are tokenized by the loader, and no loss is read between two log lines."""
+    args.use_8bit_adam, args.gradient_accumulation_steps = use_8bit_adam, 2
+    job = job_of()
+    stream = script.make_stream(job, script.list_shards([shards]), 0, None, None)
+    job.pipe.tokenizer = None
+    batches = iter(script.make_loader(stream, 0, CPU))
+    script.update(job, batches)  # the first one makes the optimizer's state
+    with NoWaiting():
+        losses = [script.update(job, batches)[0] for _ in range(2)]
+    assert all(torch.isfinite(loss) for loss in losses) and job.state.global_step == 3
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
+        losses[0].item()
+
+
+def test_gradients_are_clipped_to_the_flags_norm(script, args, job_of, shards):
+    def updated(max_grad_norm):
+        args.max_grad_norm, norms = max_grad_norm, []
+        job = job_of()
+        parameters = [p for p in job.student_unet.parameters() if p.requires_grad]
+        job.optimizer.optimizer.register_step_pre_hook(
+            lambda *_given: norms.append(torch.stack([p.grad.norm() for p in parameters]).norm().item())
+        )
+        stream = script.make_stream(job, script.list_shards([shards]), 0, None, None)
+        batches = iter(script.make_loader(stream, 0, CPU))
+        _, noted = script.update(job, batches)
+        return norms, noted.item()
+
+    (free,), noted = updated(1e9)
+    assert free == pytest.approx(noted, rel=1e-4) and free > 1e-3
+    (clipped,), noted = updated(free / 7)
+    assert clipped == pytest.approx(free / 7, rel=1e-3) and noted == pytest.approx(free, rel=1e-4)
+
+
+class Sent(torch.Tensor):
+    """A tensor that notes how it is moved."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        if func is torch.Tensor.to:
+            cls.moves.append((torch.device(args[1]).type, bool((kwargs or {}).get("non_blocking"))))
+            return args[0]
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+@pytest.mark.parametrize("kind", ["cpu", "mps", "cuda"])
+def test_only_cuda_is_copied_to_without_waiting(script, kind):
+    """Elsewhere an asynchronous copy may read memory that is freed already."""
+    Sent.moves, device = [], torch.device(kind)
+    tensor = torch.zeros(2).as_subclass(Sent)
+    script.send(tensor, device)
+    script.move([tensor], device)
+    assert Sent.moves == [(kind, kind == "cuda")] * 2
+
+
+class OnCuda(torch.Tensor):
+    is_cuda = True
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype", "sizes", "contiguous"),
+    [
+        (OnCuda, F32, [1] * 5, True), (OnCuda, torch.float16, [2, 2, 1], True), (torch.Tensor, F32, [2, 2, 1], False),
+    ],
+)  # fmt: skip
+def test_the_vae_encodes_in_parts_that_fit(script, args, kind, dtype, sizes, contiguous):
+    """One picture at a time in float32 on a GPU, and there not channels-last."""
+    seen, args.vae_encode_batch_size = [], 2
+
+    def encode(pixels):
+        seen.append((len(pixels), pixels.is_contiguous()))
+        assert pixels.dtype == dtype and pixels.abs().max() <= 1
+        posterior = SimpleNamespace(parameters=pixels.as_subclass(torch.Tensor)[:, :, ::2, ::2])
+        return SimpleNamespace(latent_dist=posterior)
+
+    pixels = torch.randint(0, 256, (5, 8, 8, 3), dtype=torch.uint8)
+    moments = script.encode_moments(SimpleNamespace(dtype=dtype, encode=encode), pixels.as_subclass(kind), args)
+    assert [size for size, _ in seen] == sizes and {each for size, each in seen if size > 1} <= {contiguous}
+    assert seen[0][1] or not contiguous
+    expected = pixels.permute(0, 3, 1, 2)[:, :, ::2, ::2] / 127.5 - 1
+    torch.testing.assert_close(moments.as_subclass(torch.Tensor), expected, rtol=0, atol=1e-3)
 
 
 def test_dropout_is_for_the_student_only(script, pipe, args, monkeypatch):
@@ -432,7 +498,6 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, pipe, args, dro
     args.lora_dropout, gradients = dropout, []
     for args.gradient_checkpointing in (False, True):
         unet = with_lora(script, pipe.unet, args)
-        script.make_fast(unet, args)
         assert unet.is_gradient_checkpointing == args.gradient_checkpointing
         loss_of(script, unet, pipe, args).backward()
         gradients.append([p.grad for p in unet.parameters() if p.requires_grad])
@@ -441,7 +506,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(script, pipe, args, dro
 
 def test_w_acts_on_its_own_sample(script, pipe, args):
     latents, conditioning, uncond, draws = inputs(script, args, pipe)
-    schedule, timesteps = schedule_of(script, pipe), draws.index * 20 + 19
+    schedule, timesteps = schedule_of(script, pipe, args), draws.index * 20 + 19
     w, results = draws.w.clone(), []
     for w[1] in (draws.w[1].clone(), draws.w[1] + 1):
         with torch.no_grad():
@@ -460,11 +525,12 @@ def leaves(conditioning):
     return outer | {name: value for part in inner for name, value in part.items()}
 
 
+@both_families
 def test_a_dropped_or_empty_caption_is_the_unconditional_one(script, pipe):
     with torch.no_grad():
         batch, uncond_embeds = batch_of(script, pipe, 4), script.encode_prompts(pipe, [""], CPU)
         batch["caption"][3] = ""  # its embeddings do not count
-        conditioning, uncond = script.condition(uncond_embeds, batch, [False, True, False, False])
+        conditioning, uncond = script.condition(uncond_embeds, batch, batch, torch.tensor([False, True, False, False]))
         alone = script.encode_prompts(pipe, ["sea 2", "sea 0"], CPU)["prompt_embeds"]
     given, free = leaves(conditioning), leaves(uncond)
     assert given.keys() == free.keys()
@@ -536,11 +602,20 @@ def test_an_update_that_ruins_the_lora_stops_the_run(script, args, tmp_path, los
     assert [line["step"] for line in read_log(tmp_path)] == [1]
 
 
-def test_an_update_that_the_fp16_scaler_skips_does_not_stop_the_run(script, args, tmp_path):
-    log = log_of(script, args, tmp_path, scaler=object())
-    log.add(1, torch.tensor(0.5), torch.tensor(float("inf")), 1e-3)
+def test_updates_that_the_fp16_scaler_skips_stop_the_run_only_when_its_scale_collapses(script, args, tmp_path):
+    log, step = log_of(script, args, tmp_path, scaler=object()), 0
+    for number in (1, 12, 12):  # updates that overflow before one that does not
+        for norm in ["inf"] * number + ["1"]:
+            step += 1
+            log.add(step, torch.tensor(0.5), torch.tensor(float(norm)), 1e-3)
     log.flush()
-    assert [(line["step"], line["loss"]) for line in read_log(tmp_path)] == [(1, 0.5)]
+    assert len(read_log(tmp_path)) == step and read_log(tmp_path)[0]["grad_norm"] is None
+    with pytest.raises(script.NonFiniteLoss, match="scale collapsed"):
+        for number in range(1, 40):
+            log.add(step + number, torch.tensor(0.5), torch.tensor(float("inf")), 1e-3)
+            if number % 3 == 0:
+                log.flush()
+    assert number <= 30
 
 
 def log_of(script, args, folder, scaler):
@@ -549,7 +624,7 @@ def log_of(script, args, folder, scaler):
         is_main_process=True, num_processes=1, scaler=scaler, log=lambda *_given, **_named: None,
         reduce=lambda values, _how: values,
     )  # fmt: skip
-    return script.Log(accelerator, args, 0)
+    return script.Log(SimpleNamespace(args=args, accelerator=accelerator, max_train_steps=99, state=script.RunState()))
 
 
 def test_compiled_blocks_are_compiled_in_the_first_update_only(script, pipe, unet, args, monkeypatch):
@@ -562,9 +637,9 @@ def test_compiled_blocks_are_compiled_in_the_first_update_only(script, pipe, une
     args.compile = True
     try:
         torch.compiler.reset()
-        teacher = script.twin(pipe.unet)
+        teacher = script.make_twin(pipe.unet)
         for each in (unet, teacher):
-            script.make_fast(each, args)
+            script.prepare_unet(each, args)
         loss = loss_of(script, unet, pipe, args, data=data[0], teacher=teacher)
         assert loss.item() == pytest.approx(expected[0], rel=1e-5)
         with torch.compiler.set_stance("fail_on_recompile"):

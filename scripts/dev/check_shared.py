@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Prove that what the two training scripts share is the same, byte for byte.
 
-    python scripts/check_shared.py
-    python scripts/check_shared.py --copy_from train_lcm_lora_sd15.py    # bring the other script up to date
+    python scripts/dev/check_shared.py
+    python scripts/dev/check_shared.py --copy_from train_lcm_lora_sd15.py    # bring the other script up to date
 
 A shared region lies between `# >>> shared: NAME` and `# <<< shared: NAME`, both at the start of a line. Both
 scripts hold the same regions in the same order; outside of them no function, class or constant may be defined
@@ -27,12 +27,16 @@ DIFFERENT_FOR_A_REASON = {
     "CARD_TAGS": "names the models",
     "load_pipeline": "another pipeline class; SDXL's VAE overflows in float16",
     "check_family": "each refuses the other's teachers",
-    "encode_prompts": "one text encoder, or two and pooled embeddings",
+    "FLAGS_WITHOUT_EFFECT": "SD 1.5 has no size and crop conditioning",
+    "size_and_crop": "SDXL alone is conditioned on them",
+    "encode_ids": "one text encoder, or two and pooled embeddings",
+    "zero_empty": "SDXL alone has zeros for the empty caption",
     "unet_inputs": "SDXL's UNet is told of size and crop",
     "kohya_model": "names the models",
     "kohya_name": "kohya's files name SDXL's modules otherwise",
     "TEXT_PARTS": "one text encoder or two",
     "ARGS": "the flags, read before the heavy imports",
+    "EXIT_CODE": "of the script when it is run",
 }
 
 
@@ -114,9 +118,7 @@ def copy_regions(source, target):
 def main():
     """Compare the scripts; the exit code says whether they agree."""
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    cli.add_argument(
-        "--folder", type=Path, default=Path(__file__).parent.parent, help="where the scripts are"
-    )
+    cli.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2], help="where the scripts are")
     cli.add_argument("--copy_from", choices=SCRIPTS, help="first copy this script's regions to the other")
     args = cli.parse_args()
     first, second = (args.folder / name for name in SCRIPTS)

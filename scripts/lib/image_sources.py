@@ -118,16 +118,17 @@ def read_rows(path, args):
                 raise UnusableInput(f"--split {args.split}: {where} has {', '.join(data)}; name one of them")
             data = data[args.split]
         data = data.to_iterable_dataset() if isinstance(data, datasets.Dataset) else data
+        # Undecoded: Pillow would open pictures of every format, and start Ghostscript for EPS.
+        data = data.decode(False) if data.features else data
         kinds = data.features or dict.fromkeys(next(iter(data), ()))
         known = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
         picture = pick_column(kinds, args.image_column, [*known, *PICTURE_COLUMNS], "--image_column", where)
         caption = pick_column(kinds, args.caption_column, CAPTION_COLUMNS, "--caption_column", where)
-        data = data.select_columns([picture, caption])  # nothing else is decoded
-        if picture in known:
-            data = data.cast_column(picture, datasets.Image(decode=False))
-        for row in data:
-            texts = row[caption] if isinstance(row[caption], list) else [row[caption]]
-            yield row[picture], next((text for text in texts if isinstance(text, str)), None)
+        for row in data.select_columns([picture, caption]):
+            cells = [(row[name], kinds[name]) for name in (picture, caption)]
+            cell, texts = (json.loads(c) if c and isinstance(kind, datasets.Json) else c for c, kind in cells)
+            texts = texts if isinstance(texts, list) else [texts]
+            yield cell, next((text for text in texts if isinstance(text, str)), None)
     except ROW_ERRORS as error:
         why = " ".join(str(error).split())[:240] or type(error).__name__
         raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error

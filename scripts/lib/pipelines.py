@@ -280,6 +280,23 @@ def make_grid(prompts, labels, steps, pictures):
     return grid
 
 
+def make_strip(labels, pictures):
+    """Return one wide picture: a column per prompt, a row per sampler and step count; `pictures` as in make_grid."""
+    rows = list(dict.fromkeys((name, count) for _, name, count in pictures))
+    columns, cell = 1 + max(index for index, *_ in pictures), MIN_CELL_PX
+    texts = [f"{labels[name]}\n{count} step{'s' * (count > 1)}" for name, count in rows]
+    font = ImageFont.load_default(14)
+    margin = 12 + max(round(font.getlength(part)) for part in "\n".join(texts).split("\n"))
+    strip = Image.new("RGB", (margin + columns * (cell + 4), len(rows) * (cell + 4)), "white")
+    pen = ImageDraw.Draw(strip)
+    for number, (text, key) in enumerate(zip(texts, rows, strict=True)):
+        pen.multiline_text((4, number * (cell + 4) + cell // 2), text, "black", font, anchor="lm")
+        for index in range(columns):
+            picture = pictures[(index, *key)].resize((cell, cell), Image.Resampling.BICUBIC)
+            strip.paste(picture, (margin + index * (cell + 4), number * (cell + 4)))
+    return strip
+
+
 def reset_peak(device):
     """Begin to measure the peak memory of `device`, or the process's resident memory on a CPU."""
     if torch.device(device).type != "cpu":

@@ -1,49 +1,39 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Measure one recipe once: what scripts/benchmark_training.py runs as a process of its own.
+"""Measure one recipe once: what `benchmark.py train` runs as a process of its own.
 
-The last line of the output is the figures as JSON. Exit codes: 0 done; 2 wrong usage or unusable input;
-1 anything else.
+The flags are its arguments, or one line of JSON on the standard input, so that a process can import its packages
+before its turn. The last line of the output is the figures as JSON. Exit codes: 0 done; 2 wrong usage or unusable
+input; 1 anything else.
 """
 
 import argparse
 import json
-import logging
-import os
 import sys
 import time
-from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-ROOT = Path(__file__).resolve().parents[2]
-DEMO = ROOT / "assets" / "demo-teacher-sd15"
-SAMPLES = 64  # made-up pictures, read again and again
-CAPTION = "mountains at sunset with clouds and a balloon"
-PARTS = {
-    "next_batch": "data", "encode_moments": "VAE", "encode_prompts": "text", "teacher_step": "teacher"
-}  # fmt: skip
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "scripts" / "benchmark")]
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-for package in ("xformers", "bitsandbytes"):
-    logging.getLogger(package).setLevel(logging.ERROR)  # on import they warn of CUDA code not needed here
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
-import cache_latents
 import numpy as np
 import torch
 import webdataset as wds
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
-from real_models import REAL_MODELS, build_teacher
-from reference import replace_step
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-import train_lcm_lora_sd15
-import train_lcm_lora_sdxl
+from lib.benchmark import reference_recipe
+from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
+from lib.benchmark.sweep import REAL_MODELS
+from lib.trainers import DTYPES, exit_code
+
+NUM_SAMPLES = 64  # made-up pictures, read again and again
+CAPTION = "mountains at sunset with clouds and a balloon"
 
 
-def parse_args():
+def parse_args(argv=None):
     """Return (flags of the measurement, words for the training script)."""
     cli = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     for name in ("model", "recipe"):
@@ -51,17 +41,7 @@ def parse_args():
     for name in ("steps", "warmup_steps"):
         cli.add_argument(f"--{name}", type=int, required=True)
     cli.add_argument("--cached", action="store_true")
-    return cli.parse_known_args()
-
-
-def trainer_of(model):
-    """Return the training script of a model's family, as a module."""
-    folder = DEMO if model == "demo" else Path(model)
-    if model in REAL_MODELS:
-        is_sdxl = model != "sd15"
-    else:
-        is_sdxl = "XL" in json.loads((folder / "model_index.json").read_text())["_class_name"]
-    return train_lcm_lora_sdxl if is_sdxl else train_lcm_lora_sd15
+    return cli.parse_known_args(argv)
 
 
 def write_pictures(folder, side):
@@ -69,7 +49,7 @@ def write_pictures(folder, side):
     rng = np.random.default_rng(0)
     folder.mkdir()
     with wds.TarWriter(str(folder / "00000.tar")) as writer:
-        for number in range(SAMPLES):
+        for number in range(NUM_SAMPLES):
             noise = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
             picture = noise.resize((side, side), Image.Resampling.BICUBIC)
             writer.write({"__key__": f"{number:05d}", "jpg": picture, "txt": CAPTION})
@@ -77,53 +57,26 @@ def write_pictures(folder, side):
 
 def write_cache(trainer, args, accelerator, source, target):
     """Write the shard of cached tensors of a shard of pictures, as scripts/cache_latents.py does."""
+    import cache_latents
+
     target.mkdir()
     own = argparse.Namespace(batch_size=8, num_views=1, decode_threads=1)
-    dtype = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[accelerator.mixed_precision]
-    pipe = trainer.load_teacher(args, dtype, accelerator.device, unet=None)
+    pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
     with torch.no_grad(), tqdm(disable=True) as bar:
         head = cache_latents.make_head(trainer, pipe, args, 1)
         shards = trainer.list_shards([str(source)])
         cache_latents.cache_shard(trainer, pipe, head, shards[0], target / "00000.tar", args, own, bar)
 
 
-class Clock:
-    """Seconds and CPU seconds (all threads) by part of a step."""
-
-    def __init__(self, device):
-        """Start at zero."""
-        self.seconds, self.cpu_seconds, self.cuda = {}, {}, device.type == "cuda"
-
-    @contextmanager
-    def part(self, name):
-        """Add the time of a block to a part; on CUDA the queue is emptied before and after."""
-        if self.cuda:
-            torch.cuda.synchronize()
-        start, cpu_start = time.perf_counter(), time.process_time()
-        yield
-        if self.cuda:
-            torch.cuda.synchronize()
-        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-        self.cpu_seconds[name] = self.cpu_seconds.get(name, 0.0) + time.process_time() - cpu_start
-
-    def wrap(self, owner, function, name):
-        """Time every call of `owner.function` as a part."""
-        plain = getattr(owner, function)
-
-        def timed(*args, **kwargs):
-            with self.part(name or ("student forward" if torch.is_grad_enabled() else "target")):
-                return plain(*args, **kwargs)
-
-        setattr(owner, function, timed)
-
-    def wrap_step(self, trainer, job):
-        """Time the parts of the training script's update."""
-        for function, name in PARTS.items():
-            self.wrap(trainer, function, name)
-        self.wrap(trainer, "consistency", None)
-        self.wrap(job.accelerator, "backward", "backward")
-        self.wrap(job.accelerator, "clip_grad_norm_", "optimizer")
-        self.wrap(job.optimizer, "step", "optimizer")
+def timed(device, function):
+    """Return (seconds, CPU seconds of all threads) of a function; on CUDA the queue is emptied before and after."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start, cpu_start = time.perf_counter(), time.process_time()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start, time.process_time() - cpu_start
 
 
 def resident_gib(name):
@@ -141,11 +94,19 @@ def restart_peak(device):
         Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM starts again from VmRSS
 
 
+def peak_memory(device, before):
+    """Return the peak of allocated and of reserved memory in GiB; on a CPU both are what is resident."""
+    if device.type == "cuda":
+        peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        return {name: peak / 2**30 for name, peak in zip(("allocated_gib", "reserved_gib"), peaks, strict=True)}
+    return dict.fromkeys(("allocated_gib", "reserved_gib"), resident_gib("VmHWM") - before)
+
+
 def count_flops(trainer, job, side):
     """Return the FLOPs that one sample's step needs at the least, counted on a UNet without weights.
 
-    Two teacher passes, the target's, the student's with its backward; for pictures the VAE's. Neither
-    recomputed activations nor the text encoders count. `side` is that of the latents.
+    Two teacher passes, the target's, the student's with its backward; for pictures the VAE's. Neither recomputed
+    activations nor the text encoders count. `side` is that of the latents.
     """
 
     def forward():
@@ -176,86 +137,77 @@ def matmul_rate(dtype, device):
     """Return the FLOP/s of a large square matrix product: the best of several."""
     side = 8192 if device.type == "cuda" else 1024
     left, right = torch.randn(2, side, side, device=device).to(dtype)
-    seconds = []
-    for _ in range(8):
-        clock = Clock(device)
-        with clock.part("product"):
-            left @ right
-        seconds.append(clock.seconds["product"])
-    return 2 * side**3 / min(seconds)
+    return 2 * side**3 / min(timed(device, lambda: left @ right)[0] for _ in range(8))
 
 
-def make_job(own, trainer, args, folder):
+def make_recipe_job(own, trainer, args, folder):
     """Return (job of the recipe, its loader)."""
     accelerator = trainer.start(args)
-    device = accelerator.device
     write_pictures(folder / "pictures", args.resolution)
     if own.model in REAL_MODELS:
         trainer.load_teacher = partial(build_teacher, own.model)
     if own.recipe == "reference":
-        replace_step(trainer)
+        args.use_4bit_base = args.compile = False  # which the recipe does not know
+        reference_recipe.replace_step(trainer)
     elif own.cached:
         write_cache(trainer, args, accelerator, folder / "pictures", folder / "cache")
         args.train_shards_path_or_url = [str(folder / "cache")]
     shards = trainer.list_shards(args.train_shards_path_or_url)
     samples, _, cache = trainer.audit(shards, args)
-    job = trainer.make_job(args, accelerator, samples, cache)
-    return job, trainer.make_loader(trainer.make_stream(job, shards, cache, None), device.type == "cuda")
+    job = trainer.make_job(args, accelerator, samples, cache, trainer.RunState())
+    workers = trainer.count_workers(args, accelerator, None)
+    stream = trainer.make_stream(job, shards, workers, None, cache)
+    return job, trainer.make_loader(stream, workers, accelerator.device)
 
 
 def measure(own, words, folder):
     """Return the figures of one recipe, measured once."""
     trainer = trainer_of(own.model)
-    model = {"demo": DEMO}.get(own.model, f"random/{own.model}" if own.model in REAL_MODELS else own.model)
-    side = ["--resolution", "64"] if own.model == "demo" else []
+    model = DEMO_FOLDERS.get(own.model, f"random/{own.model}" if own.model in REAL_MODELS else own.model)
+    side = ["--resolution", "64"] if own.model in DEMO_FOLDERS else []
     args = trainer.parse_args([
         *side, *words, "--pretrained_teacher_model", str(model), "--train_shards_path_or_url", str(folder),
         "--max_train_steps", "1000000000", "--report_to", "none", "--output_dir", str(folder / "out"),
     ])  # fmt: skip
     args.train_shards_path_or_url = [str(folder / "pictures")]
     before = resident_gib("VmRSS")
-    job, loader = make_job(own, trainer, args, folder)
+    job, loader = make_recipe_job(own, trainer, args, folder)
     device, losses, batches = job.accelerator.device, [], iter(loader)
-    parameters = [parameter for parameter in job.pipe.unet.parameters() if parameter.requires_grad]
     restart_peak(device)
 
     def run(count):
-        """Make updates."""
         for _ in range(count):
-            loss, _ = trainer.update(job, batches, parameters)
+            loss, _ = trainer.update(job, batches)
             losses.append(loss.item() if own.recipe == "reference" else loss)
 
     run(own.warmup_steps)
-    whole, parts, on_cuda = Clock(device), Clock(device), device.type == "cuda"
-    if not on_cuda:
-        parts.wrap_step(trainer, job)
-    with whole.part("step"):
-        run(own.steps)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if on_cuda else resident_gib("VmHWM") - before
-    if on_cuda:  # the parts' clocks empty the queue: updates of their own
-        parts.wrap_step(trainer, job)
-        run(own.steps)
-    batch = trainer.next_batch(batches, job.state)
+    wall, cpu = timed(device, lambda: run(own.steps))
+    peaks = peak_memory(device, before)
+    batch = trainer.next_batch(job, batches, {})
     side = batch["moments"].shape[-1] if "moments" in batch else args.resolution // job.pipe.vae_scale_factor
     num_samples = trainer.samples_per_update(args, job.accelerator) * own.steps
-    wall, rate = whole.seconds["step"], matmul_rate(job.dtype, device)
+    rate = matmul_rate(job.dtype, device)
     model_rate = count_flops(trainer, job, side) * num_samples / wall
-    return {
+    return machine(device) | peaks | {
         "samples_per_second": num_samples / wall, "seconds_per_step": wall / own.steps,
-        "cpu_seconds_per_step": whole.cpu_seconds["step"] / own.steps, "peak_memory_gib": peak,
-        "seconds_per_part": {name: seconds / own.steps for name, seconds in parts.seconds.items()},
-        "cpu_seconds_per_part": {name: seconds / own.steps for name, seconds in parts.cpu_seconds.items()},
+        "cpu_seconds_per_step": cpu / own.steps,
         "model_tflop_per_second": model_rate / 1e12, "matmul_tflop_per_second": rate / 1e12,
         "share_of_matmul_rate": model_rate / rate, "losses": [float(loss) for loss in losses],
-        "device": torch.cuda.get_device_name() if on_cuda else f"CPU, {torch.get_num_threads()} threads",
         "dtype": str(job.dtype).removeprefix("torch."),
     }  # fmt: skip
 
 
+def machine(device):
+    """Return what the figures were measured on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
+
+
+def main(words):
+    """Measure what the words ask for and print the figures."""
+    with TemporaryDirectory() as folder:
+        print(json.dumps(measure(*parse_args(words), Path(folder))))
+
+
 if __name__ == "__main__":
-    try:
-        with TemporaryDirectory() as FOLDER:
-            print(json.dumps(measure(*parse_args(), Path(FOLDER))))
-    except (train_lcm_lora_sd15.UnusableInput, train_lcm_lora_sdxl.UnusableInput) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    sys.exit(exit_code(main, sys.argv[1:] or json.loads(sys.stdin.readline())))

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stable Diffusion 1.5, SDXL and SSD-1B in their published configurations, with random weights."""
 
+import json
 from functools import partial
 from pathlib import Path
 
@@ -9,24 +10,31 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, EulerDiscreteScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-REAL_MODELS = ("sd15", "sdxl", "ssd1b")
-# Any CLIP tokenizer will do: how long its captions are padded matters, not what its tokens mean.
-TOKENIZER = Path(__file__).resolve().parents[2] / "assets" / "demo-teacher-sd15" / "tokenizer"
+from lib.benchmark.sweep import REAL_MODELS
+from lib.trainers import sd15, sdxl
+
+ASSETS = Path(__file__).resolve().parents[3] / "assets"
+# Any CLIP tokenizer will do: the padded length of captions matters, the meaning of tokens does not.
+TOKENIZER = ASSETS / "demo-teacher-sd15" / "tokenizer"
+DEMO_FOLDERS = {"demo": ASSETS / "demo-teacher-sd15", "demo-sdxl": ASSETS / "demo-teacher-sdxl"}
+
+
+def trainer_of(model):
+    """Return the training script of a model's family, as a module."""
+    if model in REAL_MODELS:
+        return sd15 if model == "sd15" else sdxl
+    index = Path(DEMO_FOLDERS.get(model, model)) / "model_index.json"
+    return sdxl if "XL" in json.loads(index.read_text())["_class_name"] else sd15
 
 
 def build_unet(model):
-    """Return the UNet of SD 1.5, SDXL or SSD-1B in its published configuration."""
-    if model == "sd15":
-        return UNet2DConditionModel(
-            sample_size=64, cross_attention_dim=768
-        )  # the class's other defaults are SD 1.5
+    """Return the UNet of SD 1.5, SDXL or SSD-1B, with random weights."""
+    if model == "sd15":  # the class's other defaults are SD 1.5's
+        return UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
     depths, ssd = (1, 2, 10), {}
     if model == "ssd1b":
         depths = [1, [2, 2], [4, 4]]
-        ssd = {
-            "reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1],
-            "mid_block_type": "UNetMidBlock2D",
-        }
+        ssd = {"reverse_transformer_layers_per_block": [[4, 4, 10], [2, 1, 1], 1], "mid_block_type": "UNetMidBlock2D"}
     return UNet2DConditionModel(
         sample_size=128, block_out_channels=(320, 640, 1280), cross_attention_dim=2048,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
@@ -56,32 +64,47 @@ def build_text_encoder(tokenizer, kind, width, layers, heads, activation):
     return kind(config)
 
 
-def build_teacher(model, args, dtype, device, **parts):
-    """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`.
-
-    As there, a part that is given takes the place of its own, and None leaves it out.
-    """
-    torch.manual_seed(args.seed)
+def published_parts(model):
+    """Return (pipeline class, scheduler, {part: function that makes it}) of a published architecture."""
     tokenizer = CLIPTokenizer.from_pretrained(TOKENIZER, model_max_length=77)
     noise = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
     encoder = partial(build_text_encoder, tokenizer)
-    builders = {
+    makers = {
         "unet": lambda: build_unet(model),
         "vae": lambda: build_vae(0.18215 if model == "sd15" else 0.13025),
         "tokenizer": lambda: tokenizer,
         "text_encoder": lambda: encoder(CLIPTextModel, 768, 12, 12, "quick_gelu"),
     }
     if model == "sd15":
-        kind = partial(diffusers.StableDiffusionPipeline, safety_checker=None, requires_safety_checker=False)
-        kind = partial(kind, feature_extractor=None, scheduler=DDIMScheduler(**noise, clip_sample=False))
-    else:
-        kind = partial(diffusers.StableDiffusionXLPipeline, scheduler=EulerDiscreteScheduler(**noise))
-        builders["tokenizer_2"] = lambda: tokenizer
-        builders["text_encoder_2"] = lambda: encoder(CLIPTextModelWithProjection, 1280, 32, 20, "gelu")
-    for name, build in builders.items():
-        if name not in parts:
-            with torch.device(device):  # in float32 first, so that all precisions have the same weights
-                parts[name] = build()
-            if isinstance(parts[name], torch.nn.Module):
-                parts[name].requires_grad_(False).eval().to(dtype)
-    return kind(**parts)
+        return diffusers.StableDiffusionPipeline, DDIMScheduler(**noise, clip_sample=False), makers
+    makers["tokenizer_2"] = lambda: tokenizer
+    makers["text_encoder_2"] = lambda: encoder(CLIPTextModelWithProjection, 1280, 32, 20, "gelu")
+    return diffusers.StableDiffusionXLPipeline, EulerDiscreteScheduler(**noise), makers
+
+
+def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG001 (load_teacher has `check`)
+    """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`.
+
+    As there, a part that is given takes the place of its own, and None leaves it out. Weights are made on the
+    device in the compute dtype, because SDXL in float32 would not fit cards on which it trains. Losses of one
+    precision can be compared between runs, losses of two precisions cannot.
+    """
+    torch.manual_seed(args.seed)
+    kind, scheduler, makers = published_parts(model)
+    usual = torch.get_default_dtype()
+    for name, make in makers.items():
+        if name in parts:
+            continue
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device(device):
+                parts[name] = make()
+        finally:
+            torch.set_default_dtype(usual)
+        if isinstance(parts[name], torch.nn.Module):
+            if name == "unet" and getattr(args, "use_4bit_base", False):
+                sd15.quantize_4bit(parts[name])
+            parts[name].requires_grad_(False).eval().to(device)
+    if kind is diffusers.StableDiffusionPipeline:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    return kind(scheduler=scheduler, **parts)

@@ -2,8 +2,8 @@
 """The recipe in common use, written plainly: what the training scripts are measured against.
 
 A float32 teacher and a float32 student under autocast, a pass for each half of the guidance and one for the
-target, PyTorch's AdamW as it comes, the loss read at every update. Data, draws and formulas are the training
-script's, so that the losses agree.
+target, PyTorch's AdamW as it comes, the loss read at every update. Data, draws, formulas and the LoRA's layers
+are the training script's, so that the losses agree.
 """
 
 import copy
@@ -13,33 +13,17 @@ import torch
 
 
 def replace_step(trainer):
-    """Make a training script, loaded as a module, train as this recipe does."""
-    trainer.load_teacher = partial(plain_load, trainer.load_teacher, trainer)
-    trainer.make_fast, trainer.make_optimizer = plain_fast, plain_optimizer
-    trainer.teacher_step, trainer.predict = plain_teacher_step, plain_predict
-    trainer.quantize = lambda _unet, _teacher: None  # its weights are whole, whatever the flags
+    """Make a training script, loaded as a module, train as this recipe does.
+
+    Only three of its functions are replaced: load_teacher, make_optimizer, training_loss.
+    """
+    recipe = PlainRecipe(trainer)
+    trainer.load_teacher = partial(recipe.load, trainer.load_teacher)
+    trainer.make_optimizer = plain_optimizer
+    trainer.training_loss = recipe.loss
 
 
-def plain_load(load, trainer, args, dtype, device, **parts):
-    """Return the teacher's pipeline as `load` gives it, but its UNet in float32, and a second such UNet."""
-    pipe = load(args, torch.float32, device, **parts)
-    for name in ("vae", "text_encoder", "text_encoder_2"):
-        if getattr(pipe, name, None):
-            getattr(pipe, name).to(dtype)
-    teacher = copy.deepcopy(pipe.unet)  # frozen; the pipeline's own becomes the student
-    trainer.distillation_loss = partial(plain_loss, trainer, teacher)
-    return pipe
-
-
-def plain_fast(unet, args):
-    """Turn on what common recipes have a flag for."""
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-
-
-def plain_optimizer(parameters, args, _num_processes):
+def plain_optimizer(parameters, args, _num_processes, _max_train_steps):
     """Return (AdamW as PyTorch or bitsandbytes makes it, a constant rate)."""
     kind = torch.optim.AdamW
     if args.use_8bit_adam:
@@ -53,36 +37,42 @@ def plain_optimizer(parameters, args, _num_processes):
     return optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)
 
 
-def plain_predict(unet, z_t, timesteps, conditioning, dtype):
-    """Return the output of a float32 UNet under autocast."""
-    with torch.autocast(z_t.device.type, dtype=dtype, enabled=dtype != torch.float32):
-        return unet(z_t, timesteps, **conditioning, return_dict=False)[0].float()
+class PlainRecipe:
+    """Loads two UNets in float32 and computes the loss with them."""
 
+    def __init__(self, trainer):
+        self.trainer, self.teacher = trainer, None
 
-def plain_teacher_step(
-    unet, trainer, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype
-):
-    """Return the teacher's guided DDIM step, with one pass for each half of the guidance."""
-    cond_output = trainer.predict(unet, z_t, timesteps, conditioning, dtype)
-    z0_cond, eps_cond = trainer.clean_estimate(schedule, cond_output, z_t, timesteps)
-    uncond_output = trainer.predict(unet, z_t, timesteps, uncond, dtype)
-    z0_uncond, eps_uncond = trainer.clean_estimate(schedule, uncond_output, z_t, timesteps)
-    z0 = z0_cond + w * (z0_cond - z0_uncond)
-    eps = eps_cond + w * (eps_cond - eps_uncond)
-    return trainer.ddim_step(schedule, z0, eps, prev_timesteps)
+    def load(self, load, args, dtype, device, **options):
+        """Return the pipeline that `load` gives with its UNet in float32, and keep a second such UNet."""
+        pipe = load(args, dtype, device, **options)
+        if pipe.unet and "unet" not in options:
+            pipe.unet.to(torch.float32)
+            self.teacher = copy.deepcopy(pipe.unet)  # frozen; the pipeline's own becomes the student
+        return pipe
 
+    def teacher_step(self, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w):
+        """Return the teacher's guided DDIM step, with one pass for each half of the guidance."""
+        trainer = self.trainer
+        cond_output = trainer.predict(self.teacher, z_t, timesteps, conditioning, torch.float32)
+        z0_cond, eps_cond = trainer.clean_estimate(schedule, cond_output, z_t, timesteps)
+        uncond_output = trainer.predict(self.teacher, z_t, timesteps, uncond, torch.float32)
+        z0_uncond, eps_uncond = trainer.clean_estimate(schedule, uncond_output, z_t, timesteps)
+        z0 = z0_cond + w * (z0_cond - z0_uncond)
+        eps = eps_cond + w * (eps_cond - eps_uncond)
+        return trainer.ddim_step(schedule, z0, eps, prev_timesteps)
 
-def plain_loss(
-    trainer, teacher, student, _unet, _twin, schedule, latents, conditioning, uncond, draws, args, dtype
-):
-    """Return the loss as common scripts order it: student, teacher twice, target."""
-    timesteps = schedule.ddim_timesteps[draws.index]
-    prev_timesteps = (timesteps - schedule.k).clamp(min=0)
-    z_t = trainer.add_noise(schedule, latents, draws.eps, timesteps)
-    pred = trainer.consistency(student, schedule, z_t, timesteps, conditioning, dtype)
-    with torch.no_grad():
-        z_prev = trainer.teacher_step(
-            teacher, trainer, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
-        )
-        target = trainer.consistency(student, schedule, z_prev, prev_timesteps, conditioning, dtype)
-    return trainer.loss_between(schedule, pred, target, timesteps, args)
+    def loss(self, job, latents, conditioning, uncond, draws):
+        """Return the loss as common scripts order it: student, teacher twice, target."""
+        trainer, schedule, device = self.trainer, job.schedule, latents.device.type
+        timesteps = schedule.ddim_timesteps[draws.index]
+        prev_timesteps = (timesteps - schedule.k).clamp(min=0)
+        z_t = trainer.add_noise(schedule, latents, draws.eps, timesteps)
+        with torch.autocast(device, dtype=job.dtype, enabled=job.dtype != torch.float32):
+            pred = trainer.consistency(job.student, schedule, z_t, timesteps, conditioning, torch.float32)
+            with torch.no_grad():
+                z_prev = self.teacher_step(schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w)
+                target = trainer.consistency(
+                    job.student, schedule, z_prev, prev_timesteps, conditioning, torch.float32
+                )
+        return trainer.loss_between(schedule, pred, target, timesteps, job.args)

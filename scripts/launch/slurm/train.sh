@@ -1,0 +1,126 @@
+#!/bin/bash
+# SPDX-License-Identifier: Apache-2.0
+# Train on one or several nodes. A job that is preempted or out of time saves a checkpoint, requeues itself and
+# resumes.
+#
+#     export SHARDS=/data/laion OUTPUT_DIR=/scratch/me/lcm-lora VENV=$HOME/lcm
+#     sbatch scripts/launch/slurm/train.sh --max_train_steps 10000
+#     MODEL=sd15 RECIPE=sd15-80gb sbatch --nodes=2 scripts/launch/slurm/train.sh
+#
+# Submit it from the repository's folder. Words after the script's name go to the training script. Variables:
+#   SHARDS      folder of shards, or whatever --train_shards_path_or_url accepts
+#   OUTPUT_DIR  folder on a disk that outlives the job and that all nodes see
+#   MODEL       sdxl (default) or sd15            TEACHER     Hub id, folder or file
+#   RECIPE      file of scripts/launch/recipes without .txt (default MODEL-24gb), a path, or none
+#   VENV        virtual environment to activate (default .venv, where it exists)
+#   LOCAL_DISK  node-local disk (default /tmp)    STAGE=1     copy SHARDS, a folder, to LOCAL_DISK first
+#   OFFLINE=1   nodes without network: first fetch the teacher elsewhere with `hf download TEACHER`
+# Tokens come from `hf auth login` and `wandb login`; none belongs in this file.
+#SBATCH --job-name=lcm-lora
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=64
+#SBATCH --time=24:00:00
+#SBATCH --output=%x-%j.log
+#SBATCH --open-mode=append
+#SBATCH --requeue
+#SBATCH --signal=B:USR1@300
+
+set -uo pipefail
+fail() {
+    echo "error: $1" >&2
+    exit 2
+}
+MODEL=${MODEL:-sdxl}
+case $MODEL in
+    sd15) TEACHER=${TEACHER:-stable-diffusion-v1-5/stable-diffusion-v1-5} ;;
+    sdxl) TEACHER=${TEACHER:-stabilityai/stable-diffusion-xl-base-1.0} ;;
+    *) fail "MODEL=$MODEL: must be sd15 or sdxl" ;;
+esac
+[[ -n ${SHARDS:-} ]] || fail "SHARDS is not set; name the training shards"
+[[ -n ${OUTPUT_DIR:-} ]] || fail "OUTPUT_DIR is not set; name a folder on a disk that outlives the job"
+
+RECIPE=${RECIPE:-$MODEL-24gb}
+flags=()
+if [[ $RECIPE != none ]]; then
+    [[ -f $RECIPE ]] || RECIPE=scripts/launch/recipes/$RECIPE.txt
+    [[ -f $RECIPE ]] || fail "RECIPE: there is no $RECIPE; ls scripts/launch/recipes lists the recipes"
+    flags+=("@$RECIPE")
+fi
+if [[ -f ${VENV:-.venv}/bin/activate ]]; then
+    # shellcheck disable=SC1091 # the user's environment
+    source "${VENV:-.venv}/bin/activate"
+elif [[ -n ${VENV:-} ]]; then
+    fail "VENV=$VENV: has no bin/activate; name a virtual environment"
+fi
+
+# Each training process gets its share of the CPUs for loader workers and keeps one for itself.
+GPUS=${SLURM_GPUS_ON_NODE:-1} NNODES=${SLURM_NNODES:-1}
+WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
+flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)))
+
+# Caches and data lie on the node's own disk. The path must not change between jobs, because a resumed run compares
+# the shards' path.
+LOCAL=${LOCAL_DISK:-/tmp}/lcm-lora-$(id -u)
+export TRITON_CACHE_DIR=$LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$LOCAL/inductor WANDB_CACHE_DIR=$LOCAL/wandb
+srun mkdir -p "$LOCAL/shards" || fail "LOCAL_DISK: $LOCAL/shards cannot be made on every node"
+if [[ ${STAGE:-0} == 1 ]]; then
+    srun cp --update --recursive "$SHARDS/." "$LOCAL/shards/" || fail "SHARDS=$SHARDS: cannot be copied"
+    SHARDS=$LOCAL/shards
+fi
+if [[ ${OFFLINE:-0} == 1 ]]; then
+    export HF_HUB_OFFLINE=1 WANDB_MODE=offline
+fi
+# One run in wandb, however often the job is requeued.
+export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID} WANDB_RESUME=allow
+
+# One process is started with plain python, several with torchrun.
+if ((NNODES * GPUS == 1)); then
+    launcher=(python)
+else
+    HEAD=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+    launcher=(torchrun --nnodes "$NNODES" --nproc_per_node "$GPUS")
+    launcher+=(--master_addr "$HEAD" --master_port $((20000 + SLURM_JOB_ID % 20000)))
+fi
+
+# What runs on each node. A signal reaches every process of the step: the training processes save a checkpoint and
+# exit with 3, which torchrun turns into 1. torchrun starts with the signals ignored, because it has to outlive them.
+# shellcheck disable=SC2317 # srun calls it
+launch() {
+    local stopped=0 code command=("$@")
+    if [[ $1 == torchrun ]]; then
+        command=(torchrun --node_rank "$SLURM_NODEID" "${@:2}")
+    fi
+    trap stopped=1 USR1 TERM
+    (trap '' USR1 TERM && exec "${command[@]}") &
+    wait $!
+    code=$?
+    while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
+        wait $!
+        code=$?
+    done
+    [[ $code != 0 && $stopped == 1 ]] && exit 3
+    exit "$code"
+}
+export -f launch
+
+# Slurm sends USR1 to this shell 300 s before the end; scancel passes it on to the processes of srun.
+trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+# shellcheck disable=SC2016 # expanded by the inner shell
+srun --wait=60 bash -c 'launch "$@"' launch \
+    "${launcher[@]}" "train_lcm_lora_$MODEL.py" "${flags[@]}" \
+    --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "$SHARDS" --output_dir "$OUTPUT_DIR" \
+    --resume_from_checkpoint latest "$@" &
+wait $!
+code=$?
+while kill -0 $! 2>/dev/null; do
+    wait $!
+    code=$?
+done
+# `scancel JOB` also ends here, but then squeue no longer reports RUNNING, and the job must stay ended.
+if [[ $code == 3 && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+    echo "stopped by a signal: requeued, to go on from the newest checkpoint"
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$code"

@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Measure training steps in processes of their own: one case in rounds, or the list of cases within a time limit."""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import median
+
+from lib.benchmark.table import full_table
+
+REAL_MODELS = ("sd15", "sdxl", "ssd1b")
+DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
+KNOWN_MODELS = (*REAL_MODELS, *DEMO_MODELS.values())
+RECIPES = ("reference", "ours")
+MEASURE_ONCE = Path(__file__).with_name("measure_once.py")
+ESTIMATE_MEMORY = Path(__file__).resolve().parents[2] / "estimate_memory.py"
+COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
+PRINTED = (
+    *COMPARED, "reserved_gib", "model_tflop_per_second", "matmul_tflop_per_second", "share_of_matmul_rate"
+)  # fmt: skip
+OPTIONS = {
+    "checkpointing": "--gradient_checkpointing", "8-bit": "--use_8bit_adam", "4-bit": "--use_4bit_base",
+    "compile": "--compile", "cached": "--cached",
+}  # fmt: skip
+PLAIN_OPTIONS = ("checkpointing", "8-bit")  # what the reference knows
+
+
+def list_cases():
+    """Return [(model, batch, precision, options)] of `train --all`, the most telling cases first."""
+    sizes = [("sdxl", 4), ("sd15", 16), ("sdxl", 1), ("sdxl", 12), ("sd15", 4)]
+    usual = {"sdxl": {"checkpointing", "8-bit"}, "sd15": {"8-bit"}}
+    cases = [(*size, "fp16", usual[size[0]]) for size in sizes]
+    for options in ({"cached"}, {"8-bit"}, {"4-bit"}, {"checkpointing"}, {"compile"}):
+        cases += [(*size, "fp16", usual[size[0]] ^ options) for size in sizes[:2]]  # one option on or off
+    for options in (set(), {"cached"}, {"compile"}):
+        cases += [(*size, "bf16", usual[size[0]] ^ options) for size in sizes]
+    for options in ({"cached"}, {"compile"}, {"4-bit"}):
+        cases += [(*size, "fp16", usual[size[0]] ^ options) for size in sizes[2:]]
+    return [(*case, [name for name in OPTIONS if name in options]) for *case, options in cases]
+
+
+def start_worker(**streams):
+    """Return a process that imports its packages and then waits for the words of one measurement."""
+    return subprocess.Popen(
+        [sys.executable, str(MEASURE_ONCE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams
+    )
+
+
+def measure_one(args, words):
+    """Measure each recipe of one case --repeats times, in turns; print and write the figures."""
+    rounds = [{} for _ in range(args.repeats)]
+    for measured in rounds:
+        for recipe in args.recipe:
+            worker = start_worker()
+            line = ["--model", args.model, "--recipe", recipe, *["--cached"] * args.cached]
+            line += ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps), *words]
+            output, _ = worker.communicate(json.dumps(line))
+            if worker.returncode:
+                print(f"error: the recipe {recipe} failed, exit code {worker.returncode}", file=sys.stderr)
+                return 2 if worker.returncode == 2 else 1
+            measured[recipe] = json.loads(output.splitlines()[-1])
+    report = {"model": args.model, "cached": args.cached, "trainer_flags": words, "rounds": rounds, "ratios": {}}
+    if set(args.recipe) == set(RECIPES):
+        for name in COMPARED:
+            report["ratios"][name] = [each["ours"][name] / each["reference"][name] for each in rounds]
+        pairs = [pair for each in rounds for pair in zip(*(each[name]["losses"] for name in RECIPES), strict=True)]
+        report["loss_difference"] = max(abs(ours - plain) / plain for plain, ours in pairs)
+    show_rounds(report)
+    if args.json:
+        write_whole(args.json, json.dumps(report, indent=1))
+    return 0
+
+
+def show_rounds(report):
+    """Print medians and ranges of the rounds for each recipe, and of the ratios ours / reference."""
+
+    def spread(values):
+        return f"{median(values):.4g} ({min(values):.4g} to {max(values):.4g})"
+
+    rounds = report["rounds"]
+    for recipe, figures in rounds[0].items():
+        print(f"\n{recipe} ({figures['device']}, {figures['dtype']}), median and range of {len(rounds)} rounds")
+        for name in PRINTED:
+            print(f"  {name:26}{spread([each[recipe][name] for each in rounds])}")
+    for name, values in report["ratios"].items():
+        print(f"ours / reference, {name:26}{spread(values)}")
+    if "loss_difference" in report:
+        print(f"greatest relative difference of a loss: {report['loss_difference']:.1e}")
+
+
+def write_whole(path, text):
+    """Write a text file so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
+class Sweep:
+    """The rows of `train --all`: each is written as soon as it is measured."""
+
+    def __init__(self, args):
+        self.args, self.ends = args, time.monotonic() + 60 * args.minutes
+        self.report = {"machine": {}, "rows": []}
+        self.plain = {}  # figures of the reference by what it knows of a case
+        self.estimates = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4))
+
+    def seconds_left(self):
+        return self.ends - time.monotonic()
+
+    def words(self, model, batch, precision, options):
+        """Return (model's name here, flags) of a case."""
+        model = DEMO_MODELS[model] if self.args.tiny else model
+        flags = [OPTIONS[name] for name in options]
+        # The CPU has no fp16 matrix products worth the name, and bf16 takes the same code.
+        precision = "bf16" if self.args.tiny else precision
+        flags += ["--train_batch_size", str(batch), "--mixed_precision", precision]
+        return model, flags + ["--resolution", "64"] * self.args.tiny
+
+    def estimate(self, row, case):
+        """Count a case's memory with estimate_memory.py and add the peak to its row."""
+        model, flags = self.words(*case)
+        line = [sys.executable, str(ESTIMATE_MEMORY), "--model", model, *flags]
+        done = subprocess.run(line, capture_output=True, text=True)
+        if done.returncode == 0:
+            row["estimated_gib"] = float(done.stdout.split()[-1])
+
+    def run(self, worker, case, recipe):
+        """Return the figures of one measurement; None where the time ended before it did."""
+        model, flags = self.words(*case)
+        args = self.args
+        line = ["--model", model, "--recipe", recipe, *flags]
+        line += ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps)]
+        try:
+            output, errors = worker.communicate(json.dumps(line), timeout=max(self.seconds_left(), 1))
+        except subprocess.TimeoutExpired:
+            worker.kill()
+            worker.communicate()
+            return None
+        if worker.returncode:
+            last = (errors.strip().splitlines() or [f"exit code {worker.returncode}"])[-1]
+            return {"failed": "out of memory" if "out of memory" in errors else last[:200]}
+        figures = json.loads(output.splitlines()[-1])
+        self.report["machine"] = {name: figures[name] for name in ("device", "torch", "cuda")}
+        return {name: figures[name] for name in PRINTED}
+
+    def write(self):
+        """Write what there is, as JSON and Markdown."""
+        write_whole(self.args.json, json.dumps(self.report, indent=1))
+        if self.args.markdown:
+            write_whole(self.args.markdown, full_table(self.report))
+
+
+def measure_all(args):
+    """Measure the list of cases until the time is over; the next process imports while one measures."""
+    sweep = Sweep(args)
+    worker = start_worker(stderr=subprocess.PIPE)
+    for case in list_cases():
+        model, batch, precision, options = case
+        row = {"model": model, "batch": batch, "precision": precision, "options": options, "tiny": args.tiny}
+        row["estimated_gib"] = None
+        if not args.tiny:  # whose models the estimate does not know
+            sweep.estimates.submit(sweep.estimate, row, case)
+        plain_case = (model, batch, precision, [name for name in options if name in PLAIN_OPTIONS])
+        for recipe, one in (("ours", case), ("reference", plain_case)):
+            if sweep.seconds_left() <= 0:
+                break
+            known = sweep.plain.get(str(one)) if recipe == "reference" else None
+            if known is None:
+                this, worker = worker, start_worker(stderr=subprocess.PIPE)
+                known = sweep.run(this, one, recipe)
+            if known is None:
+                break
+            row[recipe] = known
+            if recipe == "reference":
+                sweep.plain[str(one)] = known
+            else:
+                sweep.report["rows"].append(row)
+            sweep.write()
+            speed = known.get("failed") or f"{known['samples_per_second']:.2f} samples/s"
+            print(f"{model} {batch} {precision} {' '.join(options)}, {recipe}: {speed}", file=sys.stderr)
+        if sweep.seconds_left() <= 0:
+            break
+    worker.kill()
+    worker.communicate()
+    sweep.estimates.shutdown(cancel_futures=sweep.seconds_left() <= 0)
+    sweep.write()
+    print(full_table(sweep.report))
+    return 0 if sweep.report["rows"] else 1
