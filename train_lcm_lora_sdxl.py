@@ -60,9 +60,7 @@ from typing import NamedTuple
 
 SCRIPT_VERSION = "0.2.0"
 
-# ----------------------------------------------------------------------------------------------------------
-# What is particular to this model family
-# ----------------------------------------------------------------------------------------------------------
+# ---- What is particular to this model family -------------------------------------------------------------
 
 FAMILY = "SDXL"
 OTHER_SCRIPT = "train_lcm_lora_sd15.py"
@@ -101,7 +99,6 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bic
 TRACKERS = (
     "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
 )  # fmt: skip
-PACKAGES = "torch accelerate diffusers peft transformers webdataset bitsandbytes xformers safetensors wandb".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run starts, 3 do
 STALL_S = 30  # a server that sends nothing for so long is given up
@@ -122,7 +119,6 @@ FOREIGN_FLAGS = {
     "num_inference_steps": "--num_ddim_timesteps", "instance_data_dir": "--train_data_dir",
     "batch_size": "--train_batch_size", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
-DATASET_FLAGS = ("dataset_name", "dataset_config_name", "image_column", "caption_column")
 
 
 class UnusableInput(Exception):
@@ -130,11 +126,11 @@ class UnusableInput(Exception):
 
 
 class OutOfData(UnusableInput):
-    """This process alone has no data left; the other processes know nothing of it."""
+    """This process alone has no data left, so no other process raises this error with it."""
 
 
 class NonFiniteLoss(Exception):
-    """The loss is NaN or infinite; exit code 1."""
+    """Exit code 1."""
 
 
 class StoppedBySignal(Exception):
@@ -147,9 +143,7 @@ class StopWaiting(BaseException):
 
 # <<< shared: constants
 
-# ----------------------------------------------------------------------------------------------------------
-# Arguments
-# ----------------------------------------------------------------------------------------------------------
+# ---- Arguments -------------------------------------------------------------------------------------------
 
 
 # >>> shared: arguments
@@ -164,12 +158,8 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Keeps the docstring's lines and prints the defaults that tell something."""
-
-    def _get_help_string(self, action):
-        if action.default is None or action.default is False:
-            return action.help
-        return super()._get_help_string(action)
+    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nothing
+        return action.help if action.default in (None, False) else super()._get_help_string(action)
 
 
 def checked(kind, holds, allowed):
@@ -205,11 +195,9 @@ def add_model_args(parser):
     add("--pretrained_teacher_model", help="Hub id, diffusers folder, or single .safetensors/.ckpt file; required")
     add("--teacher_revision", help="Hub branch, tag or commit of the teacher")
     add("--variant", help="variant of the teacher's files, such as fp16")
-    add("--teacher_config",
-        help="diffusers folder or Hub id that describes a single-file teacher; default: fetched from the Hub")
+    add("--teacher_config", help="folder or Hub id that describes a single-file teacher; default: from the Hub")
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"),
-        help="what the teacher's UNet predicts; default: as its files state, epsilon for a single file without "
-        "a v_pred marker")
+        help="what the teacher's UNet predicts; default: as its files state, without a statement epsilon")
     add("--pretrained_vae_model_name_or_path", help="Hub id or folder of a VAE to use in place of the teacher's own")
     add("--cache_dir", help="where files from the Hub are kept")
     for name, reason in FLAGS_WITHOUT_EFFECT.items():
@@ -222,11 +210,9 @@ def add_lora_args(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=COUNT, default=64, help="rank of every LoRA matrix")
     add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
-    add("--lora_dropout", type=FRACTION, default=0.0,
-        help="dropout on the LoRA's input; the target is computed without it")
+    add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
-    add("--init_lora", metavar="PATH",
-        help="LCM-LoRA to start from: a .safetensors file or a run's folder, of any rank and alpha")
+    add("--init_lora", metavar="PATH", help="LCM-LoRA of any rank to start from: a .safetensors file or run's folder")
 
 
 def add_distillation_args(parser):
@@ -340,15 +326,16 @@ def add_system_args(parser):
 
 
 def build_parser():
-    """Return the parser of all flags."""
-    parser = OneLineParser(
-        description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False, fromfile_prefix_chars="@"
-    )
-    for add_group in (
-        add_model_args, add_lora_args, add_distillation_args, add_matching_args, add_data_args,
-        add_optimizer_args, add_output_args, add_system_args,
-    ):  # fmt: skip
-        add_group(parser)
+    options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
+    parser = OneLineParser(description=__doc__, **options)
+    add_model_args(parser)
+    add_lora_args(parser)
+    add_distillation_args(parser)
+    add_matching_args(parser)
+    add_data_args(parser)
+    add_optimizer_args(parser)
+    add_output_args(parser)
+    add_system_args(parser)
     return parser
 
 
@@ -356,12 +343,9 @@ def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
     word = word.partition("=")[0]
     name = word.lstrip("-")
-    if name in DATASET_FLAGS:
-        remedy = (
-            "make shards of a data set first: python scripts/make_shards.py --dataset_name NAME --output_dir "
-            "shards, then --train_shards_path_or_url shards"
-        )
-        return f"{word}: not a flag here; {remedy}"
+    if name in ("dataset_name", "dataset_config_name", "image_column", "caption_column"):
+        command = "python scripts/make_shards.py --dataset_name NAME --output_dir shards"
+        return f"{word}: not a flag here; make shards first: {command}, then --train_shards_path_or_url shards"
     flags = [flag for action in parser._actions for flag in action.option_strings]
     near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1)), None)
     return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
@@ -393,7 +377,6 @@ def check_args(args, error):
 
 
 def check_paths(args, error):
-    """Call `error` with the flag and the path where a local path leads nowhere."""
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     if args.prompts_file and not Path(args.prompts_file).is_file():
@@ -403,17 +386,15 @@ def check_paths(args, error):
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
         if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
-    resume = args.resume_from_checkpoint
-    if resume not in ("latest", "none") and not any(path.is_dir() for path in checkpoint_paths(args)):
-        error(
-            f"--resume_from_checkpoint {resume}: no such checkpoint, neither here nor in {args.output_dir}; give "
-            "'latest', 'none' or a checkpoint's folder"
-        )
+    if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
+        where = f"no such checkpoint, neither here nor in {args.output_dir}"
+        error(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {where}; give 'latest', 'none' or its folder")
 
 
-def checkpoint_paths(args):
-    """Return where the checkpoint that --resume_from_checkpoint names may lie."""
-    return Path(args.resume_from_checkpoint), Path(args.output_dir) / args.resume_from_checkpoint
+def named_checkpoints(args):
+    """Return the folders that --resume_from_checkpoint may mean: as given, or in the output folder."""
+    paths = (Path(args.resume_from_checkpoint), Path(args.output_dir) / args.resume_from_checkpoint)
+    return [path for path in paths if path.is_dir()]
 
 
 def parse_args(argv=None):
@@ -461,7 +442,6 @@ def masked(text):
 
 
 def public_flags(args):
-    """Return the flags without secrets: what may be written and logged."""
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
     for name, value in flags.items():
         if isinstance(value, str):
@@ -490,7 +470,7 @@ if __name__ == "__main__":
         end_with_parent(signal.SIGTERM)
     print("loading libraries", file=sys.stderr, flush=True)
 
-# >>> shared: imports
+# >>> shared: data
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of parts that are not used here
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked loader processes
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
@@ -503,22 +483,20 @@ import numpy as np
 import psutil
 import torch
 import webdataset as wds
-from accelerate import Accelerator
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import (
-    DistributedType,
     GradientAccumulationPlugin,
-    InitProcessGroupKwargs,
-    ProjectConfiguration,
     broadcast_object_list,
+    concatenate,
     gather_object,
+    send_to_device,
 )
 from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
-from diffusers.utils import convert_unet_state_dict_to_peft
-from diffusers.utils import logging as diffusers_logging
+from diffusers.utils import convert_unet_state_dict_to_peft, logging as diffusers_logging, make_image_grid
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
 from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
@@ -528,23 +506,16 @@ from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from peft.utils.other import get_pattern_key
 from PIL import ExifTags, Image, ImageDraw, ImageFont, ImageOps, PngImagePlugin
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load as load_tensors
-from safetensors.torch import load_file
-from safetensors.torch import save as tensors_to_bytes
+from safetensors.torch import load as load_tensors, load_file, save as tensors_to_bytes
 from torch.nn import functional
 from tqdm.auto import tqdm
 from transformers.utils import logging as transformers_logging
 
 DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
-# <<< shared: imports
-
-# ----------------------------------------------------------------------------------------------------------
-# Schedule and consistency mathematics: pure functions of float32 tensors
-# ----------------------------------------------------------------------------------------------------------
+# ---- Schedule and consistency mathematics: pure functions of float32 tensors -----------------------------
 
 
-# >>> shared: mathematics
 @dataclass(frozen=True)
 class Schedule:
     """The teacher's noise schedule and the solver's grid on it."""
@@ -563,33 +534,22 @@ class Schedule:
 
 
 def make_schedule(scheduler_config, args, device):
-    """Return the Schedule of a diffusers scheduler config, with the solver that the flags describe.
-
-    Raises:
-        UnusableInput: the prediction type is unknown, the solver has more steps than the schedule, or the
-            schedule ends in pure noise, from which eps gives no clean latent, nor a clean latent eps.
-    """
+    """Return the Schedule of a diffusers scheduler config, with the solver that the flags describe."""
     scheduler = DDPMScheduler.from_config(scheduler_config)
     prediction_type, num_steps = scheduler.config.prediction_type, args.num_ddim_timesteps
     if prediction_type not in ("epsilon", "v_prediction", "sample"):
         raise UnusableInput(f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
+    # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
     if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
-        raise UnusableInput(
-            "teacher: its schedule ends at zero terminal SNR, where only v_prediction can be distilled, with "
-            "--loss_space sample"
-        )
-    if num_steps > len(alphas_cumprod):
-        raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+        only = "only v_prediction can be distilled, with --loss_space sample"
+        raise UnusableInput(f"teacher: its schedule ends at zero terminal SNR, where {only}")
     k = len(alphas_cumprod) // num_steps
-    return Schedule(
-        alphas=alphas_cumprod.sqrt().to(device),
-        sigmas=(1 - alphas_cumprod).sqrt().to(device),
-        ddim_timesteps=(torch.arange(1, num_steps + 1) * k - 1).to(device),
-        k=k,
-        prediction_type=prediction_type,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
+    if k == 0:
+        raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+    grid = (torch.arange(1, num_steps + 1) * k - 1).to(device)
+    alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
+    return Schedule(alphas, sigmas, grid, k, prediction_type, args.timestep_scaling_factor)
 
 
 def add_noise(schedule, latents, eps, timesteps):
@@ -610,16 +570,14 @@ def clean_estimate(schedule, model_output, z_t, timesteps):
 
 def ddim_step(schedule, z0, eps, prev_timesteps):
     """Return the deterministic DDIM step to prev_timesteps (arXiv:2010.02502, eq. 12, sigma = 0)."""
-    alpha_prev, sigma_prev = schedule.at(prev_timesteps)
-    return alpha_prev * z0 + sigma_prev * eps
+    return add_noise(schedule, z0, eps, prev_timesteps)
 
 
 def boundary_scalings(timesteps, timestep_scaling):
     """Return (c_skip, c_out), each [B,1,1,1]: 1 and 0 at timestep 0 (LCM, sec. 3; as LCMScheduler's)."""
     scaled = timesteps.to(torch.float32).view(-1, 1, 1, 1) * timestep_scaling
-    c_skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
-    c_out = scaled / (scaled**2 + SIGMA_DATA**2).sqrt()
-    return c_skip, c_out
+    norm = scaled**2 + SIGMA_DATA**2
+    return SIGMA_DATA**2 / norm, scaled / norm.sqrt()
 
 
 def distance(pred, target, loss_type, huber_c):
@@ -638,20 +596,16 @@ def loss_between(schedule, pred, target, timesteps, args):
     return distance(pred, target, args.loss_type, args.huber_c)
 
 
-# <<< shared: mathematics
+# ---- Data: shards -> samples -> batches ------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------
-# Data: shards -> samples -> batches
-# ----------------------------------------------------------------------------------------------------------
-
-
-# >>> shared: data
 # Pillow's names. An allowlist: some of Pillow's other readers start programs (EPS runs Ghostscript).
 Image.init()
 PICTURE_FORMATS = [name for name in "JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF TGA".split() if name in Image.OPEN]
 IMAGE_SUFFIXES = tuple("jpg jpeg png webp jpe jfif bmp gif tif tiff ppm pgm pnm tga jp2 j2k jpx avif".split())
 CAPTION_SUFFIXES = ("text", "txt", "caption")  # in the order in which the public LCM scripts look for them
-SHARD_SUFFIXES = (*IMAGE_SUFFIXES, *CAPTION_SUFFIXES, "json", "safetensors")  # nothing else in a shard is read
+# What a file in a shard is, by its suffix; files of other suffixes are not read.
+KINDS = dict.fromkeys(IMAGE_SUFFIXES, "picture") | dict.fromkeys(CAPTION_SUFFIXES, "caption")
+KINDS |= {"json": "json", "safetensors": "tensors"}
 TAR_NAMES = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and describes how they were made
 # Spellings of LAION's and img2dataset's metadata, in lower case.
@@ -662,7 +616,6 @@ METADATA_KEYS = {
     "unsafe": ("punsafe", "unsafe", "unsafe_score"),
     "aesthetic": ("aesthetic", "aesthetic_score", "aesthetics", "aesthetic_score_laion_v2"),
 }
-CAPTION_KEYS = ("caption", "prompt", "text")
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
 SAMPLES_PER_FOLDER_SHARD = 256
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, compared before a picture is decoded
@@ -674,9 +627,9 @@ class SkippedSample(Exception):
 
 
 class Skipped(Counter):
-    """Counts of what was not used, by cause; `dead_shards` remote ones in a row gave nothing at all."""
+    """Counts of what was not used, by cause."""
 
-    dead_shards = 0
+    dead_shards = 0  # remote ones in a row that gave nothing at all
 
 
 class PictureFolder(NamedTuple):
@@ -697,58 +650,40 @@ class PromptsFile(NamedTuple):
 
 
 def is_remote(shard):
-    """Return whether a shard is read through a command or a network address."""
     return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
 
 def list_shards(values):
-    """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones.
-
-    Raises:
-        UnusableInput: a shard is missing, empty, truncated, not a tar, or of a scheme that nothing here reads.
-    """
+    """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
-            raise UnusableInput(
-                f"{flag} {masked(value)}: {scheme}:// is read through a command; give 'pipe:{program}'"
-            )
-        if is_remote(value) or Path(value).is_file():
-            found = [value] if Path(value).is_file() else expand_braces(flag, value)
+            remedy = f"{scheme}:// is read through a command; give 'pipe:{program}'"
+            raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
+        if is_remote(value):
+            found = []
         elif Path(value).is_dir():
             found = list_folder(Path(value))
         else:
-            found = sorted(glob.glob(value, recursive=True))
-            found = [no_command(name) for name in found] or expand_braces(flag, value)
-        shards += found
+            found = [value] if Path(value).is_file() else sorted(glob.glob(value, recursive=True))
+        # A file that is there must not be taken for a command or an address because of its name.
+        found = [os.path.join(".", name) if is_remote(name) else name for name in found]
+        try:
+            shards += found or braceexpand.braceexpand(value)
+        except ValueError as error:
+            raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
     for shard in shards:
         if isinstance(shard, str) and not is_remote(shard):
             check_shard(Path(shard))
     return shards
 
 
-def no_command(name):
-    """Return the name of a file that is there as one that cannot be taken for a command or an address."""
-    return os.path.join(".", name) if is_remote(name) else name
-
-
-def expand_braces(flag, value):
-    try:
-        return list(braceexpand.braceexpand(value))
-    except ValueError as error:
-        raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
-
-
 def list_folder(folder):
-    """Return the tars in a folder, or its pictures as virtual shards.
-
-    Raises:
-        UnusableInput: the folder holds neither.
-    """
-    tars = sorted(no_command(str(path)) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
+    """Return the tars in a folder, or else its pictures as virtual shards."""
+    tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         return tars
     samples, keys = {}, {}
@@ -759,19 +694,17 @@ def list_folder(folder):
         if suffix in IMAGE_SUFFIXES:
             keys[key] = True  # in order
     if not keys:
-        raise UnusableInput(
-            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
-        )
-    keys = list(keys)
-    parts = [keys[n : n + SAMPLES_PER_FOLDER_SHARD] for n in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD)]
-    return [
-        PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*(samples[key] for key in part))))
-        for part in parts
-    ]
+        found = "holds no .tar file and no picture"
+        raise UnusableInput(f"--train_shards_path_or_url {folder}: {found}; name one that does")
+    parts, rest = [], iter(keys)
+    while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
+        files = tuple(chain(*(samples[key] for key in part)))
+        parts.append(PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, files))
+    return parts
 
 
 def check_shard(path):
-    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 2 kB of it."""
+    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it."""
     fault = ""
     try:
         with path.open("rb") as file:
@@ -796,9 +729,6 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
 
     A broken shard is read again, up to `attempts` times, then counted in `skipped` and left. Where `cache` is
     the head of the first shard of a cache, shards cached in another way are counted and left.
-
-    Raises:
-        UnusableInput: too many remote shards in a row cannot be read at all.
     """
     done, name = 0, masked(str(shard))
     for attempt in range(attempts):
@@ -821,10 +751,8 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     is_dead = is_remote(shard) and not done  # the network, not one file
     skipped.dead_shards = getattr(skipped, "dead_shards", 0) + 1 if is_dead else 0
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else 3):
-        raise UnusableInput(
-            f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause}); check the address "
-            "or command, the network and the permissions"
-        )
+        found = f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause})"
+        raise UnusableInput(f"{found}; check the address or command, the network and the permissions")
 
 
 class Member(tarfile.TarInfo):
@@ -832,7 +760,6 @@ class Member(tarfile.TarInfo):
 
     @classmethod
     def fromtarfile(cls, tar):
-        """Return the next member; raises ReadError where there is neither a member nor the end mark."""
         try:
             return super().fromtarfile(tar)
         except tarfile.EOFHeaderError:
@@ -842,14 +769,9 @@ class Member(tarfile.TarInfo):
 
 
 def shard_members(shard):
-    """Yield (name, bytes) of the files in a shard that are data: pictures, captions, json, cached tensors.
-
-    Raises:
-        one of STREAM_ERRORS: the tar cannot be read to its end, or the command that prints it failed.
-    """
+    """Yield (name, bytes) of the files in a shard that are data; raises one of STREAM_ERRORS if it breaks off."""
     if isinstance(shard, PictureFolder):
-        for name in shard.files:
-            yield name, (shard.folder / name).read_bytes()
+        yield from ((name, (shard.folder / name).read_bytes()) for name in shard.files)
         return
     if isinstance(shard, PromptsFile):
         lines = enumerate(Path(shard.path).read_bytes().splitlines())
@@ -868,29 +790,22 @@ def shard_members(shard):
 
 @contextmanager
 def open_shard(shard):
-    """Yield the byte stream of a shard: a file, or the output of a command (curl for http).
-
-    Raises:
-        OSError: the command failed; the message has its exit code and last words.
-    """
+    """Yield the byte stream of a shard: a file, or the output of a command (curl for http)."""
     if not is_remote(shard):
         with open(shard, "rb") as stream:
             yield stream
         return
-    if shard.startswith("pipe:"):
-        command = shard.removeprefix("pipe:")
-    else:  # curl gives up a server that stalls
-        limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
-        command = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    # curl gives up a server that stalls.
+    limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
+    curl = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
         options["process_group"] = 0
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
     with tempfile.TemporaryFile() as words:
-        process = subprocess.Popen(
-            command, shell=True, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=words, **options
-        )
-        failure = None
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words}
+        process, failure = subprocess.Popen(command, shell=True, **options), None
         try:
             try:
                 yield process.stdout
@@ -916,11 +831,8 @@ def last_words(text, shard):
     """Return the end of a command's error output as one line, without what may be secret words of the command."""
     pattern = r"([=:@]|(?:^|\s)-\S+\s+)?['\"]?([^\s'\"=:&?@]+)"
     shown = {word for _, word in re.findall(pattern, masked(shard))}
-    words = {
-        word
-        for lead, word in re.findall(pattern, shard)
-        if len(word) > 3 and (lead or not re.fullmatch("[a-z]+", word))
-    }
+    found = [pair for pair in re.findall(pattern, shard) if len(pair[1]) > 3]
+    words = {word for lead, word in found if lead or not re.fullmatch("[a-z]+", word)}
     text = masked(" ".join(text.split()))
     for word in sorted(words - shown, key=len, reverse=True):
         text = text.replace(word, "***")
@@ -931,74 +843,55 @@ def split_name(name):
     """Return (key, suffix) of a file in a shard; a suffix of "" for a file that is not read."""
     folder, _, base = name.removeprefix("./").rpartition("/")
     stem, _, suffix = base.rpartition(".")
-    suffix = suffix.lower()
-    if suffix not in SHARD_SUFFIXES or base.startswith("."):
+    if suffix.lower() not in KINDS or base.startswith("."):
         return name, ""
     if stem.rpartition(".")[2].lower() in IMAGE_SUFFIXES:
         stem = stem.rpartition(".")[0]  # a.jpg.txt beside a.jpg
-    return f"{folder}/{stem}" if folder else stem, suffix
+    return f"{folder}/{stem}" if folder else stem, suffix.lower()
 
 
 def group_members(members, lost):
     """Yield samples {"__key__", suffix: bytes} of (name, bytes) pairs, counting in `lost` what belongs to none.
 
     A sample whose files are neighbours, as they usually are, is given away when the next one begins, if it has
-    each kind of file that the shard has had so far. Any other waits for its rest until the end of the shard or
-    until WAITING_BYTES wait.
+    a caption, something to train on, and each kind of file that the shard has had so far. Any other waits for
+    its rest until the end of the shard or until WAITING_BYTES wait.
     """
     waiting, given, kinds, held, last, is_new = {}, {}, set(), 0, None, False
 
     def give(key):
+        nonlocal held
         sample = waiting.pop(key)
+        held -= sum(map(len, sample.values()))
         given[key] = frozenset(sample)
         # K.mask.png beside K.png belongs to K and is no sample of its own.
         parents = accumulate(key.split(".")[:-1], "{}.{}".format)
-        is_extra = len(sample) == 2 and any(parent in given or parent in waiting for parent in parents)
-        return [] if is_extra else [sample]
+        is_extra = len(sample) == 1 and any(parent in given or parent in waiting for parent in parents)
+        return [] if is_extra else [{"__key__": key} | sample]
 
     for name, data in members:
         key, suffix = split_name(name)
         if key != last and not key.startswith(f"{last}."):
-            if is_new and last in waiting and is_whole(waiting[last], kinds):
-                held -= size_of(waiting[last])
+            found = {KINDS[suffix] for suffix in waiting.get(last, ())} if is_new else set()
+            if found >= kinds and found & {"caption", "json"} and found & {"picture", "tensors"}:
                 yield from give(last)
             last, is_new = key, key not in waiting
-        kinds.add(kind_of(suffix))
+        kinds.add(KINDS[suffix])
         if suffix in given.get(key, ()) or suffix in waiting.get(key, ()):
             lost["file name twice in its shard"] += 1
         elif key in given:
             lost["file far from the rest of its sample; pack with tar --sort=name"] += 1
         else:
-            waiting.setdefault(key, {"__key__": key})[suffix] = data
+            waiting.setdefault(key, {})[suffix] = data
             held += len(data)
         while held > WAITING_BYTES and len(waiting) > 1:
-            oldest = next(iter(waiting))
-            held -= size_of(waiting[oldest])
-            yield from give(oldest)
+            yield from give(next(iter(waiting)))
     for key in list(waiting):
         yield from give(key)
 
 
-def kind_of(suffix):
-    """Return "picture", "caption", "json" or "safetensors"."""
-    return "picture" if suffix in IMAGE_SUFFIXES else "caption" if suffix in CAPTION_SUFFIXES else suffix
-
-
-def is_whole(sample, kinds):
-    """Return whether a sample has a caption, something to train on, and all kinds of files seen in its shard."""
-    found = {kind_of(suffix) for suffix in sample if suffix != "__key__"}
-    return found >= kinds and bool(found & {"caption", "json"}) and bool(found & {"picture", "safetensors"})
-
-
-def size_of(sample):
-    return sum(len(value) for suffix, value in sample.items() if suffix != "__key__")
-
-
 def metadata_of(sample):
-    """Return the fields of METADATA_KEYS in a sample's json: a float each, or None for what is no number.
-
-    A caption in the json is there as "caption".
-    """
+    """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
     if "json" not in sample:
         return {}
     try:
@@ -1010,7 +903,7 @@ def metadata_of(sample):
     for name, spellings in METADATA_KEYS.items():
         for value in (record[spelling] for spelling in spellings if record.get(spelling) not in (None, "")):
             found.setdefault(name, as_number(value))
-    for value in (record.get(name) for name in CAPTION_KEYS):
+    for value in (record.get(name) for name in ("caption", "prompt", "text")):
         texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
         if texts:
             found.setdefault("caption", texts[0])
@@ -1021,15 +914,11 @@ def metadata_of(sample):
 
 def as_number(value):
     """Return a finite number, also one that json holds as text, as a float; None for anything else."""
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except (ValueError, OverflowError):
-        return None
-    return number if math.isfinite(number) else None
+    with suppress(ValueError, TypeError, OverflowError):
+        return float(value) if not isinstance(value, bool) and math.isfinite(float(value)) else None
 
 
 def check_metadata(metadata, args):
-    """Raise SkippedSample where the filters reject a sample."""
     rules = (
         ("smaller side", "side", args.min_image_side_px or None, operator.ge),
         ("watermark", "watermark", args.max_watermark, operator.le),
@@ -1048,12 +937,6 @@ def check_metadata(metadata, args):
             raise SkippedSample(f"filtered by {name}")
 
 
-def check_side(original, metadata, args):
-    """Raise SkippedSample for an original of too few pixels a side, where the metadata does not tell its size."""
-    if "side" not in metadata and min(original) < args.min_image_side_px:
-        raise SkippedSample("filtered by smaller side")
-
-
 def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, else the one in its json."""
     data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
@@ -1068,12 +951,9 @@ def caption_of(sample, metadata):
 
 
 def open_picture(data, max_pixels, draft_px=None):
-    """Return (upright RGB picture, original (width, height)) of encoded bytes.
+    """Return (upright RGB picture, original (width, height)) of encoded bytes, or raise SkippedSample.
 
     `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
-
-    Raises:
-        SkippedSample: the picture has more than `max_pixels`, or cannot be decoded.
     """
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
@@ -1103,15 +983,13 @@ def to_rgb(picture):
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, (255, 255, 255, 255))
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
 def crop(picture, args, rng):
     """Return (pixels, array uint8 [R,R,3], (top, left) of the crop in the resized picture)."""
-    side = args.resolution
-    width, height = picture.size
+    side, (width, height) = args.resolution, picture.size
     scale = side / min(width, height)
     size = tuple(max(side, round(length * scale)) for length in (width, height))
     spare = (size[1] - side, size[0] - side)
@@ -1123,18 +1001,13 @@ def crop(picture, args, rng):
         box = (left * x, top * y, min((left + side) * x, width), min((top + side) * y, height))
         method = Image.Resampling[args.interpolation_type.removesuffix("_exact").upper()]
         picture = picture.resize((side, side), method, box)
-    pixels = np.asarray(picture)
     if args.random_flip and rng.random() < 0.5:
-        pixels, left = pixels[:, ::-1], spare[1] - left
-    return pixels, (top, left)
+        picture, left = ImageOps.mirror(picture), spare[1] - left
+    return np.array(picture), (top, left)
 
 
 def prepare_sample(sample, args, epoch, cached=False):
-    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key).
-
-    Raises:
-        SkippedSample: a filter rejects it, or it cannot be read.
-    """
+    """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key)."""
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
     is_matching, whole = getattr(args, "objective", None) == "matching", (args.resolution, args.resolution)
     if image is None and not cached and not is_matching:
@@ -1148,10 +1021,10 @@ def prepare_sample(sample, args, epoch, cached=False):
     if cached:
         tensors = cached_tensors(sample)
         if "time_ids" in tensors:
-            check_side(tensors["time_ids"][:2].tolist(), metadata, args)
+            check_metadata({"side": tensors["time_ids"][:2].min().item()} | metadata, args)
         return tensors | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
-    check_side(original, metadata, args)
+    check_metadata({"side": min(original)} | metadata, args)
     rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
     pixels, corner = crop(picture, args, rng)
     inputs = size_and_crop(original[::-1], corner, pixels.shape[:2], args)
@@ -1159,11 +1032,11 @@ def prepare_sample(sample, args, epoch, cached=False):
 
 
 def cached_tensors(sample):
-    """Return a cached sample's tensors: moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
-    if "safetensors" not in sample:
-        raise SkippedSample("no cached tensors")
+    """Return moments [2C,h,w], embeddings, and for SDXL time ids [6]."""
     try:
         tensors = load_tensors(sample["safetensors"])
+    except KeyError:
+        raise SkippedSample("no cached tensors") from None
     except SafetensorError as error:
         raise SkippedSample("cached tensors cannot be read") from error
     if not {"moments", "prompt_embeds"} <= tensors.keys():
@@ -1192,7 +1065,6 @@ class ShardStream(torch.utils.data.IterableDataset):
         self.positions = {}  # of its consumers: (epoch, samples read in it)
 
     def raw_samples(self, epoch, consumer, skipped):
-        """Yield the undecoded samples that a consumer reads in an epoch, in order."""
         order = list(range(len(self.shards)))
         random.Random(f"{self.args.seed} {epoch}").shuffle(order)
         turns = self.consumers // math.gcd(self.consumers, len(order))  # parts that a shard is cut into
@@ -1235,49 +1107,29 @@ class ShardStream(torch.utils.data.IterableDataset):
                     skipped.clear()
                     batch = []
             if not usable and not start:
-                yield {"error": nothing_usable(epoch, skipped)}
+                causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
+                yield {"error": f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"}
                 return
             epoch, start, usable = epoch + 1, 0, 0
 
     def collate(self, samples):
-        """Return samples as one batch: arrays and tensors stacked, captions as a list, and their token ids."""
-        batch = {name: [sample[name] for sample in samples] for name in samples[0]}
-        for name, values in batch.items():
-            if isinstance(values[0], np.ndarray):
-                batch[name] = torch.from_numpy(np.stack(values))
-            elif isinstance(values[0], torch.Tensor):
-                batch[name] = torch.stack(values)
+        batch = torch.utils.data.default_collate(samples)
         return batch if self.cache else batch | {"ids": tokenize(self.tokenizers, batch["caption"])}
-
-
-def nothing_usable(epoch, skipped):
-    """Return the one line that tells why an epoch gave a consumer no sample."""
-    causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-    return f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"
 
 
 def tokenize(tokenizers, captions):
     """Return token ids, a tensor [B,L] for each tokenizer, of captions padded or cut to its length."""
-    return [
-        tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        ).input_ids
-        for tokenizer in tokenizers
-    ]
+    options = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+    return [each(captions, max_length=each.model_max_length, **options).input_ids for each in tokenizers]
 
 
 def describe(skipped):
     """Return counts by cause as one line, the most frequent first."""
-    counts = Counter({cause: count for cause, count in skipped.items() if count}).most_common()
-    return masked(", ".join(f"{cause}: {count}" for cause, count in counts))
+    return masked(", ".join(f"{cause}: {count}" for cause, count in (+Counter(skipped)).most_common()))
 
 
 def audit(shards, args):
-    """Return (usable samples, report line, head of the cache or None) after reading the first samples.
-
-    Raises:
-        UnusableInput: no sample can be used, with counts by cause; or they are cached for another run.
-    """
+    """Return (usable samples, report line, head of the cache or None) after reading the first samples."""
     skipped, usable, examined, cache = Skipped(), [], 0, None
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
@@ -1308,19 +1160,20 @@ def audit(shards, args):
 
 
 def check_cache(cache, args):
-    """Raise UnusableInput where the tensors of a cache were made for another run than the flags describe."""
     remedy = "make it again with scripts/cache_latents.py, or train on the pictures"
     try:
-        made, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
+        head, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
     except (KeyError, ValueError, SafetensorError) as error:
         raise UnusableInput(f"the cache's head cannot be read ({error}); {remedy}") from error
-    changed = [
-        f"{name} was {made.get(name)!r}, is {value!r}"
-        for name, value in cache_identity(args).items()
-        if made.get(name) != value
-    ]
-    if changed:
-        raise UnusableInput(f"the cache was made for another run ({'; '.join(changed)}); {remedy}")
+    identity = cache_identity(args)
+    if changed := differences({name: head.get(name) for name in identity}, identity):
+        raise UnusableInput(f"the cache was made for another run ({changed}); {remedy}")
+
+
+def differences(old, new):
+    """Return "NAME was OLD, is NEW; ..." for what differs between two dicts."""
+    names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
 
 
 def cache_identity(args):
@@ -1341,16 +1194,13 @@ def cache_identity(args):
 def fingerprint(model):
     """Return a checksum of a model file's, or of a folder's VAE's and text encoders', sizes, heads and tails."""
     parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
-    files = sorted(
-        path for part in parts for path in ([part] if part.is_file() else part.rglob("*")) if path.is_file()
-    )
-    checksum = 0
+    paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
+    files, checksum = sorted(path for path in paths if path.is_file()), 0
     for path in files:
-        size = path.stat().st_size
+        size, name = path.stat().st_size, "" if path == model else str(path.relative_to(model))
         with path.open("rb") as file:
             head = file.read(2**20)
             file.seek(max(0, size - 2**20))
-            name = "" if path == model else str(path.relative_to(model))
             checksum = zlib.crc32(f"{name} {size}".encode() + head + file.read(), checksum)
     return f"crc32 {checksum:08x} of {len(files)} files"
 
@@ -1362,42 +1212,30 @@ def count_samples(shards):
         if isinstance(shard, PictureFolder):
             total += len({split_name(name)[0] for name in shard.files})
             continue
-        stats = Path(TAR_NAMES.sub("", str(shard)) + "_stats.json")
-        if is_remote(shard) or not stats.is_file():
-            return None
         try:
-            record = json.loads(stats.read_text(encoding="utf-8"))
+            record = json.loads(Path(TAR_NAMES.sub("", shard) + "_stats.json").read_text(encoding="utf-8"))
             total += int(record.get("samples", record.get("successes")))
-        except (ValueError, TypeError, AttributeError):
+        except (OSError, ValueError, TypeError, AttributeError):
             return None
     return total
 
 
 def make_loader(stream, num_workers, device):
-    """Return the DataLoader of a ShardStream, which makes its own batches."""
-    options = {"multiprocessing_context": "fork"} if num_workers and sys.platform == "linux" else {}
-    return torch.utils.data.DataLoader(
-        stream,
-        batch_size=None,
-        num_workers=num_workers,
-        pin_memory=device.type == "cuda",
-        worker_init_fn=start_worker,
-        **options,
-    )
+    options = {"worker_init_fn": start_worker, "pin_memory": device.type == "cuda"}
+    options["multiprocessing_context"] = "fork" if num_workers and sys.platform == "linux" else None
+    return torch.utils.data.DataLoader(stream, batch_size=None, num_workers=num_workers, **options)
 
 
 def start_worker(_worker):
     """Let a loader process outlive the signals that ask the run to save and stop, and end with the run."""
-    for name in STOP_SIGNALS:
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
 
 
 # <<< shared: data
 
-# ----------------------------------------------------------------------------------------------------------
-# Models: teacher, student, conditioning
-# ----------------------------------------------------------------------------------------------------------
+# ---- Models: teacher, student, conditioning --------------------------------------------------------------
 
 
 def load_pipeline(args, dtype, **options):
@@ -1405,7 +1243,7 @@ def load_pipeline(args, dtype, **options):
     options |= {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
     options |= {"dtype": dtype, "cache_dir": args.cache_dir}
     teacher = args.pretrained_teacher_model
-    if is_single_file(teacher):
+    if Path(teacher).is_file() or teacher.startswith(("http://", "https://")):
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(teacher, config=args.teacher_config, **options)
     else:
         if "vae" not in options and not Path(teacher).exists() and dtype != torch.float32:
@@ -1419,7 +1257,6 @@ def load_pipeline(args, dtype, **options):
 
 
 def check_family(pipe):
-    """Raise UnusableInput where the teacher is not of this script's family."""
     if pipe.unet.config.addition_embed_type != "text_time":
         raise UnusableInput(f"the teacher is not {FAMILY}: its UNet takes no size and crop; use {OTHER_SCRIPT}")
     if pipe.text_encoder_2 and not pipe.text_encoder:
@@ -1439,17 +1276,6 @@ def encode_ids(pipe, ids):
     outputs = [encoder(part, output_hidden_states=True) for encoder, part in zip(encoders, ids, strict=True)]
     prompt_embeds = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
     return {"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": outputs[1].text_embeds}
-
-
-def zero_empty(pipe, embeds, captions):
-    """Return the embeddings with zeros for "" where the model has `force_zeros_for_empty_prompt`, as SDXL has."""
-    if not pipe.config.force_zeros_for_empty_prompt:
-        return embeds
-    kept = torch.tensor([caption != "" for caption in captions])
-    return {
-        name: torch.where(kept.view(-1, *[1] * (value.ndim - 1)).to(value.device), value, 0)
-        for name, value in embeds.items()
-    }
 
 
 def unet_inputs(embeds, batch):
@@ -1495,8 +1321,6 @@ def kohya_model(_text_width):
 
 
 # >>> shared: models
-def is_single_file(teacher):
-    return Path(teacher).is_file() or teacher.startswith(("http://", "https://"))
 
 
 def load_teacher(args, dtype, device, check=True, **parts):
@@ -1504,16 +1328,12 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
     `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded. Without
     `check`, models that can draw and not be distilled are taken too.
-
-    Raises:
-        UnusableInput: it is missing, damaged, of another family, or cannot be distilled.
     """
     given = frozenset(parts)
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
-            parts["vae"] = AutoencoderKL.from_pretrained(
-                args.pretrained_vae_model_name_or_path, dtype=dtype, cache_dir=args.cache_dir
-            )
+            options = {"dtype": dtype, "cache_dir": args.cache_dir}
+            parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
         pipe = load_pipeline(args, dtype, **parts)
         set_prediction(pipe, args)
         if check:
@@ -1532,7 +1352,6 @@ def load_teacher(args, dtype, device, check=True, **parts):
 
 
 def loading_error(args, error):
-    """Return the line for a teacher that a library could not load: the likely cause and its remedy."""
     causes = [str(each) for each in (error, error.__cause__ or error.__context__) if each]
     path, reason = Path(args.pretrained_teacher_model), " ".join(" ".join(causes).split())
     name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
@@ -1555,42 +1374,31 @@ def loading_error(args, error):
 
 def weight_names(path):
     """Return the names of the tensors in a single .safetensors file, none of anything else."""
-    if path.suffix != ".safetensors" or not path.is_file():
-        return set()
-    try:
-        with safe_open(path, framework="pt") as file:
-            return set(file.keys())
-    except (SafetensorError, OSError):
-        return set()
+    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
+        return set(file.keys())
+    return set()
 
 
 def set_prediction(pipe, args):
     """Give the pipeline's scheduler the prediction type of --prediction_type or of a file's marker tensors."""
     names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
-    if "v_pred" in names:
-        changes["prediction_type"] = "v_prediction"
+    if args.prediction_type or "v_pred" in names:
+        changes["prediction_type"] = args.prediction_type or "v_prediction"
     if "ztsnr" in names:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if args.prediction_type:
-        changes["prediction_type"] = args.prediction_type
     if changes:
         pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
 
 
 def check_parts(pipe):
-    """Raise UnusableInput where a part of the teacher's pipeline is not what distillation needs."""
     if pipe.unet:
-        config = pipe.unet.config
         check_family(pipe)
+        config = pipe.unet.config
         if config.time_cond_proj_dim is not None:
-            raise UnusableInput(
-                "the teacher is guidance-distilled already (time_cond_proj_dim); name an undistilled model"
-            )
+            raise UnusableInput("the teacher is guidance-distilled (time_cond_proj_dim); name an undistilled model")
         if config.in_channels != config.out_channels:
-            raise UnusableInput(
-                f"the teacher's UNet takes {config.in_channels} channels and gives {config.out_channels}: "
-                "inpainting models cannot be teachers"
-            )
+            channels = f"{config.in_channels} channels and gives {config.out_channels}"
+            raise UnusableInput(f"the teacher's UNet takes {channels}: inpainting models cannot be teachers")
     for name in TEXT_PARTS:
         if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
             raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or cut")
@@ -1599,44 +1407,29 @@ def check_parts(pipe):
 
 
 def quantize_4bit(unet):
-    """Turn the linear layers of the attention blocks into bitsandbytes' Linear4bit, packed when they move.
-
-    NF4 in blocks of 64 weights (QLoRA, arXiv:2305.14314).
-
-    Raises:
-        UnusableInput: no layer can be packed.
-    """
+    """Turn attention's linear layers into bitsandbytes' NF4 ones (arXiv:2305.14314), packed when they move."""
     import bitsandbytes
 
+    linears = {name: layer for name, layer in unet.named_modules() if isinstance(layer, torch.nn.Linear)}
     # Where a block of 64 weights spans two rows, bitsandbytes 0.50 unpacks it wrongly on CPUs with AVX-512.
-    names = [
-        name
-        for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and ".attentions." in name and module.in_features % 64 == 0
-    ]
-    if not names:
-        raise UnusableInput(
-            "--use_4bit_base: the teacher has no attention layer of a multiple of 64 inputs; leave it out"
-        )
-    for name in names:
-        linear = unet.get_submodule(name)
-        packed = bitsandbytes.nn.Linear4bit(
-            linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype,
-            compress_statistics=False, quant_type="nf4", device="meta",
-        )  # fmt: skip
-        packed.weight = bitsandbytes.nn.Params4bit(
-            linear.weight.data, requires_grad=False, compress_statistics=False, quant_type="nf4", module=packed
-        )
+    fitting = [name for name, layer in linears.items() if ".attentions." in name and layer.in_features % 64 == 0]
+    if not fitting:
+        lack = "the teacher has no attention layer of a multiple of 64 inputs"
+        raise UnusableInput(f"--use_4bit_base: {lack}; leave it out")
+    options = {"compress_statistics": False, "quant_type": "nf4"}
+    for name in fitting:
+        linear = linears[name]
+        shape = linear.in_features, linear.out_features, linear.bias is not None, linear.weight.dtype
+        packed = bitsandbytes.nn.Linear4bit(*shape, device="meta", **options)
+        packed.weight = bitsandbytes.nn.Params4bit(linear.weight.data, requires_grad=False, module=packed, **options)
         packed.bias = linear.bias
         packed.support_avx512bf16_for_cpu = False  # that kernel repacks in place what student and teacher share
         unet.set_submodule(name, packed)
 
 
 def make_twin(unet):
-    """Return a frozen UNet on the very weights of `unet`: the teacher, whatever is added to `unet` later.
-
-    The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
-    """
+    """Return the teacher: a frozen UNet on the very weights of `unet`, free of what is added to `unet` later."""
+    # The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
     shared = {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())}
     for module in unet.modules():  # the scales of packed weights are no buffers
         if getattr(module, "quant_state", None) is not None:
@@ -1644,7 +1437,7 @@ def make_twin(unet):
     return copy.deepcopy(unet, shared).requires_grad_(False).eval()
 
 
-class LoraLinear(lora.Linear):
+class LoraForward:
     """PEFT's LoRA layer, x W^T + b + scaling dropout(x) A^T B^T, with float32 A and B, computed in the dtype of x.
 
     PEFT's own forward pass computes the LoRA's branch in float32 where there is no autocast.
@@ -1653,54 +1446,42 @@ class LoraLinear(lora.Linear):
     def forward(self, x):
         if self.disable_adapters:
             return super().forward(x)
-        down, up = factors(self, x.dtype)
-        hidden = functional.linear(self.lora_dropout["default"](x), down)
-        return self.base_layer(x) + functional.linear(hidden, up)
+        down, up, scaling = (part["default"] for part in (self.lora_A, self.lora_B, self.scaling))
+        up = up.weight if scaling == 1 else up.weight * scaling
+        apply, base, options = functional.linear, self.base_layer, ()
+        if isinstance(base, torch.nn.Conv2d):  # A has the kernel, B a kernel of one pixel
+            apply, options = functional.conv2d, (None, base.stride, base.padding)
+        hidden = apply(self.lora_dropout["default"](x), down.weight.to(x.dtype), *options)
+        return base(x) + apply(hidden, up.to(x.dtype))
 
 
-class LoraConv2d(lora.Conv2d):
-    """LoraLinear's counterpart for a convolution: A has its kernel, B a kernel of one pixel."""
-
-    def forward(self, x):
-        if self.disable_adapters:
-            return super().forward(x)
-        down, up = factors(self, x.dtype)
-        options = self.base_layer.stride, self.base_layer.padding
-        hidden = functional.conv2d(self.lora_dropout["default"](x), down, None, *options)
-        return self.base_layer(x) + functional.conv2d(hidden, up)
+class LoraLinear(LoraForward, lora.Linear):
+    pass
 
 
-def factors(layer, dtype):
-    """Return (A, scaling B) of a LoRA layer in a dtype; their float32 parameters get the gradients."""
-    down, up, scaling = (part["default"] for part in (layer.lora_A, layer.lora_B, layer.scaling))
-    return down.weight.to(dtype), (up.weight if scaling == 1 else up.weight * scaling).to(dtype)
+class LoraConv2d(LoraForward, lora.Conv2d):
+    pass
 
 
 def add_lora(unet, args):
-    """Add the LoRA to the UNet, in float32 whatever the base's dtype, and return its parameters.
-
-    Raises:
-        UnusableInput: a suffix of --lora_target_modules matches no module.
-    """
+    """Add the LoRA to the UNet, in float32 whatever the base's dtype, and return its parameters."""
     targets = [name.strip() for name in args.lora_target_modules.split(",") if name.strip()]
-    layers = (torch.nn.Linear, torch.nn.Conv2d)
-    names = [f".{name}" for name, module in unet.named_modules() if isinstance(module, layers)]
+    layers = {torch.nn.Linear: LoraLinear, torch.nn.Conv2d: LoraConv2d}
+    names = [f".{name}" for name, module in unet.named_modules() if isinstance(module, tuple(layers))]
     for target in targets:
         if not any(name.endswith(f".{target}") for name in names):
             raise UnusableInput(f"--lora_target_modules: the teacher has no layer {target!r}; leave it out")
     torch.manual_seed(args.seed)
-    config = LoraConfig(
-        r=args.lora_rank, lora_alpha=args.lora_alpha, lora_dropout=args.lora_dropout, target_modules=targets
-    )
+    options = {"lora_alpha": args.lora_alpha, "lora_dropout": args.lora_dropout, "target_modules": targets}
+    config = LoraConfig(r=args.lora_rank, **options)
     # PEFT's documented way for layers of one's own: peft/docs/source/developer_guides/custom_models.md
-    config._register_custom_module({torch.nn.Linear: LoraLinear, torch.nn.Conv2d: LoraConv2d})
+    config._register_custom_module(layers)
     unet.add_adapter(config)
     cast_training_params(unet, dtype=torch.float32)
     return [parameter for parameter in unet.parameters() if parameter.requires_grad]
 
 
 def prepare_unet(unet, args):
-    """Turn on what the flags ask for: gradient checkpointing, xformers, compilation."""
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if args.enable_xformers_memory_efficient_attention:
@@ -1716,7 +1497,12 @@ def encode_prompts(pipe, captions, device):
     """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
     tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
     ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
-    return zero_empty(pipe, encode_ids(pipe, ids), captions)
+    embeds = encode_ids(pipe, ids)
+    if pipe.config.get("force_zeros_for_empty_prompt"):  # as SDXL has it
+        kept = torch.tensor([caption != "" for caption in captions], device=device)
+        shapes = {name: (-1, *[1] * (value.ndim - 1)) for name, value in embeds.items()}
+        embeds = {name: torch.where(kept.view(shapes[name]), value, 0) for name, value in embeds.items()}
+    return embeds
 
 
 def encode_moments(vae, pixels, args):
@@ -1737,18 +1523,13 @@ def make_optimizer(parameters, args, num_processes, max_train_steps):
         lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
     options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options["weight_decay"] = args.adam_weight_decay
-    optimizer = (
-        adam_8bit(parameters, options) if args.use_8bit_adam else torch.optim.AdamW(parameters, fused=True, **options)
-    )
-    name = args.lr_scheduler
-    if name == "constant" and args.lr_warmup_steps:
-        name = "constant_with_warmup"
-    return optimizer, get_scheduler(
-        name, optimizer, num_warmup_steps=args.lr_warmup_steps, num_training_steps=max_train_steps
-    )
+    optimizer = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
+    optimizer, warmup = optimizer(parameters, **options), args.lr_warmup_steps
+    name = "constant_with_warmup" if args.lr_scheduler == "constant" and warmup else args.lr_scheduler
+    return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
 
-def adam_8bit(parameters, options):
+def adam_8bit(parameters, **options):
     """Return bitsandbytes' AdamW8bit, whose own `step` waits for the GPU after every matrix; this one does not."""
     import bitsandbytes
 
@@ -1761,11 +1542,10 @@ def adam_8bit(parameters, options):
                 self.initialized = True
             for group_number, group in enumerate(self.param_groups):
                 for number, parameter in enumerate(group["params"]):
-                    if parameter.grad is None:
-                        continue
-                    if not self.state[parameter]:
-                        self.init_state(group, parameter, group_number, number)
-                    self.update_step(group, parameter, group_number, number)
+                    if parameter.grad is not None:
+                        if not self.state[parameter]:
+                            self.init_state(group, parameter, group_number, number)
+                        self.update_step(group, parameter, group_number, number)
 
     return AdamW8bit(parameters, **options)
 
@@ -1785,11 +1565,7 @@ def lora_file(path):
 
 
 def read_lora(path, layers_per_block=None):
-    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder.
-
-    Raises:
-        UnusableInput: the path holds no LoRA of a UNet, or more than that.
-    """
+    """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder."""
     path = lora_file(path)
     try:
         with safe_open(path, framework="pt") as file:
@@ -1835,48 +1611,36 @@ def reduce_rank(one, rank):
 
 @torch.no_grad()
 def load_init_lora(unet, source):
-    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha.
-
-    Raises:
-        UnusableInput: the LoRA has a layer that the adapter lacks, or one of another shape.
-    """
-    layers = {
-        name: (layer.lora_A["default"].weight, layer.lora_B["default"].weight, layer.scaling["default"])
-        for name, layer in unet.named_modules()
-        if isinstance(layer, lora.LoraLayer)
-    }
+    """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha."""
+    layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, lora.LoraLayer)}
     loras, misfits = read_lora(source, unet.config.layers_per_block), []
     for name, one in loras.items():
-        down, up, scale = layers.get(name, (torch.zeros(1, 0), torch.zeros(0, 1), 1.0))
-        if (one.down[0].numel(), len(one.up)) != (down[0].numel(), len(up)):
-            misfits.append(f"{name} ({one.down[0].numel()} x {len(one.up)})")
+        layer, sizes = layers.get(name), (one.down[0].numel(), len(one.up))
+        parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight) if layer else ()
+        if not parts or sizes != (parts[0][0].numel(), len(parts[1])):
+            misfits.append(f"{name} ({sizes[0]} x {sizes[1]})")
             continue
+        down, up = parts
         one = reduce_rank(one, len(down))
-        rank = len(one.down)
+        rank, scale = len(one.down), layer.scaling["default"]
         # Rows of A beyond the LoRA's rank keep their random start: B's zeros leave the output as it is, and
         # zeros in both would never get a gradient.
         down[:rank] = one.down.view_as(down[:rank])
         up.zero_()[:, :rank] = (one.up.float() * (one.alpha / rank / scale)).view_as(up[:, :rank])
     if misfits:
-        some = ", ".join(misfits[:3])
-        raise UnusableInput(
-            f"--init_lora {source}: {len(misfits)} of {len(loras)} layers do not fit, such as {some}; name an "
-            "LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
-        )
+        found = f"{len(misfits)} of {len(loras)} layers do not fit, such as {', '.join(misfits[:3])}"
+        remedy = "name an LCM-LoRA of this model's architecture, or its layers in --lora_target_modules"
+        raise UnusableInput(f"--init_lora {source}: {found}; {remedy}")
 
 
 # <<< shared: models
 
-# ----------------------------------------------------------------------------------------------------------
-# One training step: draw, encode, condition, loss, update
-# ----------------------------------------------------------------------------------------------------------
+# ---- One training step: draw, encode, condition, loss, update --------------------------------------------
 
 
 # >>> shared: step
 @dataclass
 class RunState:
-    """Where a run stands."""
-
     global_step: int = 0  # updates done
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
@@ -1891,8 +1655,6 @@ class RunState:
 
 @dataclass
 class Job:
-    """Everything that a run works with."""
-
     args: argparse.Namespace
     accelerator: Accelerator
     dtype: torch.dtype  # of the arithmetic of UNet, VAE and text encoders
@@ -1971,8 +1733,7 @@ def sample_latents(moments, posterior_eps, scaling_factor):
 def condition(uncond_embeds, embeds, batch, empty):
     """Return the UNet's (conditioning, uncond) of a batch, each with B rows.
 
-    `uncond_embeds` are those of the empty caption, one row; captions that are empty or marked by `empty` [B]
-    get them too.
+    Captions that are empty or marked by `empty` [B] get `uncond_embeds`, those of the empty caption, one row.
     """
     empty = empty | torch.tensor([not caption for caption in batch["caption"]])
     uncond, cond = {}, {}
@@ -1988,14 +1749,6 @@ def predict(unet, z_t, timesteps, conditioning, dtype):
     return unet(z_t.to(dtype), timesteps, **conditioning, return_dict=False)[0].float()
 
 
-def join(first, second):
-    """Return two conditionings, dicts of tensors or of such dicts, as one batch."""
-    return {
-        name: join(value, second[name]) if isinstance(value, dict) else torch.cat([value, second[name]])
-        for name, value in first.items()
-    }
-
-
 def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
     """Return f(z_t, t) = c_skip z_t + c_out z0 (LCM, eq. 8)."""
     c_skip, c_out = boundary_scalings(timesteps, schedule.timestep_scaling)
@@ -2006,7 +1759,7 @@ def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
 def guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype):
     """Return the teacher's guided (z0, eps) at z_t; both halves of the guidance are one batch."""
     twice, z_twice = timesteps.repeat(2), z_t.repeat(2, 1, 1, 1)
-    output = predict(unet, z_twice, twice, join(conditioning, uncond), dtype)
+    output = predict(unet, z_twice, twice, concatenate([conditioning, uncond]), dtype)
     z0, eps = clean_estimate(schedule, output, z_twice, twice)
     (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
     return z0_cond + w * (z0_cond - z0_uncond), eps_cond + w * (eps_cond - eps_uncond)
@@ -2044,24 +1797,15 @@ def training_loss(job, latents, conditioning, uncond, draws):
 
 
 def batch_loss(job, batch, micro_step):
-    """Return the loss of one batch from the loader, of pictures or of cached tensors."""
-    args, accelerator = job.args, job.accelerator
-    to_device = partial(move, device=accelerator.device)
-    batch = {name: to_device(value) for name, value in batch.items()}
+    args, device = job.args, job.accelerator.device
+    batch = send_to_device(batch, device, non_blocking=device.type == "cuda")  # the loader has pinned it for CUDA
     with torch.no_grad():
         moments, embeds = encode(job, batch)
         shape = (len(moments), moments.shape[1] // 2, *moments.shape[2:])
-        draws = draw(args, shape, job.state.global_step, micro_step, accelerator.process_index, accelerator.device)
+        draws = draw(args, shape, job.state.global_step, micro_step, job.accelerator.process_index, device)
         latents = sample_latents(moments, draws.posterior_eps, job.scaling_factor)
         conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
     return training_loss(job, latents, conditioning, uncond, draws)
-
-
-def move(value, device):
-    """Return a tensor, or a list that may hold tensors, on the device; the loader has pinned it for CUDA."""
-    if isinstance(value, list):
-        return [move(item, device) for item in value]
-    return value.to(device, non_blocking=device.type == "cuda") if isinstance(value, torch.Tensor) else value
 
 
 def update(job, batches):
@@ -2094,15 +1838,10 @@ def descend(job, optimizer, loss):
 
 
 def next_batch(job, batches, positions):
-    """Return the next batch, noting in `positions` how far the data has been read, and what was skipped.
-
-    Raises:
-        OutOfData: nothing usable is left.
-        StopWaiting: a signal came while the only process waited.
-    """
+    """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
     state.waits_at = state.global_step
-    if state.stop_signal and state.is_alone:  # it came between two waits
+    if state.stop_signal and state.is_alone and not positions:  # it came between two waits
         raise StopWaiting
     batch = next(batches)
     state.waits_at = None
@@ -2116,14 +1855,12 @@ def next_batch(job, batches, positions):
 
 # <<< shared: step
 
-# ----------------------------------------------------------------------------------------------------------
-# Matching: the second stage. Whoever wants an LCM-LoRA alone may pass over this section.
+# ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
 #
 # The student draws as a pipeline does, x = f(z_i, t_i), from pure noise. Two scores look at x, noised again to
 # a random tau: the teacher's, guided, says where a picture that the teacher draws lies; the fake's, learned on
 # the student's own pictures, where one that the student draws lies. x moves along their difference (DMD,
 # arXiv:2311.18828; with an LCM-LoRA as its start: TDM, arXiv:2503.06674).
-# ----------------------------------------------------------------------------------------------------------
 
 
 # >>> shared: matching
@@ -2222,7 +1959,7 @@ def fake_loss(fake, schedule, x, tau, eps, conditioning, dtype):
 def matching_inputs(job, batch, micro_step):
     """Return (z_t drawn by the student, its timestep [B], conditioning, uncond, draws) for captions of a batch."""
     args, accelerator, unet = job.args, job.accelerator, job.student_unet
-    batch = {name: move(value, accelerator.device) for name, value in batch.items()}
+    batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
     sides = [args.resolution // job.pipe.vae_scale_factor] * 2 if "ids" in batch else batch["moments"].shape[2:]
     draws = draw_matching(
         args, job.fake.grids, (len(batch["caption"]), unet.config.in_channels, *sides), len(job.schedule.alphas),
@@ -2289,17 +2026,13 @@ def update_matching(job, batches):
 
 # <<< shared: matching
 
-# ----------------------------------------------------------------------------------------------------------
-# Files: LoRA weights and checkpoints
-# ----------------------------------------------------------------------------------------------------------
+# ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
 
-# >>> shared: files
+# >>> shared: run
 def write_atomically(path, data):
-    """Write text or bytes so that the file is there whole or not at all; its mode follows the umask.
-
-    safetensors' own `save_file` leaves files that only their owner can read.
-    """
+    """Write text or bytes so that the file is there whole or not at all."""
+    # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
     scratch = path.with_name(f".writing-{path.name}")
     with scratch.open("wb") as file:
         file.write(data.encode() if isinstance(data, str) else data)
@@ -2344,10 +2077,8 @@ def save_lora(unet, path, args):
 def save_for_peft(unet, folder):
     """Write the LoRA in float32 as `PeftModel.from_pretrained(unet, folder)` reads it; resuming reads it too."""
     unet.peft_config["default"].save_pretrained(folder)
-    state = {
-        f"base_model.model.{name}": value.detach().cpu().contiguous()
-        for name, value in get_peft_model_state_dict(unet).items()
-    }
+    state = {name: value.detach().cpu().contiguous() for name, value in get_peft_model_state_dict(unet).items()}
+    state = {f"base_model.model.{name}": value for name, value in state.items()}
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
@@ -2357,31 +2088,21 @@ def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
-    settings |= {
-        "number of shards": num_shards,  # one more or less would move every position
-        "number of processes": accelerator.num_processes,
-        "mixed_precision": accelerator.mixed_precision,
-    }
+    settings["number of shards"] = num_shards  # one more or less would move every position
+    settings["number of processes"] = accelerator.num_processes
+    settings["mixed_precision"] = accelerator.mixed_precision
     return json.loads(json.dumps(settings))
 
 
 def save_checkpoint(job, settings):
-    """Write `checkpoint-<step>`: under another name first, then renamed, then old ones are removed.
-
-    Raises:
-        UnusableInput: on all processes, where it cannot be written; the last complete checkpoint stays.
-    """
-    parts = gather_object([list(job.state.positions.items())])
-    manifest = {
-        "global_step": job.state.global_step,
-        "script_version": SCRIPT_VERSION,
-        "settings": settings,
-        "positions": dict(item for part in parts for item in part),
-    }
+    """Write `checkpoint-<step>`; one that cannot be written is an error on all processes."""
+    manifest = {"global_step": job.state.global_step, "script_version": SCRIPT_VERSION, "settings": settings}
+    manifest["positions"] = dict(gather_object(list(job.state.positions.items())))
     agree(job.accelerator, write_checkpoint, job, manifest)
 
 
 def write_checkpoint(job, manifest):
+    """Write a checkpoint under another name, then rename it: the earlier ones stay whole whatever happens."""
     args, output_dir = job.args, Path(job.args.output_dir)
     final = output_dir / f"checkpoint-{manifest['global_step']}"
     scratch = output_dir / f".writing-{final.name}"
@@ -2390,9 +2111,9 @@ def write_checkpoint(job, manifest):
         scratch.mkdir(parents=True)
         save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
         for folder_name, unet in trained_unets(job).items():
-            (scratch / folder_name).mkdir(parents=True)
+            (scratch / folder_name).mkdir()
             save_for_peft(unet, scratch / folder_name)
-        states = {name: part.state_dict() for name, part in training_parts(job).items()}
+        states = {name: part.state_dict() for name, part in stateful_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
             torch.save(states, file)
             os.fsync(file.fileno())
@@ -2404,35 +2125,32 @@ def write_checkpoint(job, manifest):
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UnusableInput(
-            f"{final} cannot be written ({' '.join(str(error).split())[:200]}); earlier checkpoints are whole; make "
-            "room or name another --output_dir, then give the same command again"
-        ) from error
+        remedy = "make room or name another --output_dir, then give the same command again"
+        cause = f"{final} cannot be written ({one_line(error)})"
+        raise UnusableInput(f"{cause}; earlier checkpoints are whole; {remedy}") from error
+
+
+def trained_unets(job):
+    """Return the UNets with a LoRA in training, by their folder in a checkpoint."""
+    return {"unet": job.student_unet} | ({"fake": job.fake.unet} if job.fake else {})
+
+
+def stateful_parts(job):
+    parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": job.accelerator.scaler}
+    if job.fake:
+        parts |= {"fake_optimizer": job.fake.optimizer, "fake_lr_schedule": job.fake.lr_schedule}
+    return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_checkpoint(job, folder):
-    """Load LoRAs, optimizers, schedules and loss scaler of a checkpoint, through the CPU."""
     for folder_name, unet in trained_unets(job).items():
         weights = load_file(folder / folder_name / "adapter_model.safetensors")
         weights = {name.removeprefix("base_model.model."): value for name, value in weights.items()}
         set_peft_model_state_dict(unet, weights)
         cast_training_params(unet, dtype=torch.float32)
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    for name, part in training_parts(job).items():
+    for name, part in stateful_parts(job).items():
         part.load_state_dict(states[name])
-
-
-def trained_unets(job):
-    """Return the UNets with a LoRA that is trained, by their folder in a checkpoint."""
-    return {"unet": job.student_unet} | ({"fake": job.fake.unet} if job.fake else {})
-
-
-def training_parts(job):
-    """Return what a checkpoint holds beside LoRAs, by name."""
-    parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": job.accelerator.scaler}
-    if job.fake:
-        parts |= {"fake_optimizer": job.fake.optimizer, "fake_lr_schedule": job.fake.lr_schedule}
-    return {name: part for name, part in parts.items() if part is not None}
 
 
 def list_checkpoints(output_dir):
@@ -2444,53 +2162,35 @@ def list_checkpoints(output_dir):
 
 def prune_checkpoints(output_dir, limit):
     """Remove the checkpoints written first, over the limit, and what interrupted writes left."""
-
-    def written(folder):
-        manifest = folder / MANIFEST_NAME
-        return manifest.stat().st_mtime_ns if manifest.exists() else 0
-
-    for path in output_dir.glob(".writing-checkpoint-*"):
-        shutil.rmtree(path)
-    for path in sorted(list_checkpoints(output_dir), key=written)[:-limit] if limit else []:
+    manifests = [(folder / MANIFEST_NAME, folder) for folder in list_checkpoints(output_dir)]
+    written = sorted((path.stat().st_mtime_ns if path.exists() else 0, folder) for path, folder in manifests)
+    spare = [folder for _, folder in written[:-limit]] if limit else []
+    for path in chain(output_dir.glob(".writing-checkpoint-*"), spare):
         shutil.rmtree(path)
 
 
 def read_manifest(folder):
-    """Return (manifest, ""), or (None, reason) where the checkpoint cannot be resumed from.
-
-    Raises:
-        UnusableInput: another version of the script wrote it.
-    """
+    """Return (manifest, ""), or (None, reason) where the checkpoint cannot be resumed from."""
     try:
         manifest = json.loads((folder / MANIFEST_NAME).read_text(encoding="utf-8"))
         if "seal" in manifest:
-            raise UnusableInput(
-                f"{folder} was written by version {manifest.get('script_version')} of this script, in a form that "
-                f"version {SCRIPT_VERSION} cannot resume; finish that run with its own copy of the script (in its "
-                "output folder), or choose another --output_dir"
-            )
-        for name, size in manifest["sizes"].items():
-            if (folder / name).stat().st_size != size:
-                return None, f"{name} is damaged"
-        return manifest, ""
+            old = f"version {manifest.get('script_version')} of this script, in a form that version {SCRIPT_VERSION}"
+            remedy = "finish that run with its own copy of the script (in its output folder)"
+            remedy = f"{remedy}, or choose another --output_dir"
+            raise UnusableInput(f"{folder} was written by {old} cannot resume; {remedy}")
+        damaged = [name for name, size in manifest["sizes"].items() if (folder / name).stat().st_size != size]
+        return (None, f"{damaged[0]} is damaged") if damaged else (manifest, "")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         return None, f"{getattr(error, 'filename', None) or MANIFEST_NAME} is missing or cannot be read"
 
 
 def find_checkpoint(args, say):
-    """Return (folder, manifest) to resume from, or (None, None) to start afresh.
-
-    Raises:
-        UnusableInput: the named one is incomplete, or 'none' would overwrite an earlier run's checkpoints.
-    """
+    """Return (folder, manifest) to resume from, or (None, None) to start afresh."""
     wanted, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
     if wanted == "none" and existing:
-        raise UnusableInput(
-            f"--resume_from_checkpoint none: {args.output_dir} holds checkpoints of an earlier run; "
-            "remove them or choose another --output_dir"
-        )
-    named = [path for path in checkpoint_paths(args) if path.is_dir()]
-    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named[:1]):
+        found = f"{args.output_dir} holds checkpoints of an earlier run"
+        raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
+    for folder in {"none": [], "latest": existing[::-1]}.get(wanted, named_checkpoints(args)[:1]):
         manifest, reason = read_manifest(folder)
         if manifest:
             return folder, manifest
@@ -2501,35 +2201,21 @@ def find_checkpoint(args, say):
 
 
 def check_resume(folder, manifest, settings, max_train_steps):
-    """Raise UnusableInput where a checkpoint's settings differ from the flags, or it is beyond --max_train_steps."""
     parser = build_parser()
     # A checkpoint written before a flag existed behaved as that flag's default does.
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
-    changed = [
-        f"{name} was {old.get(name)!r}, is {settings.get(name)!r}"
-        for name in sorted(old.keys() | settings.keys())
-        if old.get(name) != settings.get(name)
-    ]
-    if changed:
-        raise UnusableInput(
-            f"{folder} was made with other settings ({'; '.join(changed)}); give the same ones, or start anew in "
-            "another --output_dir"
-        )
-    if manifest["global_step"] > max_train_steps:
-        raise UnusableInput(
-            f"--max_train_steps {max_train_steps}: {folder} is beyond it; give at least {manifest['global_step']}, or "
-            "name an earlier checkpoint"
-        )
+    if changed := differences(old, settings):
+        remedy = "give the same ones, or start anew in another --output_dir"
+        raise UnusableInput(f"{folder} was made with other settings ({changed}); {remedy}")
+    done = manifest["global_step"]
+    if done > max_train_steps:
+        remedy = f"give at least {done}, or name an earlier checkpoint"
+        raise UnusableInput(f"--max_train_steps {max_train_steps}: {folder} is beyond it; {remedy}")
 
 
-# <<< shared: files
-
-# ----------------------------------------------------------------------------------------------------------
-# Log, validation pictures, model card, upload
-# ----------------------------------------------------------------------------------------------------------
+# ---- Log, validation pictures, model card, upload --------------------------------------------------------
 
 
-# >>> shared: log
 class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
@@ -2540,159 +2226,111 @@ class Log:
         self.path = Path(job.args.output_dir) / "log.jsonl"
         self.rows = []  # (step, loss, gradient norm, learning rate, more by name) of updates since the last flush
         self.skipped_updates = 0
-        self.started = time.monotonic()
-        self.bar = tqdm(
-            total=job.max_train_steps, initial=job.state.global_step, unit="update", desc="distilling",
-            mininterval=1.0, disable=not self.accelerator.is_main_process,
-        )  # fmt: skip
-        if self.accelerator.is_main_process:
+        self.started = time.monotonic()  # the clock of training alone
+        last, is_main = job.state.global_step, self.accelerator.is_main_process
+        options = {"unit": "update", "desc": "distilling", "mininterval": 1.0, "disable": not is_main}
+        self.bar = tqdm(total=job.max_train_steps, initial=last, **options)
+        if is_main and self.path.exists():
             # Lines after the update that the run resumes from go, and one that a kill cut short.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if self.path.exists() else []
-            last = job.state.global_step
+            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
             write_atomically(self.path, "".join(kept))
 
     def add(self, step, loss, grad_norm, lr, watched=None):
-        """Note one update; tensors are kept as they are."""
         self.rows.append((step, loss.detach(), grad_norm, lr, watched or {}))
         self.bar.update()
 
     def flush(self):
-        """Average the noted losses over processes, check them, and write them everywhere.
-
-        Raises:
-            NonFiniteLoss: a loss or a gradient is NaN or infinite, or the loss scale has collapsed.
-        """
+        """Average the noted losses over processes, write them everywhere, and raise NonFiniteLoss on a bad one."""
         if not self.rows:
             return
-        lines, error = self.checked(self.read())
+        names = self.rows[-1][4]  # the first updates of a matching run have fewer
+        values = [[loss, norm, *(more.get(name, loss * 0) for name in names)] for _, loss, norm, _, more in self.rows]
+        values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
+        values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
+        samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
+        speed, lines, error = samples / (time.monotonic() - self.started), [], None
+        for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
+            if error := self.fault(step, loss, norm):
+                break
+            norm = norm if math.isfinite(norm) else None
+            line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
+            lines.append(line | (dict(zip(names, watched, strict=True)) if more else {}))
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
-                numbers = {
-                    f"train/{name}": value for name, value in line.items() if name != "step" and value is not None
-                }
-                self.accelerator.log(numbers, step=line["step"])
+                numbers = [pair for pair in line.items() if pair[0] != "step" and pair[1] is not None]
+                self.accelerator.log({f"train/{name}": value for name, value in numbers}, step=line["step"])
         if error:
             raise NonFiniteLoss(error)
         if torch.cuda.is_available():
             peak_gib = torch.cuda.max_memory_allocated() / 2**30
             self.accelerator.log({"train/peak_memory_gib": peak_gib}, step=lines[-1]["step"])
-        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{lines[-1]['samples_per_second']:.2f}")
+        self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
         self.rows = []
 
-    def read(self):
-        """Return the noted updates as lines of log.jsonl; waits for the device and for the other processes."""
-        names = self.rows[-1][4]  # the first updates of a run may have fewer
-        values = [
-            [loss, norm, *(watched.get(name, loss * 0) for name in names)] for _, loss, norm, _, watched in self.rows
-        ]
-        values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
-        values = self.accelerator.reduce(values, "mean").tolist()
-        elapsed = time.monotonic() - self.started
-        speed = len(self.rows) * samples_per_update(self.job.args, self.accelerator) / elapsed
-        return [
-            {
-                "step": step, "loss": loss, "lr": lr, "grad_norm": norm if math.isfinite(norm) else None,
-                "samples_per_second": speed, **dict(zip(names, watched, strict=True)),
-            }
-            for (step, _, _, lr, _), (loss, norm, *watched) in zip(self.rows, values, strict=True)
-        ]  # fmt: skip
-
-    def checked(self, lines):
-        """Return (lines before the first bad one, error or None)."""
-        has_scaler = self.accelerator.scaler is not None  # skips updates that overflow; elsewhere they ruin weights
-        for number, line in enumerate(lines):
-            self.skipped_updates = self.skipped_updates + 1 if line["grad_norm"] is None else 0
-            is_bad = not math.isfinite(line["loss"]) or self.skipped_updates and not has_scaler
-            if is_bad or self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
-                cause = f"loss {line['loss']}, gradient norm {line['grad_norm'] or 'inf'}"
-                if not is_bad:
-                    cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
-                return lines[:number], (
-                    f"{cause} at update {line['step']}; the last checkpoint is untouched. Lower --learning_rate or "
-                    "use --mixed_precision bf16 or no; a VAE may overflow in fp16"
-                )
-        return lines, None
-
-    def restart_clock(self):
-        """Measure speed from now on: what was done since the last flush was not training."""
-        self.started = time.monotonic()
+    def fault(self, step, loss, norm):
+        """Return why training must end after an update, or None."""
+        self.skipped_updates = 0 if math.isfinite(norm) else self.skipped_updates + 1
+        # The loss scaler of fp16 skips updates that overflow; without a scaler they ruin the weights.
+        if not math.isfinite(loss) or self.skipped_updates and self.accelerator.scaler is None:
+            cause = f"loss {loss}, gradient norm {norm}"
+        elif self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
+            cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
+        else:
+            return None
+        remedy = "Lower --learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
+        return f"{cause} at update {step}; the last checkpoint is untouched. {remedy}"
 
 
+@torch.no_grad()
 def validate(job):
-    """Draw every prompt at 1, 2, 4 and 8 steps with the LoRA, and give the pictures to every tracker.
-
-    Returns the pictures as {steps: [picture of each prompt]}; they are also in `validation/` as one grid.
-    """
+    """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`."""
     args, pipe = job.args, job.pipe
     if not pipe.vae:  # a run on cached latents needs it only here
         parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
         pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-    scheduler = pipe.scheduler
-    pipe.scheduler = LCMScheduler.from_config(
-        scheduler.config,
-        original_inference_steps=args.num_ddim_timesteps,
-        timestep_scaling=args.timestep_scaling_factor,
-    )
-    was_training = pipe.unet.training
+    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    scheduler, was_training = pipe.scheduler, pipe.unet.training
+    pipe.scheduler = LCMScheduler.from_config(scheduler.config, **options)
     pipe.unet.eval()
+    options = {"guidance_scale": 1.0, "height": args.resolution, "width": args.resolution, "output_type": "latent"}
     drawn = {steps: [] for steps in VALIDATION_STEPS}
     pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
     for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
         embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
         generator = torch.Generator().manual_seed(args.seed + number)
-        latents = pipe(
-            **embeds, num_inference_steps=steps, guidance_scale=1.0, generator=generator,
-            height=args.resolution, width=args.resolution, output_type="latent",
-        ).images  # fmt: skip
-        drawn[steps] += decode(pipe, latents)
+        latents = pipe(**embeds, num_inference_steps=steps, generator=generator, **options).images
+        # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
+        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+        drawn[steps] += pipe.image_processor.postprocess(decoded.float())
     pipe.scheduler = scheduler
     pipe.unet.train(was_training)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    grid_of(drawn).save(folder / f"step-{job.state.global_step:07d}.png")
+    rows = list(zip(*drawn.values(), strict=True))  # a row a prompt, a column a step count
+    grid = ImageOps.expand(make_image_grid(list(chain(*rows)), len(rows), len(drawn)), (0, 20, 0, 0), "white")
+    for column, steps in enumerate(drawn):
+        place = (column * grid.width // len(drawn) + 4, 3)
+        ImageDraw.Draw(grid).text(place, f"{steps} steps", fill="black", font=ImageFont.load_default(12))
+    grid.save(folder / f"step-{job.state.global_step:07d}.png")
     for tracker in job.accelerator.trackers:
         log_pictures(tracker, drawn, job.prompts, job.state.global_step)
     return drawn
 
 
-@torch.no_grad()
-def decode(pipe, latents):
-    """Return latents [B,C,h,w] as pictures, decoded in the VAE's own dtype: SDXL's overflows in float16."""
-    latents = latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-    return pipe.image_processor.postprocess(pipe.vae.decode(latents).sample.float())
-
-
 def log_pictures(tracker, drawn, prompts, global_step):
-    """Give validation pictures to one tracker, with step count and, where the tracker takes one, caption."""
     if tracker.name == "wandb":
         import wandb
 
-        captioned = [
-            wandb.Image(picture, caption=f"{prompt} ({steps} steps)")
-            for steps, pictures in drawn.items()
-            for prompt, picture in zip(prompts, pictures, strict=True)
-        ]
+        pairs = [(steps, *pair) for steps, row in drawn.items() for pair in zip(prompts, row, strict=True)]
+        captioned = [wandb.Image(picture, caption=f"{prompt} ({steps} steps)") for steps, prompt, picture in pairs]
         tracker.log({"validation": captioned}, step=global_step)
     elif hasattr(tracker, "log_images"):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
         for steps, pictures in drawn.items():
             tracker.log_images({f"validation/{steps} steps": np.stack(pictures)}, step=global_step, **options)
-
-
-def grid_of(drawn):
-    """Return pictures {steps: [picture of each prompt]} as one: a column a step count, a row a prompt."""
-    side, head = next(iter(drawn.values()))[0].width, 20
-    rows = max(len(pictures) for pictures in drawn.values())
-    sheet = Image.new("RGB", (len(drawn) * side, head + rows * side), "white")
-    pen = ImageDraw.Draw(sheet)
-    for column, (steps, pictures) in enumerate(drawn.items()):
-        pen.text((column * side + 4, 3), f"{steps} steps", fill="black", font=ImageFont.load_default(12))
-        for row, picture in enumerate(pictures):
-            sheet.paste(picture, (column * side, head + row * side))
-    return sheet
 
 
 def write_card(job, drawn):
@@ -2701,13 +2339,13 @@ def write_card(job, drawn):
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = masked(args.pretrained_teacher_model)
-    from_hub = not Path(teacher).exists()
+    from_hub, teachers_card = not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
-    training = "\n".join(
-        f"| {flag} | {getattr(args, flag)} |"
-        for flag in "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
+    flags = (
+        "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
+    training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags)
     description = f"""# LCM-LoRA
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2732,15 +2370,11 @@ file: sampler LCM, CFG 1 to 2. Pictures above: 4 steps, guidance 1. The LoRA inh
 {training}
 | processes | {job.accelerator.num_processes} |
 """
-    card = Path(teacher) / "README.md"
+    gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
     data = ModelCardData(
-        base_model=teacher if from_hub else None,
-        license=ModelCard.load(card).data.get("license") if card.is_file() else None,
-        pipeline_tag="text-to-image",
-        widget=[{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
-        if drawn
-        else None,
-    )
+        base_model=teacher if from_hub else None, pipeline_tag="text-to-image", widget=gallery if drawn else None,
+        license=ModelCard.load(teachers_card).data.get("license") if teachers_card.is_file() else None,
+    )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
 
@@ -2750,11 +2384,7 @@ def repository_name(args):
 
 
 def make_repository(args):
-    """Make the Hub repository, if it is not there, before any GPU hour is spent.
-
-    Raises:
-        UnusableInput: the Hub refuses. One that cannot be reached is reported, and tried again at the end.
-    """
+    """Make the Hub repository, if it is not there, before any GPU hour is spent; a Hub out of reach is reported."""
     try:
         create_repo(repository_name(args), private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
     except (HTTPError, OSError, ValueError) as error:
@@ -2767,39 +2397,30 @@ def make_repository(args):
 
 
 def one_line(error):
-    """Return an error's text as one line without secrets."""
     return masked(" ".join(str(error).split())[:300]) or type(error).__name__
 
 
 def push(args, folder):
     """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run."""
     name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
+    options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
             create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
-            address = upload_folder(
-                repo_id=name, folder_path=folder, token=args.hub_token, commit_message="LCM-LoRA", allow_patterns=files
-            )
+            address = upload_folder(repo_id=name, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
             time.sleep(2)
     include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in files)
-    tqdm.write(
-        f"not uploaded; publish the files later with: hf upload {name} {shlex.quote(str(folder))} {include}",
-        file=sys.stderr,
-    )
+    command = f"hf upload {name} {shlex.quote(str(folder))} {include}"
+    tqdm.write(f"not uploaded; publish the files later with: {command}", file=sys.stderr)
 
 
-# <<< shared: log
+# ---- The run ---------------------------------------------------------------------------------------------
 
-# ----------------------------------------------------------------------------------------------------------
-# The run
-# ----------------------------------------------------------------------------------------------------------
-
-
-# >>> shared: run
-STOP_SIGNALS = [name for name in ("SIGINT", "SIGTERM", "SIGUSR1") if hasattr(signal, name)]  # Windows has no SIGUSR1
+STOP_NAMES = ("SIGINT", "SIGTERM", "SIGUSR1")  # Windows has no SIGUSR1
+STOP_SIGNALS = [getattr(signal, name) for name in STOP_NAMES if hasattr(signal, name)]
 MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--mixed_precision fp16": lambda args: args.mixed_precision in ("fp16", "bf16"),
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
@@ -2812,33 +2433,25 @@ MEMORY_SAVERS = {  # in the order of what they save for what they cost
 
 
 def start(args):
-    """Return the Accelerator.
-
-    Raises:
-        UnusableInput: accelerate cannot start, or the launch or the device is not supported.
-    """
     # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
+    # A plugin, because accelerate's environment variable would win over the plain argument.
+    accumulation = GradientAccumulationPlugin(args.gradient_accumulation_steps, sync_with_dataloader=False)
+    folder = Path(args.output_dir) / args.logging_dir
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload meanwhile
     try:
         accelerator = Accelerator(
-            mixed_precision=args.mixed_precision,
-            # The plugin, because accelerate's environment variable would win over the plain argument.
-            gradient_accumulation_plugin=GradientAccumulationPlugin(
-                args.gradient_accumulation_steps, sync_with_dataloader=False
-            ),
-            log_with=None if args.report_to == "none" else args.report_to,
-            project_config=ProjectConfiguration(args.output_dir, str(Path(args.output_dir) / args.logging_dir)),
-            kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],  # rank 0 may upload meanwhile
-        )
+            mixed_precision=args.mixed_precision, gradient_accumulation_plugin=accumulation, project_dir=str(folder),
+            log_with=None if args.report_to == "none" else args.report_to, kwargs_handlers=[patience],
+        )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
     if args.report_to not in ("none", "all") and not accelerator.log_with:
-        raise UnusableInput(
-            f"--report_to {args.report_to}: its package is not installed; install it or choose another"
-        )
+        remedy = "its package is not installed; install it or choose another"
+        raise UnusableInput(f"--report_to {args.report_to}: {remedy}")
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
@@ -2854,23 +2467,18 @@ def check_launch(accelerator):
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UnusableInput(f"{kind} is not supported; launch with one or several GPUs or CPUs (DDP)")
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        raise UnusableInput(
-            f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; on CPUs set "
-            "ACCELERATE_USE_CPU=true and start them with torchrun"
-        )
+        remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
+        raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; {remedy}")
     if precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
     if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
-        raise UnusableInput(
-            f"--mixed_precision bf16: {torch.cuda.get_device_name()} only emulates bfloat16, because its compute "
-            "capability is below 8.0; use fp16"
-        )
+        cause = "only emulates bfloat16, because its compute capability is below 8.0"
+        raise UnusableInput(f"--mixed_precision bf16: {torch.cuda.get_device_name()} {cause}; use fp16")
     if str(accelerator.state.dynamo_plugin.backend).upper().rpartition(".")[2] != "NO":
         raise UnusableInput("accelerate's dynamo settings would rename the LoRA's weights; unset them, use --compile")
 
 
 def check_xformers(accelerator):
-    """Raise UnusableInput, before any model loads, where xformers cannot compute attention."""
     flag, remedy = "--enable_xformers_memory_efficient_attention", "leave it out: PyTorch's SDPA computes the same"
     if accelerator.device.type != "cuda":
         raise UnusableInput(f"{flag} needs a CUDA GPU; {remedy}")
@@ -2880,78 +2488,60 @@ def check_xformers(accelerator):
         query = torch.zeros(1, 8, 1, 64, dtype=torch.float16, device=accelerator.device)
         xformers.ops.memory_efficient_attention(query, query, query)
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
-        raise UnusableInput(
-            f"{flag}: the kernels of xformers do not run with torch {torch.__version__} here "
-            f"({one_line(error)[:120]}); {remedy}, or install a pair made for each other, such as torch 2.10 for "
-            "CUDA 12.8 with xformers 0.0.35"
-        ) from error
+        cause = f"the kernels of xformers do not run with torch {torch.__version__} here ({one_line(error)[:120]})"
+        pair = "install a pair made for each other, such as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
+        raise UnusableInput(f"{flag}: {cause}; {remedy}, or {pair}") from error
 
 
 def describe_device(accelerator):
-    """Return what a run computes on, with a warning where a GPU is there and not used."""
-    device, processes = accelerator.device, accelerator.num_processes
+    device, processes, precision = accelerator.device, accelerator.num_processes, accelerator.mixed_precision
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type.upper()
-    line = (
-        f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {accelerator.mixed_precision}"
-    )
-    if device.type == "cuda" and accelerator.mixed_precision == "no":
+    line = f"device: {name}, {processes} process{'es' * (processes > 1)}, mixed precision {precision}"
+    if device.type == "cuda" and precision == "no":
         line += "; --mixed_precision fp16 or bf16 would halve the memory"
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
-        line += (
-            f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
-            "driver 580 or later: update it, or install torch for an older CUDA"
-        )
+        line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
+        line += "driver 580 or later: update it, or install torch for an older CUDA"
     return line
 
 
 def describe_data(shards, report, args, accelerator, workers):
-    """Return the lines that tell what a run trains on, for how long, and what may be wrong with that."""
     lines, total = [f"data: {report}"], count_samples(shards)
     updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
     if total:
-        lines.append(
-            f"data: {total} samples; {updates} updates of {together} are {updates * together / total:.2g} epochs"
-        )
+        epochs = updates * together / total
+        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs:.2g} epochs")
     if total and together > total:
         lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
     needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2
     if workers and Path("/dev/shm").is_dir() and shutil.disk_usage("/dev/shm").free < needed:
-        lines.append(
-            f"warning: loader processes may need {needed >> 20} MiB in /dev/shm, which has less; start the container "
-            "with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
-        )
+        remedy = "start the container with --ipc=host or a larger --shm-size, or use --dataloader_num_workers 0"
+        lines.append(f"warning: loader processes may need {needed >> 20} MiB in /dev/shm, which has less; {remedy}")
     return "\n".join(lines)
 
 
 def describe_models(job, samples):
-    """Return the lines that tell what is distilled: parameters, prediction type, schedule, captions cut."""
     config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
     ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
-    frozen, trainable = job.teacher_unet.num_parameters(), job.student_unet.num_parameters(only_trainable=True)
-    lines = [
-        f"teacher: {frozen:,} parameters, {schedule.prediction_type}, {config.beta_schedule} {ends}; LoRA: "
-        f"{trainable:,} trainable parameters"
-    ]
+    teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
+    trainable = job.student_unet.num_parameters(only_trainable=True)
+    lines = [f"teacher: {teacher} {ends}; LoRA: {trainable:,} trainable parameters"]
     if tokenizer:
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
         lines += [f"captions cut at {limit} tokens: {cut} of the first {len(samples)}"] * bool(cut)
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        lines.append(
-            "the teacher's own VAE overflows in fp16 and computes in float32, slowly; give "
-            "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        )
+        remedy = "give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        lines.append(f"the teacher's own VAE overflows in fp16 and computes in float32, slowly; {remedy}")
     return "\n".join(lines)
 
 
 def samples_per_update(args, accelerator):
-    """Return how many samples all processes together put into one update."""
     return args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
 
 
 def count_updates(args, accelerator):
-    """Return the length of the run in updates."""
     if args.max_train_steps:
         return args.max_train_steps
     return math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
@@ -2983,11 +2573,7 @@ def agree(accelerator, function, *arguments):
 
 
 def open_output(args, state):
-    """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script.
-
-    Raises:
-        UnusableInput: the folder cannot be written, or another run is using it.
-    """
+    """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script."""
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -3004,28 +2590,23 @@ def open_output(args, state):
 
 
 def package_versions():
+    names = "accelerate bitsandbytes diffusers peft safetensors torch transformers wandb webdataset xformers".split()
     versions = {"script": SCRIPT_VERSION}
-    for name in PACKAGES:
+    for name in names:
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
     return versions
 
 
 def start_trackers(args, accelerator):
-    """Start the trackers with the flags and the packages' versions as their configuration.
-
-    Raises:
-        UnusableInput: a tracker does not start, such as wandb without a key.
-    """
+    """Start the trackers with the flags and the packages' versions as their configuration."""
     config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
     config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
     try:
         accelerator.init_trackers(args.tracker_project_name, config, {"wandb": {"dir": args.output_dir}})
     except Exception as error:  # each tracker has errors of its own
-        raise UnusableInput(
-            f"--report_to {args.report_to} cannot start: {one_line(error)}; log in (wandb login), set "
-            "WANDB_MODE=offline, or choose another tracker"
-        ) from error
+        remedy = "log in (wandb login), set WANDB_MODE=offline, or choose another tracker"
+        raise UnusableInput(f"--report_to {args.report_to} cannot start: {one_line(error)}; {remedy}") from error
 
 
 def listen(state):
@@ -3061,9 +2642,9 @@ def listen(state):
             state.waits_at = None
             raise StopWaiting
         if not state.is_alone and hasattr(signal, "alarm"):
-            watch(name, number, None)
+            watch(name, number, state.waits_at)
 
-    return {name: signal.signal(getattr(signal, name), note) for name in STOP_SIGNALS}
+    return {number: signal.signal(number, note) for number in STOP_SIGNALS}
 
 
 def kill_children():
@@ -3071,9 +2652,12 @@ def kill_children():
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
     for child in psutil.Process().children(recursive=True):
-        with suppress(psutil.Error):  # it has ended
-            if "wandb" not in child.name():
-                child.kill()
+        with suppress(psutil.Error, OSError):  # it has ended
+            if "wandb" in child.name():
+                continue
+            if os.name == "posix" and os.getpgid(child.pid) == child.pid:  # a command's group, which no fork escapes
+                os.killpg(child.pid, signal.SIGKILL)
+            child.kill()
 
 
 def stop_if_asked(job, save):
@@ -3081,14 +2665,12 @@ def stop_if_asked(job, save):
     asked = torch.tensor(float(job.state.stop_signal is not None), device=job.accelerator.device)
     if job.accelerator.reduce(asked, "sum").item():
         save()
-        raise StoppedBySignal(
-            f"stopped by {job.state.stop_signal or 'a signal to another process'}; "
-            f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
-        )
+        cause = job.state.stop_signal or "a signal to another process"
+        saved = f"checkpoint-{job.state.global_step} is saved, the same command goes on from it"
+        raise StoppedBySignal(f"stopped by {cause}; {saved}")
 
 
 def train(job, loader, save):
-    """Update the LoRA until the last update, logging, saving and drawing on the way."""
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
@@ -3113,13 +2695,12 @@ def train(job, loader, save):
                 validate(job)
             accelerator.wait_for_everyone()
         if not log.rows:
-            log.restart_clock()
+            log.started = time.monotonic()  # what was done since the last flush was not training
     state.is_training, state.is_saved = False, True
     log.bar.close()
 
 
 def finish(job):
-    """Write the LoRA, the last pictures and the model card, and upload them where asked."""
     args, accelerator, path = job.args, job.accelerator, Path(job.args.output_dir) / WEIGHTS_NAME
     total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
     if accelerator.is_main_process:
@@ -3132,10 +2713,6 @@ def finish(job):
 
 
 def load_models(args, dtype, device, samples, cache):
-    """Return {pipe, scaling_factor, uncond_embeds, prompts, prompt_embeds} of a Job.
-
-    From a cache, VAE and text encoders stay away; prompts to draw need the encoders for a moment.
-    """
     chosen = samples[:: max(1, len(samples) // 4)][:4]  # spread over what the audit read
     given = args.validation_prompts or (NEUTRAL_PROMPTS if args.push_to_hub else ())  # captions may be private
     prompts = list(given) or [sample["caption"] for sample in chosen]
@@ -3144,17 +2721,17 @@ def load_models(args, dtype, device, samples, cache):
             pipe = load_teacher(args, dtype, device)
             uncond_embeds, prompt_embeds = (encode_prompts(pipe, texts, device) for texts in ([""], prompts))
             scaling_factor = pipe.vae.config.scaling_factor
-        else:
+        else:  # VAE and text encoders stay away; prompts to draw need the encoders for a moment
             uncond_embeds = load_tensors(cache["safetensors"])
             scaling_factor = json.loads(cache["json"])["scaling_factor"]
             prompt_embeds = {name: torch.stack([sample[name] for sample in chosen]) for name in uncond_embeds}
             if given:
                 prompt_embeds = encode_prompts(load_teacher(args, dtype, device, unet=None, vae=None), prompts, device)
             pipe = load_teacher(args, dtype, device, **dict.fromkeys(("vae", *TEXT_PARTS)))
-    embeds = {"uncond_embeds": uncond_embeds, "prompt_embeds": prompt_embeds}
-    for kind, values in embeds.items():
-        embeds[kind] = {name: value.to(device, dtype) for name, value in values.items()}
-    return {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts} | embeds
+    loaded = {"pipe": pipe, "scaling_factor": scaling_factor, "prompts": prompts}
+    loaded["uncond_embeds"] = {name: value.to(device, dtype) for name, value in uncond_embeds.items()}
+    loaded["prompt_embeds"] = {name: value.to(device, dtype) for name, value in prompt_embeds.items()}
+    return loaded
 
 
 def wrap(unet, accelerator):
@@ -3167,7 +2744,6 @@ def wrap(unet, accelerator):
 
 
 def make_job(args, accelerator, samples, cache, state):
-    """Return the Job of a run from its start: models, LoRA, optimizer."""
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
@@ -3192,17 +2768,9 @@ def make_job(args, accelerator, samples, cache, state):
 def make_stream(job, shards, workers, manifest, cache):
     """Return the ShardStream of this process, at its start or where a checkpoint's manifest left it."""
     accelerator, state, each = job.accelerator, job.state, max(1, workers)
-    names = [] if cache else [name for name in TEXT_PARTS if name.startswith("tokenizer")]
-    first = accelerator.process_index * each
-    stream = ShardStream(
-        shards,
-        job.args,
-        accelerator.num_processes * each,
-        first,
-        each,
-        [getattr(job.pipe, name) for name in names],
-        cache,
-    )
+    tokenizers = [getattr(job.pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer") and not cache]
+    consumers, first = accelerator.num_processes * each, accelerator.process_index * each
+    stream = ShardStream(shards, job.args, consumers, first, each, tokenizers, cache)
     if manifest:
         state.global_step = manifest["global_step"]
         mine = range(first, first + each)
@@ -3213,7 +2781,7 @@ def make_stream(job, shards, workers, manifest, cache):
 
 
 def is_finished(args, manifest, max_train_steps):
-    """Return whether a run has done all its updates and written its last file, the model card."""
+    """Return whether a run has done all its updates and written its last files after its last checkpoint."""
     files = [Path(args.output_dir) / name for name in ("README.md", WEIGHTS_NAME)]
     newest = max((folder.stat().st_mtime for folder in list_checkpoints(args.output_dir)), default=0)
     is_written = all(path.exists() and path.stat().st_mtime >= newest for path in files)
@@ -3221,7 +2789,6 @@ def is_finished(args, manifest, max_train_steps):
 
 
 def main(args, state):
-    """Distil the LoRA that the flags describe."""
     accelerator = start(args)
 
     def say(message):
@@ -3292,17 +2859,15 @@ def run(args):
     except BaseException as error:
         is_agreed = False
         if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            code = 2
-            printed = (
-                f"error: --output_dir {args.output_dir}: {error.strerror}; make room, then give the command again"
-            )
+            code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
+            printed = f"error: {cause}; make room, then give the command again"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
         tqdm.write(printed, file=sys.stderr)  # clears a progress bar
     kill_children()
-    for name, handler in handlers.items():
-        signal.signal(getattr(signal, name), handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.
     if torch.distributed.is_initialized() and is_agreed:
         torch.distributed.destroy_process_group()

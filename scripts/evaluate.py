@@ -98,12 +98,10 @@ def yardstick_problems(args):
         args.guidance_scale = list(dict.fromkeys([guidance, *args.guidance_scale]))
     args.gap = shape[0] * shape[1]
     uneven = args.num_images > shape[0] and args.num_images % max(1, shape[0])
+    one = "--draw_yardstick: give --yardstick FILE, one --features"
     count = f"--num_images {args.num_images}: {flag} has {shape[0]} prompts; give at most as many, or a multiple"
     return (
-        (
-            is_drawn and not (path and len(args.features) == 1),
-            "--draw_yardstick: give --yardstick FILE, one --features",
-        ),
+        (is_drawn and not (path and len(args.features) == 1), one),
         (path and not is_drawn and not known, f"{flag}: is no yardstick file; --draw_yardstick 8 makes it"),
         (known and args.prompts != known[: len(args.prompts)], f"{flag}: was made with other prompts; leave them out"),
         (known and uneven, count),

@@ -127,10 +127,8 @@ def encode(data, args):
     scale = (args.max_side_px or max(original)) / max(original)
     if scale >= 1 and suffix:
         return suffix, data, original, original
-    size = original
-    if scale < 1:
-        size = tuple(max(1, round(side * scale)) for side in original)
-        picture = picture.resize(size, Image.Resampling.LANCZOS)
+    size = tuple(max(1, round(side * min(scale, 1))) for side in original)
+    picture = picture if scale >= 1 else picture.resize(size, Image.Resampling.LANCZOS)
     suffix = "jpg" if suffix == "jpg" else "png"
     return suffix, encode_picture(picture, suffix), size, original
 
@@ -195,6 +193,13 @@ def describe_run(args, source):
     return json.loads(json.dumps(settings)) | {"contents": source.identity}
 
 
+def write_text(path, text):
+    """Write a file whole or not at all; several processes may write the same one at a time."""
+    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
 def check_output(folder, run):
     """Write the manifest of a run; raises UnusableInput where the folder holds shards of another one."""
     manifest = folder / MANIFEST
@@ -205,7 +210,7 @@ def check_output(folder, run):
         changed = [f"{key} was {old.get(key)!r}, is {run[key]!r}" for key in run if old.get(key) != run[key]]
         why = "; ".join(changed) if old else "this tool did not make them"
         raise UnusableInput(f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder")
-    sd15.write_atomically(manifest, json.dumps(run, indent=1))
+    write_text(manifest, json.dumps(run, indent=1))
 
 
 def finished(target, digest):
@@ -223,20 +228,18 @@ def main(args):
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()
     total = len(source.entries) if isinstance(source.entries, list) else None
     targets = []
-    with writing_to(args.output_dir):
+    with writing_to(args.output_dir):  # before the teacher of --prompts_file loads
         check_output(args.output_dir, run)
     with writing_to(args.output_dir), tqdm(total=total, unit="picture", desc="making shards", disable=rank > 0) as bar:
-        parts = groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard)
-        for part, numbered in parts:
+        for part, numbered in groupby(zip(count(), source.entries), lambda pair: pair[0] // args.samples_per_shard):
             target = args.output_dir / f"{part:05d}.tar"
             targets.append(target)
             if part % processes != rank or finished(target, digest):
                 continue
-            first = part * args.samples_per_shard
-            read = source.read(entry for _, entry in numbered)
-            samples, left_out = write_shard(target, zip(count(first), read), args, bar)
+            pairs = zip(count(part * args.samples_per_shard), source.read(entry for _, entry in numbered))
+            samples, left_out = write_shard(target, pairs, args, bar)
             record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
-            sd15.write_atomically(target.with_name(f"{target.stem}_stats.json"), record)
+            write_text(target.with_name(f"{target.stem}_stats.json"), record)
         records = [finished(target, digest) for target in targets]
         if None in records:
             return 0  # other processes are still at work; the last one reports
@@ -247,7 +250,7 @@ def report(args, records, unread):
     """Write left_out.jsonl, print what the shards hold and what was left out; return the exit code."""
     rows = [row for record in records for row in record["left_out"]]
     rows += [{"source": name, "cause": cause} for name, cause in unread]
-    sd15.write_atomically(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    write_text(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     causes = Counter(row["cause"] for row in rows)
     text = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
     samples = sum(record["samples"] for record in records)

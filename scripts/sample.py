@@ -51,13 +51,8 @@ def parse_args(argv=None):
     text = "share of the noise that --image gets, 0 to 1; that share of the steps is done (default: 0.8)"
     add("--strength", type=cli.within(float, 1e-6, 1), metavar="S", help=text)
     add("--control_image", type=cli.a_file, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
-    add(
-        "--controlnet_scale",
-        type=cli.within(float, -100, 100),
-        default=1.0,
-        metavar="S",
-        help="its weight (default: %(default)s)",
-    )
+    scale = cli.within(float, -100, 100)
+    add("--controlnet_scale", type=scale, default=1.0, metavar="S", help="its weight (default: %(default)s)")
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", type=Path, required=True, help="folder for pictures, grid.png and samples.json")
     add("--strip", action="store_true", help="also write strip.png: a column a prompt, a row a sampler and step count")

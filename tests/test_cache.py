@@ -20,17 +20,20 @@ from conftest import (
     ENVIRONMENT,
     ROOT,
     SIDE,
+    at_call,
+    finish,
     flags,
     load_script,
     one_family,
     picture_bytes,
     read_log,
+    send,
     write_shard,
     write_shards,
 )
 from diffusers import AutoencoderKL
 from safetensors.torch import load, load_file, save, save_file
-from test_checkpoint import assert_same, at_call, contents, finish, send
+from test_checkpoint import assert_same, contents
 from webdataset import TarWriter
 
 TOOL = ROOT / "scripts" / "cache_latents.py"

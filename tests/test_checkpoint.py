@@ -309,7 +309,7 @@ def test_two_runs_in_one_folder_are_refused(script, teacher, shards, tmp_path):
     ends = time.monotonic() + DEADLINE_S
     while not (out / "log.jsonl").exists() and time.monotonic() < ends:
         time.sleep(0.02)
-    said = finish(script, line, tmp_path / "second", 2)
+    said = finish(script, flags(teacher, shards, out, max_train_steps=1), tmp_path / "second", 2)
     assert said[-1].startswith("error: ") and str(out) in said[-1] and "another run" in said[-1]
     first.signal(signal.SIGKILL)
     first.wait()

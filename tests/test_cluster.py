@@ -211,8 +211,7 @@ def test_accelerate_reads_each_file(path):
 WRAPPER = """
 import os, signal, sys
 sys.path[:0] = [{tests!r}]
-from conftest import load_script
-from test_checkpoint import at_call, send
+from conftest import at_call, load_script, send
 
 script = load_script("train_lcm_lora_sd15.py")
 if os.environ["RANK"] == "1":

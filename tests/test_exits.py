@@ -8,6 +8,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -83,14 +84,17 @@ def out_of(script, teacher, shards, tmp_path):
     def run(hook=None, act=None, processes=1, data=None, **changes):
         changes = {"max_train_steps": 50, "checkpointing_steps": 50, "validation_steps": -1} | changes
         line = flags(teacher, data or shards, tmp_path / "out", **changes)
-        started = Run(script, line, tmp_path / "said", processes=processes, hook=hook)
+        started, codes = Run(script, line, tmp_path / "said", processes=processes, hook=hook), []
+        waiter = threading.Thread(target=lambda: codes.extend(started.wait()))  # takes a dead process off the list
+        waiter.start()
         try:
             if act:
                 act(started)
+            if act:
                 assert_all_end(started.pids)
-            codes = started.wait()
+            waiter.join(60)
         finally:
-            assert_all_end(started.pids)
+            assert_all_end(started.pids, 1 if waiter.is_alive() else SECONDS)
         return codes, "\n".join(started.lines())
 
     return run
@@ -259,6 +263,25 @@ def test_4_sigterm_while_a_shard_stalls(out_of, tmp_path, workers):
     codes, said = out_of(act=act, data=stalling(tmp_path), dataloader_num_workers=workers)
     assert codes in ([3], [128 + signal.SIGTERM]), said  # the second where the first batch is waited for
     assert "SIGTERM" in said.splitlines()[-1] and "Traceback" not in said
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_4_sigterm_just_before_a_shard_stalls(out_of, tmp_path, processes):
+    def hook(script):
+        draw = script.draw
+
+        def drawing(*args):  # in the second update, so that the next wait is for ever
+            if args[2] == 1:
+                script.read_shard = lambda *_args, **_kwargs: time.sleep(3333)
+                send(signal.SIGTERM)()
+            return draw(*args)
+
+        script.draw = drawing
+
+    data = write_data(tmp_path / "data", *"0123")
+    codes, said = out_of(hook, data=data, processes=processes, shuffle_buffer_samples=1, dataloader_num_workers=0,
+                         gradient_accumulation_steps=64)  # fmt: skip
+    assert all(codes) and "SIGTERM" in said and "Traceback" not in said
 
 
 def test_4_sigterm_while_the_first_shard_stalls(out_of):

@@ -1,6 +1,7 @@
 """Shards from every kind of source: whole, in order, resumed, never mixed; and the trainer takes them."""
 
 import csv
+import functools
 import io
 import json
 import os
@@ -666,8 +667,12 @@ def forked(tool, arguments, prepare=lambda: None):
     """Start the tool in a child of this process, which spares the imports; return the child's number."""
     child = os.fork()
     if not child:
-        prepare()
-        os._exit(tool.exit_code(tool.main, tool.parse_args([str(word) for word in arguments])))
+        code = 1
+        try:
+            prepare()
+            code = tool.exit_code(tool.main, tool.parse_args([str(word) for word in arguments]))
+        finally:
+            os._exit(code)
     return child
 
 
@@ -737,6 +742,20 @@ def test_order_and_processes(tool, tmp_path, monkeypatch):
         _, out = make(tool, tmp_path, folder, out="together", **changes)
         written.append(len(list(out.glob("*.tar"))))
     assert written == [2, 4, 6] and contents(out) == contents(alone)
+
+
+def test_processes_at_the_same_time_do_not_disturb_each_other(tool, tmp_path):
+    folder = write_pictures(tmp_path / "in", 6)
+    line = ["--source", folder, "--samples_per_shard", 1, "--output_dir", tmp_path / "shards"]
+
+    def prepare(rank, replace=os.replace):
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": "3"})
+        os.replace = lambda source, target: time.sleep(0.2) or replace(source, target)  # so that all write at once
+
+    children = [forked(tool, line, functools.partial(prepare, rank)) for rank in range(3)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children] == [0] * 3
+    assert len(captions(tmp_path / "shards")) == 6 and (tmp_path / "shards" / "left_out.jsonl").exists()
+    assert not list((tmp_path / "shards").glob(".writing*"))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -44,7 +44,7 @@ IN_ONE = {
         ["region 'step' differs", "+def draw(args, shape=None,"],
     ),
     "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "'step' closes, open is None"]),
-    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'files' opens inside 'step'"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'run' opens inside 'step'"]),
     "the last region without its end": (replaced("# <<< shared: run\n", ""), ["'run' is never closed"]),
     "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
     "regions in another order": (swapped, ["regions differ"]),
@@ -131,7 +131,7 @@ def test_a_reason_without_its_definition_is_named(check, monkeypatch):
     assert code == 1 and "'gone' of DIFFERENT_FOR_A_REASON" in said
 
 
-@pytest.mark.parametrize(("name", "target"), zip(["one byte", "a space at a line's end"], SCRIPTS, strict=True))
+@pytest.mark.parametrize(("name", "target"), list(zip(["one byte", "a space at a line's end"], SCRIPTS, strict=True)))
 def test_copying_brings_the_other_script_up_to_date(check, tmp_path, name, target):
     whole = {script: (tmp_path / script).read_bytes() for script in SCRIPTS}
     change(tmp_path, [target], IN_ONE[name][0])

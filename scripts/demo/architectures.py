@@ -17,12 +17,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 TOKENS = 24
 NOISE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 BLOCKS = {
-    "block_out_channels": (32, 64, 128),
-    "layers_per_block": 1,
-    "norm_num_groups": 8,
+    "block_out_channels": (32, 64, 128), "layers_per_block": 1, "norm_num_groups": 8,
     "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
     "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-}
+}  # fmt: skip
 
 
 def build_tokenizer(folder):
@@ -39,13 +37,8 @@ def build_tokenizer(folder):
         while len(pieces) > 1:
             merges.append(tuple(pieces[:2]))
             pieces = merge(pieces, merges[-1])
-    tokens = [
-        *letters,
-        *(c + "</w>" for c in letters),
-        *("".join(p) for p in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    tokens = [*letters, *(c + "</w>" for c in letters), *("".join(p) for p in merges)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
     (folder / "merges.txt").write_text("#version: 0.2\n" + "\n".join(" ".join(p) for p in merges) + "\n")
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)

@@ -72,8 +72,7 @@ def vocabulary():
 
 def ridge(rng, width, roughness):
     """Return a height profile [width] in -1..1 by midpoint displacement."""
-    points = rng.uniform(-1, 1, 3)
-    scale = 0.6
+    points, scale = rng.uniform(-1, 1, 3), 0.6
     while len(points) < width:
         middle = (points[:-1] + points[1:]) / 2 + rng.uniform(-scale, scale, len(points) - 1)
         points = np.insert(points, range(1, len(points)), middle)
@@ -86,10 +85,8 @@ class Scene:
     """One landscape being drawn on a canvas of side `size` times SUPERSAMPLING."""
 
     def __init__(self, labels, rng, size):
-        """Choose light and horizon for four attribute indices."""
-        self.time, self.terrain, self.weather, self.thing = (
-            names[i] for names, i in zip(ATTRIBUTES, labels, strict=True)
-        )
+        named = (names[i] for names, i in zip(ATTRIBUTES, labels, strict=True))
+        self.time, self.terrain, self.weather, self.thing = named
         self.rng, self.side = rng, size * SUPERSAMPLING
         self.sky_top, self.sky_low, self.light, self.fog = (np.array(c, float) for c in PALETTES[self.time])
         jitter = rng.normal(0, 7, 3)
@@ -108,6 +105,10 @@ class Scene:
     def point(self, x, y):
         """Return canvas coordinates of relative ones."""
         return x * self.side, y * self.side
+
+    def polygon(self, colour, *corners):
+        """Fill a polygon with corners in relative units."""
+        self.canvas.polygon([self.point(*corner) for corner in corners], colour)
 
     def box(self, x, y, rx, ry):
         """Return the canvas bounding box of an ellipse with centre and radii in relative units."""
@@ -141,7 +142,6 @@ class Scene:
             self.canvas.ellipse(self.box(x, y, radius * factor, radius * factor), (*colour, alpha))
 
     def draw_clouds(self):
-        """Draw cloud banks; dark and closed when it rains."""
         rng = self.rng
         tone = self.sky_low * 0.45 + (np.array((250, 250, 250.0)) if self.time != "night" else 90.0) * 0.55
         number, alpha = rng.integers(2, 5), 225
@@ -225,10 +225,8 @@ class Scene:
                 h, w = self.rng.uniform(0.12, 0.2) * (0.8 + 0.25 * depth), 0.035 + 0.012 * depth
                 tint = tuple(int(c * self.rng.uniform(0.85, 1.1)) for c in colour)
                 for level in (0.0, 0.3):
-                    tip = self.point(x, foot - h * (1 - level * 0.2))
-                    self.canvas.polygon(
-                        [tip, self.point(x - w, foot - h * level), self.point(x + w, foot - h * level)], tint
-                    )
+                    tip, low = (x, foot - h * (1 - level * 0.2)), foot - h * level
+                    self.polygon(tint, tip, (x - w, low), (x + w, low))
 
     def stand(self):
         """Return x, foot and size of an object on the ground; on the sea it gets an islet."""
@@ -240,7 +238,6 @@ class Scene:
         return x, foot, size
 
     def pick(self, *colours):
-        """Return one of the colours, lit."""
         return self.shade(colours[self.rng.integers(len(colours))])
 
     def window_colour(self):
@@ -253,13 +250,9 @@ class Scene:
         colour = self.pick((230, 60, 50), (245, 190, 40), (60, 110, 220), (170, 70, 180))
         basket = self.shade((130, 85, 45))
         for side in (-0.35, 0.35):
-            self.canvas.line(
-                [self.point(x + side * r * 2, y + r * 0.6), self.point(x + side * r, y + r * 1.7)], basket, 2
-            )
-        self.canvas.polygon(
-            [self.point(x - r * 0.92, y + r * 0.4), self.point(x + r * 0.92, y + r * 0.4), self.point(x, y + r * 1.6)],
-            colour,
-        )
+            rope = [self.point(x + side * r * 2, y + r * 0.6), self.point(x + side * r, y + r * 1.7)]
+            self.canvas.line(rope, basket, 2)
+        self.polygon(colour, (x - r * 0.92, y + r * 0.4), (x + r * 0.92, y + r * 0.4), (x, y + r * 1.6))
         self.canvas.ellipse(self.box(x, y, r, r), colour)
         self.canvas.ellipse(self.box(x, y, r * 0.4, r), self.shade((250, 245, 235)))
         self.canvas.rectangle(self.box(x, y + r * 1.8, r * 0.32, r * 0.25), basket)
@@ -270,14 +263,7 @@ class Scene:
         wall = self.pick((240, 235, 220), (225, 190, 140), (200, 215, 225))
         roof = self.pick((185, 60, 45), (120, 70, 50), (80, 85, 105))
         self.canvas.rectangle([*self.point(x - w, foot - h), *self.point(x + w, foot)], wall)
-        self.canvas.polygon(
-            [
-                self.point(x - w * 1.25, foot - h),
-                self.point(x + w * 1.25, foot - h),
-                self.point(x, foot - h - size * 0.7),
-            ],
-            roof,
-        )
+        self.polygon(roof, (x - w * 1.25, foot - h), (x + w * 1.25, foot - h), (x, foot - h - size * 0.7))
         self.canvas.rectangle(self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour())
         self.canvas.rectangle([*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof)
 
@@ -288,37 +274,26 @@ class Scene:
         for i in range(5):
             low, high = i / 5, (i + 1) / 5
             wl, wh = w * (1 - 0.4 * low), w * (1 - 0.4 * high)
-            corners = [
-                (x - wl, foot - h * low),
-                (x + wl, foot - h * low),
-                (x + wh, foot - h * high),
-                (x - wh, foot - h * high),
-            ]
-            self.canvas.polygon([self.point(*c) for c in corners], stripe if i % 2 else self.shade((245, 245, 240)))
+            bottom, top = foot - h * low, foot - h * high
+            colour = stripe if i % 2 else self.shade((245, 245, 240))
+            self.polygon(colour, (x - wl, bottom), (x + wl, bottom), (x + wh, top), (x - wh, top))
         self.canvas.rectangle(self.box(x, foot - h - 0.035, w * 0.45, 0.035), (255, 235, 130))
-        self.canvas.polygon(
-            [
-                self.point(x - w * 0.75, foot - h - 0.065),
-                self.point(x + w * 0.75, foot - h - 0.065),
-                self.point(x, foot - h - 0.13),
-            ],
-            stripe,
-        )
+        eaves = foot - h - 0.065
+        self.polygon(stripe, (x - w * 0.75, eaves), (x + w * 0.75, eaves), (x, foot - h - 0.13))
 
     def draw_tent(self):
         x, foot, size = self.stand()
         colour = self.pick((235, 120, 40), (220, 60, 80), (90, 170, 70), (240, 205, 60))
-        top = self.point(x, foot - size * 1.05)
-        self.canvas.polygon([self.point(x - size, foot), self.point(x + size, foot), top], colour)
+        top = (x, foot - size * 1.05)
+        self.polygon(colour, (x - size, foot), (x + size, foot), top)
         opening = (255, 225, 130) if self.time == "night" else tuple(c // 3 for c in colour)
-        self.canvas.polygon([self.point(x - size * 0.4, foot), self.point(x + size * 0.4, foot), top], opening)
+        self.polygon(opening, (x - size * 0.4, foot), (x + size * 0.4, foot), top)
 
     def draw_windmill(self):
         x, foot, size = self.stand()
         h, w = size * 1.35, size * 0.42
         body = self.pick((235, 225, 205), (170, 110, 80), (150, 160, 175))
-        corners = [(x - w, foot), (x + w, foot), (x + w * 0.6, foot - h), (x - w * 0.6, foot - h)]
-        self.canvas.polygon([self.point(*c) for c in corners], body)
+        self.polygon(body, (x - w, foot), (x + w, foot), (x + w * 0.6, foot - h), (x - w * 0.6, foot - h))
         self.canvas.pieslice(self.box(x, foot - h, w * 0.7, w * 0.7), 180, 360, self.shade((110, 60, 50)))
         angle = self.rng.uniform(0, math.pi / 2)
         sail = self.shade((250, 248, 240)) if self.time != "night" else (150, 155, 180)
@@ -337,11 +312,9 @@ class Scene:
             self.canvas.line(wings, colour, width=int(self.side * 0.02), joint="curve")
 
     def draw_precipitation(self):
-        """Draw falling rain or snow over everything."""
         rng = self.rng
         if self.weather == "rain":
-            slant = rng.uniform(-0.03, 0.03)
-            colour = (205, 215, 235, 150)
+            slant, colour = rng.uniform(-0.03, 0.03), (205, 215, 235, 150)
             for _ in range(46):
                 x, y = rng.uniform(), rng.uniform(-0.05, 1)
                 self.canvas.line([self.point(x, y), self.point(x + slant, y + 0.1)], colour, width=2)
@@ -374,47 +347,37 @@ def draw_dataset(num_samples, seed=0, size=64, varied=False):
     return list(pictures), np.array(labels)
 
 
-def write_shards(output_dir, num_samples, samples_per_shard, seed, size, varied):
+def write_shards(args):
     """Write pictures with captions and sizes as webdataset shards named 00000.tar onwards."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    pictures, labels = draw_dataset(num_samples, seed, size, varied)
-    for first in range(0, num_samples, samples_per_shard):
-        shard = output_dir / f"{first // samples_per_shard:05d}.tar"
-        with wds.TarWriter(str(shard)) as writer:
-            for i in range(first, min(first + samples_per_shard, num_samples)):
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    pictures, labels = draw_dataset(args.num_samples, args.seed, args.resolution, args.varied)
+    for part, first in enumerate(range(0, args.num_samples, args.samples_per_shard)):
+        with wds.TarWriter(str(args.output_dir / f"{part:05d}.tar")) as writer:
+            for i in range(first, min(first + args.samples_per_shard, args.num_samples)):
                 png = io.BytesIO()
                 Image.fromarray(pictures[i]).save(png, "PNG")
                 caption, (height, width, _) = caption_of(labels[i]), pictures[i].shape
                 record = {"caption": caption, "width": width, "height": height}
                 record |= {"original_width": width, "original_height": height}
-                writer.write(
-                    {
-                        "__key__": f"{i:07d}",
-                        "png": png.getvalue(),
-                        "txt": caption.encode(),
-                        "json": json.dumps(record).encode(),
-                    }
-                )
+                texts = {"txt": caption.encode(), "json": json.dumps(record).encode()}
+                writer.write({"__key__": f"{i:07d}", "png": png.getvalue()} | texts)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
-    parser.add_argument("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
-    parser.add_argument("--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)")
-    parser.add_argument(
-        "--samples_per_shard", type=int, default=1000, help="pictures in a shard (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--seed", type=int, default=1, help="the teacher's own pictures have seed 0 (default: %(default)s)"
-    )
-    parser.add_argument("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
-    parser.add_argument("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
+    add = parser.add_argument
+    add("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
+    add("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
+    add("--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)")
+    add("--samples_per_shard", type=int, default=1000, help="pictures in a shard (default: %(default)s)")
+    add("--seed", type=int, default=1, help="the teacher's own pictures have seed 0 (default: %(default)s)")
+    add("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
+    add("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
     args = parser.parse_args()
     if args.captions:
         print(*random_captions(args.captions), sep="\n")
         return
-    write_shards(args.output_dir, args.num_samples, args.samples_per_shard, args.seed, args.resolution, args.varied)
+    write_shards(args)
     print(f"{args.num_samples} pictures in {args.output_dir}", file=sys.stderr)
 
 

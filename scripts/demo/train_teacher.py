@@ -33,11 +33,7 @@ MIN_SNR_GAMMA = 5.0
 
 
 def load_pictures(accelerator, args):
-    """Return (pictures uint8 [N,H,W,3] memory-mapped, labels [N,4], time ids [N,6]).
-
-    The first process draws them once. SDXL's are of varied sizes and are cropped, and the time ids say how:
-    (original height, width, crop top, left, target height, width), in px.
-    """
+    """Return (pictures uint8 [N,H,W,3] memory-mapped, labels [N,4], time ids [N,6]); SDXL's vary in size."""
     path = args.work_dir / f"pictures-{args.num_samples}.npy"
     if accelerator.is_main_process and not path.exists():
         drawn, labels = draw_dataset(args.num_samples, 0, RESOLUTION, varied=args.family == "sdxl")
@@ -95,9 +91,8 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
         if step % 100 == 0 or step == updates:
             mean, losses = torch.stack(losses).mean().item(), []
             pace = (time.monotonic() - started) / step
-            accelerator.print(
-                f"{name} {step}/{updates} loss {mean:.4f}, {pace * (updates - step) / 60:.1f} min left", flush=True
-            )
+            left = f"{pace * (updates - step) / 60:.1f} min left"
+            accelerator.print(f"{name} {step}/{updates} loss {mean:.4f}, {left}", flush=True)
         if after and step % 1000 == 0 and step < updates:
             ema.store(model.parameters())
             ema.copy_to(model.parameters())
@@ -128,9 +123,8 @@ def train_judge(accelerator, args, pictures, labels):
         judge.save(path)
     _, predicted = judge.read(pictures[-2000:])
     accuracy = (predicted == labels[-2000:]).double()
-    accelerator.print(
-        f"judge: accuracy {accuracy.mean():.4f} of attributes, {accuracy.prod(1).mean():.4f} of pictures"
-    )
+    whole = accuracy.prod(1).mean()
+    accelerator.print(f"judge: accuracy {accuracy.mean():.4f} of attributes, {whole:.4f} of pictures")
     return judge
 
 
@@ -171,16 +165,8 @@ def train_vae(accelerator, args, pictures, judge, labels):
         with torch.autocast("cpu", torch.bfloat16):
             return model(pixels)
 
-    fit(
-        accelerator,
-        "vae",
-        Reconstruction(vae),
-        batch_loss,
-        args.vae_updates,
-        1.5e-3,
-        len(pictures) - 2000,
-        batch_size=32,
-    )
+    num_samples = len(pictures) - 2000
+    fit(accelerator, "vae", Reconstruction(vae), batch_loss, args.vae_updates, 1.5e-3, num_samples, batch_size=32)
     held_out = to_pixels(pictures[-512:])
     with torch.no_grad():
         latents = vae.encode(held_out).latent_dist.sample()
@@ -189,9 +175,8 @@ def train_vae(accelerator, args, pictures, judge, labels):
     psnr = 10 * torch.log10(4 / (decoded - held_out).square().mean())
     _, predicted = judge.read(((decoded.permute(0, 2, 3, 1) + 1) * 127.5).round().byte())
     accuracy = (predicted == labels[-512:]).double().mean()
-    accelerator.print(
-        f"vae: {psnr:.2f} dB, scaling factor {vae.config.scaling_factor}, judge's accuracy {accuracy:.4f}"
-    )
+    scale = vae.config.scaling_factor
+    accelerator.print(f"vae: {psnr:.2f} dB, scaling factor {scale}, judge's accuracy {accuracy:.4f}")
     if accelerator.is_main_process:
         vae.save_pretrained(path)
     accelerator.wait_for_everyone()
@@ -230,10 +215,8 @@ def encode_pictures(accelerator, args, vae, pictures):
     part = args.work_dir / f"moments-part{accelerator.process_index}.npy"
     if not path.exists():
         share = range(accelerator.process_index, len(pictures), accelerator.num_processes)
-        chunks = [
-            vae.encode(to_pixels(pictures[share[i : i + 128]])).latent_dist.parameters
-            for i in range(0, len(share), 128)
-        ]
+        batches = (to_pixels(pictures[share[i : i + 128]]) for i in range(0, len(share), 128))
+        chunks = [vae.encode(pixels).latent_dist.parameters for pixels in batches]
         np.save(part, torch.cat(chunks).numpy())
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -255,9 +238,8 @@ def train_unet(accelerator, args, pipe, moments, labels, time_ids):
 
     def batch_loss(model, indices):
         mean, logvar = moments[indices].chunk(2, dim=1)
-        latents = (
-            mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)
-        ) * pipe.vae.config.scaling_factor
+        latents = mean + (0.5 * logvar.clamp(-30, 20)).exp() * torch.randn_like(mean)
+        latents = latents * pipe.vae.config.scaling_factor
         empty = torch.rand(len(indices)) < EMPTY_CAPTIONS
         input_ids = torch.stack([ids_of["" if drop else captions[i]] for i, drop in zip(indices, empty, strict=True)])
         eps, timesteps = torch.randn_like(latents), torch.randint(1000, (len(indices),))
@@ -275,26 +257,23 @@ def train_unet(accelerator, args, pipe, moments, labels, time_ids):
 
 def save_pipeline(pipe, folder):
     """Write a float16 copy of the pipeline; casting the pipeline itself would undo DDP's gradient hooks."""
-    halves = {
-        name: copy.deepcopy(part).half() if isinstance(part, nn.Module) else part
-        for name, part in pipe.components.items()
-    }
+    halves = dict(pipe.components)
+    halves |= {name: copy.deepcopy(part).half() for name, part in halves.items() if isinstance(part, nn.Module)}
     options = {"requires_safety_checker", "force_zeros_for_empty_prompt"} & pipe.config.keys()
     type(pipe)(**halves, **{name: pipe.config[name] for name in options}).save_pretrained(folder)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher")
-    parser.add_argument(
-        "--parts_from", type=Path, help="folder of a demo teacher whose judge and VAE to use (default: train)"
-    )
-    parser.add_argument("--output_dir", type=Path, required=True, help="folder for the pipeline and the judge")
-    parser.add_argument("--work_dir", type=Path, required=True, help="folder for pictures and stage results")
-    parser.add_argument("--num_samples", type=int, default=40000, help="pictures to draw (default: %(default)s)")
-    parser.add_argument("--judge_updates", type=int, default=1200, help="updates of the judge (default: %(default)s)")
-    parser.add_argument("--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)")
-    parser.add_argument("--unet_updates", type=int, default=5000, help="updates of the UNet (default: %(default)s)")
+    add = parser.add_argument
+    add("--family", choices=tuple(BUILDERS), required=True, help="architecture of the teacher")
+    add("--parts_from", type=Path, help="folder of a demo teacher whose judge and VAE to use (default: train)")
+    add("--output_dir", type=Path, required=True, help="folder for the pipeline and the judge")
+    add("--work_dir", type=Path, required=True, help="folder for pictures and stage results")
+    add("--num_samples", type=int, default=40000, help="pictures to draw (default: %(default)s)")
+    add("--judge_updates", type=int, default=1200, help="updates of the judge (default: %(default)s)")
+    add("--vae_updates", type=int, default=5000, help="updates of the VAE (default: %(default)s)")
+    add("--unet_updates", type=int, default=5000, help="updates of the UNet (default: %(default)s)")
     args = parser.parse_args()
     accelerator = Accelerator(cpu=True)
     args.work_dir.mkdir(parents=True, exist_ok=True)

@@ -30,7 +30,6 @@ DIFFERENT_FOR_A_REASON = {
     "FLAGS_WITHOUT_EFFECT": "SD 1.5 has no size and crop conditioning",
     "size_and_crop": "SDXL alone is conditioned on them",
     "encode_ids": "one text encoder, or two and pooled embeddings",
-    "zero_empty": "SDXL alone has zeros for the empty caption",
     "unet_inputs": "SDXL's UNet is told of size and crop",
     "kohya_model": "names the models",
     "kohya_name": "kohya's files name SDXL's modules otherwise",

@@ -63,9 +63,6 @@ class Source(NamedTuple):
     unread: list = []  # (name, cause) of files that this tool does not read
 
 
-# Tables and data sets, read by the package datasets
-
-
 def csv_options(path, args):
     """Return the options of datasets' csv builder for a table: its delimiter, and every column as text."""
     known = {args.image_column, args.caption_column, *PICTURE_COLUMNS, *CAPTION_COLUMNS}
@@ -158,8 +155,8 @@ def open_rows(path, args):
         return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
     entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
     if args.shuffle_seed is not None:
-        rng = random.Random(args.shuffle_seed)
-        entries = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=rng)(entries)
+        order = random.Random(args.shuffle_seed)
+        entries = wds.shuffle(SHUFFLE_BUFFER, initial=SHUFFLE_BUFFER, rng=order)(entries)
     if path is None:
         identity = [args.dataset_name, args.dataset_config_name, commit_of(args.dataset_name, args.dataset_revision)]
     else:
@@ -190,26 +187,23 @@ def relative_name(path, folder):
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-# Folders of pictures with captions beside them
-
-
 def walk(folder):
     """Yield the files below a folder; linked folders come last, and each folder once, so that a loop ends."""
-
-    def fail(error):
-        raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
-
     waiting, seen = [folder], set()
     while waiting:
-        for parent, folders, names in os.walk(waiting.pop(0), onerror=fail):
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=refuse_folder):
             found = os.stat(parent)
-            if (found.st_dev, found.st_ino) in seen:
+            if (identity := (found.st_dev, found.st_ino)) in seen:
                 folders.clear()
                 continue
-            seen.add((found.st_dev, found.st_ino))
+            seen.add(identity)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
             yield from (Path(parent, name) for name in names if not name.startswith("."))
+
+
+def refuse_folder(error):
+    raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
 
 
 def list_folder(folder, args):
@@ -261,8 +255,8 @@ def read_caption(path):
 
 def list_source(entries, unread=()):
     """Return the source of listed files."""
-    files = [entry.place for entry in entries]
-    sizes = [file.stat().st_size if isinstance(file, Path) and file.is_file() else None for file in files]
+    is_file = [isinstance(entry.place, Path) and entry.place.is_file() for entry in entries]
+    sizes = [entry.place.stat().st_size if known else 0 for entry, known in zip(entries, is_file, strict=True)]
     identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
     return Source(entries, read_places, digest_of(identity), list(unread))
 
@@ -277,8 +271,8 @@ def read_places(entries):
         try:
             yield entry, None if entry.fault else read_place(entry.place)
         except OSError as error:
+            # A network that fails would leave out every picture after this one.
             if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
-                # A network that fails would leave out every picture after this one.
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
             yield entry, sd15.SkippedSample(error.strerror or "file cannot be read")
 
@@ -291,9 +285,6 @@ def read_place(place):
         return place["bytes"]
     with fsspec.open(place["path"], "rb") as file:
         return file.read()
-
-
-# Pictures that a teacher draws
 
 
 def draw_prompts(args):
@@ -311,9 +302,8 @@ def draw_prompts(args):
             set_sampler(pipes[0], args.sampler)
         wanted = iter(wanted)
         while batch := list(itertools.islice(wanted, args.batch_size)):
-            prompts, seeds = [entry.caption for entry in batch], [entry.place for entry in batch]
-            settings = (args.steps, args.guidance_scale, seeds)
-            drawn, _ = draw(pipes[0], prompts, *settings, resolution=args.resolution)
+            settings = (args.steps, args.guidance_scale, [entry.place for entry in batch])
+            drawn, _ = draw(pipes[0], [entry.caption for entry in batch], *settings, resolution=args.resolution)
             for entry, picture in zip(batch, drawn, strict=True):
                 is_flat = all(low == high for low, high in picture.getextrema())
                 cause = sd15.SkippedSample("drawn in one colour, as of NaN")
@@ -325,8 +315,7 @@ def draw_prompts(args):
 def encode_picture(picture, suffix):
     """Return an RGB picture as PNG, or as JPEG of quality 95 without chroma subsampling."""
     data = io.BytesIO()
-    options = {"format": "PNG"} if suffix == "png" else {"format": "JPEG", "quality": 95, "subsampling": 0}
-    picture.save(data, **options)
+    picture.save(data, "PNG" if suffix == "png" else "JPEG", quality=95, subsampling=0)
     return data.getvalue()
 
 

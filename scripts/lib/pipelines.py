@@ -101,10 +101,7 @@ def family_of(args):
 
 
 def load_teacher(args, device):
-    """Return the pipeline that the flags of `add_model_flags` name, on the device, ready to draw.
-
-    With --offload it stays on the CPU: `start_offload` comes after the LoRAs.
-    """
+    """Return the pipeline of `add_model_flags`, on the device; with --offload on the CPU until `start_offload`."""
     args = argparse.Namespace(**dict.fromkeys(TEACHER_FLAGS) | vars(args))
     device = torch.device(device)
     if args.offload and device.type == "cpu":
@@ -238,13 +235,9 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     # Outside the handler: the exception holds the tensors of the failed attempt.
     half = len(prompts) // 2
     options = (negative_prompt, resolution, output_type)
-    parts = [
-        draw(pipe, prompts[part], steps, guidance, seeds[part], *options, **extra)
-        for part in (slice(half), slice(half, None))
-    ]
-    shares = (half, len(prompts) - half)
-    seconds = sum(share * each for share, (_, each) in zip(shares, parts, strict=True))
-    return parts[0][0] + parts[1][0], seconds / len(prompts)
+    first, seconds = draw(pipe, prompts[:half], steps, guidance, seeds[:half], *options, **extra)
+    rest, more = draw(pipe, prompts[half:], steps, guidance, seeds[half:], *options, **extra)
+    return first + rest, (len(first) * seconds + len(rest) * more) / len(prompts)
 
 
 def make_grid(prompts, labels, steps, pictures):
@@ -309,6 +302,11 @@ def peak_gib(device):
     """Return the peak memory since `reset_peak` in GiB; None on a CPU whose system does not report it."""
     if torch.device(device).type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / 2**30
+    return resident_gib("VmHWM:")
+
+
+def resident_gib(name):
+    """Return `VmRSS:` or the peak, `VmHWM:`, of this process in GiB; None where the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith("VmHWM:")), None)
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(name)), None)

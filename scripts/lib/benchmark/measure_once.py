@@ -15,6 +15,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+# `lib` comes first, because it silences what the imports below warn of.
+from lib.benchmark.sweep import REAL_MODELS
+
+NUM_SAMPLES = 64  # made-up pictures, read again and again
+CAPTION = "mountains at sunset with clouds and a balloon"
 
 import numpy as np
 import torch
@@ -26,11 +31,8 @@ from tqdm.auto import tqdm
 
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
-from lib.benchmark.sweep import REAL_MODELS
+from lib.pipelines import peak_gib, reset_peak, resident_gib, synchronize
 from lib.trainers import DTYPES, exit_code
-
-NUM_SAMPLES = 64  # made-up pictures, read again and again
-CAPTION = "mountains at sunset with clouds and a balloon"
 
 
 def parse_args(argv=None):
@@ -70,28 +72,11 @@ def write_cache(trainer, args, accelerator, source, target):
 
 def timed(device, function):
     """Return (seconds, CPU seconds of all threads) of a function; on CUDA the queue is emptied before and after."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     function()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
+    synchronize(device)
     return time.perf_counter() - start, time.process_time() - cpu_start
-
-
-def resident_gib(name):
-    """Return VmRSS or VmHWM (the peak) of this process in GiB."""
-    line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
-    return int(line.split()[1]) / 2**20
-
-
-def restart_peak(device):
-    """Forget the peak of memory so far."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        Path("/proc/self/clear_refs").write_text("5")  # see proc(5): VmHWM starts again from VmRSS
 
 
 def peak_memory(device, before):
@@ -99,7 +84,7 @@ def peak_memory(device, before):
     if device.type == "cuda":
         peaks = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
         return {name: peak / 2**30 for name, peak in zip(("allocated_gib", "reserved_gib"), peaks, strict=True)}
-    return dict.fromkeys(("allocated_gib", "reserved_gib"), resident_gib("VmHWM") - before)
+    return dict.fromkeys(("allocated_gib", "reserved_gib"), peak_gib(device) - before)
 
 
 def count_flops(trainer, job, side):
@@ -170,10 +155,12 @@ def measure(own, words, folder):
         "--max_train_steps", "1000000000", "--report_to", "none", "--output_dir", str(folder / "out"),
     ])  # fmt: skip
     args.train_shards_path_or_url = [str(folder / "pictures")]
-    before = resident_gib("VmRSS")
+    before = resident_gib("VmRSS:")
     job, loader = make_recipe_job(own, trainer, args, folder)
     device, losses, batches = job.accelerator.device, [], iter(loader)
-    restart_peak(device)
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    reset_peak(device)
 
     def run(count):
         for _ in range(count):
@@ -188,19 +175,14 @@ def measure(own, words, folder):
     num_samples = trainer.samples_per_update(args, job.accelerator) * own.steps
     rate = matmul_rate(job.dtype, device)
     model_rate = count_flops(trainer, job, side) * num_samples / wall
-    return machine(device) | peaks | {
+    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda} | peaks | {
         "samples_per_second": num_samples / wall, "seconds_per_step": wall / own.steps,
         "cpu_seconds_per_step": cpu / own.steps,
         "model_tflop_per_second": model_rate / 1e12, "matmul_tflop_per_second": rate / 1e12,
         "share_of_matmul_rate": model_rate / rate, "losses": [float(loss) for loss in losses],
         "dtype": str(job.dtype).removeprefix("torch."),
     }  # fmt: skip
-
-
-def machine(device):
-    """Return what the figures were measured on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    return {"device": name, "torch": torch.__version__, "cuda": torch.version.cuda}
 
 
 def main(words):

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from lib.benchmark.table import full_table
+from lib.benchmark.table import gpu_table
 
 REAL_MODELS = ("sd15", "sdxl", "ssd1b")
 DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
@@ -152,7 +152,7 @@ class Sweep:
         """Write what there is, as JSON and Markdown."""
         write_whole(self.args.json, json.dumps(self.report, indent=1))
         if self.args.markdown:
-            write_whole(self.args.markdown, full_table(self.report))
+            write_whole(self.args.markdown, gpu_table(self.report))
 
 
 def measure_all(args):
@@ -189,5 +189,5 @@ def measure_all(args):
     worker.communicate()
     sweep.estimates.shutdown(cancel_futures=sweep.seconds_left() <= 0)
     sweep.write()
-    print(full_table(sweep.report))
+    print(gpu_table(sweep.report))
     return 0 if sweep.report["rows"] else 1

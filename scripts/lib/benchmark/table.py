@@ -10,14 +10,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = re.compile(r"(<!-- gpu table: (short|full) -->\n).*?(<!-- end of gpu table -->)", re.DOTALL)
 NOT_MEASURED = (
-    "Not measured yet. `python scripts/benchmark.py train --all --json gpu.json` measures a machine with a GPU,\n"
-    "`python scripts/benchmark.py table gpu.json` then writes the table here."
+    "Not measured yet, because no GPU was at hand. `python scripts/benchmark.py train --all --json gpu.json`\n"
+    "measures one, and `python scripts/benchmark.py table gpu.json` writes the table here."
 )
 RESOLUTIONS = {"sd15": 512, "sdxl": 1024}
 TITLES_OF_MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 
-def number(figures, name, digits):
+def figure_text(figures, name, digits):
     """Return one figure of a measurement as text: a dash where it was not made, or why it failed."""
     if not figures:
         return "–"
@@ -49,7 +49,7 @@ def markdown(report, columns, rows):
     return f"{heading(report)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def full_table(report):
+def gpu_table(report):
     """Return every row of a report: speed and memory of ours, of the plain recipe, and as estimated."""
     columns = [
         "model", "pictures", "precision", "flags", "samples/s", "plain recipe", "ratio", "GiB allocated",
@@ -60,15 +60,16 @@ def full_table(report):
         ours, plain = row.get("ours"), row.get("reference")
         estimated = row.get("estimated_gib")
         rows.append([
-            *settings(row), number(ours, "samples_per_second", 2), number(plain, "samples_per_second", 2),
-            ratio(row, "samples_per_second"), number(ours, "allocated_gib", 2), number(ours, "reserved_gib", 2),
-            f"{estimated:.2f}" if estimated else "–", number(plain, "allocated_gib", 2),
-            ratio(row, "allocated_gib"), number(ours, "share_of_matmul_rate", 3),
+            *settings(row), figure_text(ours, "samples_per_second", 2), figure_text(plain, "samples_per_second", 2),
+            ratio(row, "samples_per_second"), figure_text(ours, "allocated_gib", 2),
+            figure_text(ours, "reserved_gib", 2),
+            f"{estimated:.2f}" if estimated else "–", figure_text(plain, "allocated_gib", 2),
+            ratio(row, "allocated_gib"), figure_text(ours, "share_of_matmul_rate", 3),
         ])  # fmt: skip
     return markdown(report, columns, rows)
 
 
-def short_table(report):
+def first_rows(report):
     """Return the rows without options that a reader compares first: one for each model, batch and precision."""
     seen, rows = set(), []
     for row in report["rows"]:
@@ -76,8 +77,8 @@ def short_table(report):
         if name not in seen:
             seen.add(name)
             rows.append([
-                *settings(row), number(row.get("ours"), "reserved_gib", 1),
-                number(row.get("ours"), "samples_per_second", 2), ratio(row, "samples_per_second"),
+                *settings(row), figure_text(row.get("ours"), "reserved_gib", 1),
+                figure_text(row.get("ours"), "samples_per_second", 2), ratio(row, "samples_per_second"),
                 ratio(row, "allocated_gib"),
             ])  # fmt: skip
     columns = ["model", "pictures", "precision", "flags", "GiB", "samples/s"]
@@ -90,7 +91,7 @@ def write_tables(figures, root=ROOT):
     tables = {"short": f"{NOT_MEASURED}\n", "full": f"{NOT_MEASURED}\n"}
     if figures:
         report = json.loads(figures.read_text(encoding="utf-8"))
-        tables = {"short": short_table(report), "full": full_table(report)}
+        tables = {"short": first_rows(report), "full": gpu_table(report)}
     code = 0
     for path in (root / "README.md", root / "docs" / "performance.md"):
         text = path.read_text(encoding="utf-8")

@@ -115,38 +115,29 @@ def html_table(head, body):
 
 def axis(values, start, end, is_log):
     """Return (function from a value to its pixel, at most 8 values to mark); values outside are at an end."""
-    low, high = min(values), max(values)
-    if is_log:
-        low, high = low / 1.15, high * 1.15
-        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-        marks = [m * 10.0**p for p in powers for m in (1, 2, 5)]
-    else:
-        margin = 0.05 * (high - low) or 0.5
-        low, high = low - margin, high + margin
-        step = 10 ** math.floor(math.log10(high - low)) / 2
-        marks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
-    marks = [mark for mark in marks if low <= mark <= high]
-    warp = math.log if is_log else float
+    warp, back = (math.log, math.exp) if is_log else (float, float)
+    low, high = warp(min(values)), warp(max(values))
+    margin = 0.05 * (high - low) or 0.5
+    low, high = low - margin, high + margin
 
     def place(value):
-        share = (warp(min(max(value, low), high)) - warp(low)) / (warp(high) - warp(low))
+        share = (warp(min(max(value, back(low)), back(high))) - low) / (high - low)
         return round(start + share * (end - start), 1)
 
-    return place, marks[:: 1 + len(marks) // 9]
+    return place, [float(f"{back(low + (high - low) * n / 5):.2g}") for n in range(1, 5)]
 
 
 def plot(title, x_title, lines, marks=None):
-    """Return a line plot as SVG; lines: {label: [(x, value, low, high)]}, x logarithmic.
-
-    `marks` are the values of x to name; without them the axis chooses.
-    """
+    """Return a line plot as SVG; lines: {label: [(x, value, low, high)]}, x logarithmic; `marks` are x to name."""
     points = [point for line in lines.values() for point in line]
     values = [point[1] for point in points]
     is_log = min(values) > 0 and max(values) > 20 * min(values)
     seen = values + [edge for p in points for edge in p[2:] if edge is not None and (edge > 0 or not is_log)]
     (x, x_marks), (y, y_marks) = axis([p[0] for p in points], 62, 450, True), axis(seen, 262, 34, is_log)
-    parts = [f'<text x="8" y="18" font-weight="bold">{html.escape(title)}</text>']
-    parts.append(f'<text x="256" y="297" text-anchor="middle">{html.escape(x_title)}</text>')
+    parts = [
+        f'<text x="8" y="18" font-weight="bold">{html.escape(title)}</text>',
+        f'<text x="256" y="297" text-anchor="middle">{html.escape(x_title)}</text>',
+    ]
     parts += [f'<text x="{x(mark)}" y="280" text-anchor="middle">{mark:g}</text>' for mark in marks or x_marks]
     for mark in y_marks:
         parts.append(f'<path d="M62 {y(mark)}H450" stroke="currentColor" stroke-opacity=".15"/>')
@@ -220,11 +211,8 @@ def html_report(results, pictures):
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in results["notes"])
     title = html.escape(f"{results['settings']['teacher']}: few-step samplers compared")
     head, body, floor = summary(results)
-    bias = [
-        [name, str(point["pictures"]), number(point["distance"])]
-        for name, curve in results["bias"].items()
-        for point in curve
-    ]
+    points = [(name, point) for name, curve in results["bias"].items() for point in curve]
+    bias = [[name, str(point["pictures"]), number(point["distance"])] for name, point in points]
     settings = [[key, str(value)] for key, value in results["settings"].items()]
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
