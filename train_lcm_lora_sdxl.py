@@ -16,10 +16,12 @@ The same command again resumes from the newest complete checkpoint in --output_d
 Input: webdataset shards (`KEY.jpg|png|webp`, `KEY.txt`, `KEY.json`), or a folder of pictures with captions
 beside them. Output: `pytorch_lora_weights.safetensors` for diffusers, ComfyUI, A1111 and Forge, checkpoints,
 pictures at 1, 2, 4 and 8 steps, `log.jsonl`, `args.json`, a model card.
-Exit codes: 0 done; 2 wrong usage or unusable input; 3 stopped by a signal with a checkpoint saved; 1 anything
-else, such as a loss that is not finite. `accelerate launch` and torchrun turn each but 0 into 1.
+Exit codes: 0 done; 2 wrong usage, unusable input or a full disk; 3 stopped by a signal with a checkpoint saved
+(128 + the signal's number where nothing had to be saved); 1 anything else, such as a loss that is not finite.
+`accelerate launch` and torchrun turn each but 0 into 1.
 
-The file reads downhill: arguments, mathematics, data, models, step, files, log, run.
+The file reads downhill: arguments, mathematics, data, models, step, files, log, run. Blocks between `>>> shared`
+and `<<< shared` are equal in the scripts for SD 1.5 and for SDXL.
 Sources: LCM = Latent Consistency Models, arXiv:2310.04378; LCM-LoRA, arXiv:2311.05556.
 """
 
@@ -104,7 +106,7 @@ DEAD_SHARDS = 8  # that many unreadable shards in a row end a run; while a run s
 STALL_S = 30  # a server that sends nothing for so long is given up
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
-# Flags that leave the weights of a run as they are; every other one must stay the same when a run is resumed.
+# Flags that may differ when a run is resumed; every other one must stay the same.
 FREE_FLAGS = frozenset(
     "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
     "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
@@ -158,8 +160,9 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    def _get_help_string(self, action):  # "(default: None)" and "(default: False)" tell nothing
-        return action.help if action.default in (None, False) else super()._get_help_string(action)
+    def _get_help_string(self, action):
+        tells_nothing = action.default is None or action.default is False  # 0 equals False, and tells something
+        return action.help if tells_nothing else super()._get_help_string(action)
 
 
 def checked(kind, holds, allowed):
@@ -253,7 +256,7 @@ def add_data_args(parser):
     add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
     add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
-    add("--random_flip", action="store_true", help="mirror every other picture")
+    add("--random_flip", action="store_true", help="mirror each picture with probability 1/2")
     add("--use_fix_crop_and_size", action="store_true",
         help="SDXL only: condition on the training resolution and a zero crop offset in place of each picture's own")
     add("--dataloader_num_workers", type=WHOLE,
@@ -271,7 +274,7 @@ def add_data_args(parser):
 def add_optimizer_args(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=COUNT, default=16, help="samples of one process in one forward pass")
-    add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes summed into one update")
+    add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes averaged into one update")
     add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs and --max_train_samples")
     add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, to set the updates")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="peak learning rate")
@@ -290,7 +293,7 @@ def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-lora", help="folder for everything the run leaves")
     add("--resume_from_checkpoint", default="latest",
-        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': start afresh")
+        help="'latest': newest complete checkpoint, if any; a checkpoint's name or path; 'none': there must be none")
     add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
@@ -522,7 +525,7 @@ class Schedule:
 
     alphas: torch.Tensor  # [T] f32; alphas^2 + sigmas^2 = 1
     sigmas: torch.Tensor  # [T] f32
-    ddim_timesteps: torch.Tensor  # [N] int64, ascending: k-1, 2k-1, ..., T-1 (trailing)
+    ddim_timesteps: torch.Tensor  # [N] int64, ascending: k-1, 2k-1, ..., Nk-1 (trailing)
     k: int
     prediction_type: str
     timestep_scaling: float
@@ -542,7 +545,7 @@ def make_schedule(scheduler_config, args, device):
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
     # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
     if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
-        only = "only v_prediction can be distilled, with --loss_space sample"
+        only = "only v_prediction and sample can be distilled, with --loss_space sample"
         raise UnusableInput(f"teacher: its schedule ends at zero terminal SNR, where {only}")
     k = len(alphas_cumprod) // num_steps
     if k == 0:
@@ -706,6 +709,8 @@ def list_folder(folder):
 def check_shard(path):
     """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it."""
     fault = ""
+    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+        raise UnusableInput(f"shard {path}: is no regular file; name a tar, or give 'pipe:cat {path}' for a stream")
     try:
         with path.open("rb") as file:
             head, size = file.read(512), path.stat().st_size
@@ -976,9 +981,10 @@ def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
         values = np.asarray(picture, np.float32)
-        if picture.mode == "F":  # float pictures are in [0, 1] or, if they go beyond, in [0, 255]
-            values = values * (255 if values.max(initial=0) <= 1 else 1)
-        elif picture.mode != "I" or values.max(initial=0) > 255:
+        top = values.max(initial=0)
+        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
+            values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
+        elif picture.mode != "I" or top > 255:
             values = values / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
@@ -1080,6 +1086,7 @@ class ShardStream(torch.utils.data.IterableDataset):
     def __iter__(self):
         """Yield batches: pixels uint8 [B,R,R,3] and token ids, or cached tensors; captions; the position; skips."""
         info = torch.utils.data.get_worker_info()
+        # The DataLoader begins with its worker 0, which takes the part of the worker whose turn is next.
         worker = ((info.id if info else 0) + self.num_batches) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.positions.get(str(consumer), (0, 0))
@@ -1182,7 +1189,7 @@ def cache_identity(args):
         "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
         "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
     )
-    identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags}
+    identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags if name not in FLAGS_WITHOUT_EFFECT}
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
             identity[name] = fingerprint(Path(value))
@@ -1330,6 +1337,9 @@ def load_teacher(args, dtype, device, check=True, **parts):
     `check`, models that can draw and not be distilled are taken too.
     """
     given = frozenset(parts)
+    if "://" in args.pretrained_teacher_model and not args.prediction_type:
+        remedy = "download the file and name it, or give --prediction_type"
+        raise UnusableInput(f"{masked(args.pretrained_teacher_model)}: its prediction type is unknown; {remedy}")
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
             options = {"dtype": dtype, "cache_dir": args.cache_dir}
@@ -1373,9 +1383,15 @@ def loading_error(args, error):
 
 
 def weight_names(path):
-    """Return the names of the tensors in a single .safetensors file, none of anything else."""
-    with suppress(SafetensorError, OSError), safe_open(path, framework="pt") as file:
-        return set(file.keys())
+    """Return the names of the tensors in a single file; "v_pred" too where its header has that prediction type."""
+    with suppress(Exception):  # what cannot be read here fails, with its reason, when it is loaded
+        if path.suffix.lower() == ".safetensors":
+            with safe_open(path, framework="pt") as file:
+                kind = (file.metadata() or {}).get("modelspec.prediction_type", "")
+                return {*file.keys(), *(["v_pred"] if kind.startswith("v") else [])}
+        if path.is_file():
+            state = torch.load(path, map_location="meta", weights_only=True)
+            return set(state.get("state_dict", state))
     return set()
 
 
@@ -1523,8 +1539,8 @@ def make_optimizer(parameters, args, num_processes, max_train_steps):
         lr *= args.train_batch_size * args.gradient_accumulation_steps * num_processes
     options = {"lr": lr, "betas": (args.adam_beta1, args.adam_beta2), "eps": args.adam_epsilon}
     options["weight_decay"] = args.adam_weight_decay
-    optimizer = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
-    optimizer, warmup = optimizer(parameters, **options), args.lr_warmup_steps
+    make = adam_8bit if args.use_8bit_adam else partial(torch.optim.AdamW, fused=True)
+    optimizer, warmup = make(parameters, **options), args.lr_warmup_steps
     name = "constant_with_warmup" if args.lr_scheduler == "constant" and warmup else args.lr_scheduler
     return optimizer, get_scheduler(name, optimizer, num_warmup_steps=warmup, num_training_steps=max_train_steps)
 
@@ -1841,7 +1857,7 @@ def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
     state.waits_at = state.global_step
-    if state.stop_signal and state.is_alone and not positions:  # it came between two waits
+    if state.stop_signal and state.is_alone:  # it came between two waits; a half-done update is given up
         raise StopWaiting
     batch = next(batches)
     state.waits_at = None
@@ -2084,7 +2100,8 @@ def save_for_peft(unet, folder):
 
 def settings_of(args, accelerator, max_train_steps, num_shards, workers):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
-    settings = {name: value for name, value in public_flags(args).items() if name not in FREE_FLAGS}
+    free = FREE_FLAGS | FLAGS_WITHOUT_EFFECT.keys()
+    settings = {name: value for name, value in public_flags(args).items() if name not in free}
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in ("constant", "constant_with_warmup"):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
@@ -2205,7 +2222,7 @@ def check_resume(folder, manifest, settings, max_train_steps):
     # A checkpoint written before a flag existed behaved as that flag's default does.
     old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
     if changed := differences(old, settings):
-        remedy = "give the same ones, or start anew in another --output_dir"
+        remedy = f"give the same ones, or start from its LoRA in another --output_dir with --init_lora {folder}"
         raise UnusableInput(f"{folder} was made with other settings ({changed}); {remedy}")
     done = manifest["global_step"]
     if done > max_train_steps:
@@ -2350,7 +2367,7 @@ def write_card(job, drawn):
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
 
-<Gallery />
+{"<Gallery />" if drawn else ""}
 
 ```python
 import torch
@@ -2363,7 +2380,7 @@ picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
 ```
 
 Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: sampler LCM, CFG 1 to 2. Pictures above: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+file: sampler LCM, CFG 1 to 2. Pictures shown: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
@@ -2406,8 +2423,8 @@ def push(args, folder):
     options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
-            create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
-            address = upload_folder(repo_id=name, folder_path=folder, **options)
+            made = create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token)
+            address = upload_folder(repo_id=made.repo_id, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)
         except Exception as error:  # of HTTP, LFS, Xet or the disk
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
@@ -2504,6 +2521,15 @@ def describe_device(accelerator):
         line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
         line += "driver 580 or later: update it, or install torch for an older CUDA"
     return line
+
+
+def without_effect(args):
+    """Return a line for each flag or variable of the user's that changes nothing."""
+    lines = [f"--{flag} has no effect: {why}" for flag, why in FLAGS_WITHOUT_EFFECT.items() if getattr(args, flag)]
+    name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps
+    if os.environ.get(name, str(steps)) != str(steps):
+        lines.append(f"{name}={os.environ[name]} is ignored: --gradient_accumulation_steps counts")
+    return lines
 
 
 def describe_data(shards, report, args, accelerator, workers):
@@ -2638,6 +2664,8 @@ def listen(state):
         if not state.is_training or name == "SIGINT" and state.is_interrupted:
             leave(name, number)
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
+        if hasattr(signal, "SIGCHLD"):
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader process that ends must not raise while one saves
         if state.waits_at is not None and state.is_alone:
             state.waits_at = None
             raise StopWaiting
@@ -2676,7 +2704,7 @@ def train(job, loader, save):
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
     while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
-        with suppress(StopWaiting):
+        with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
             loss, grad_norm = update(job, batches)
             log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
         last = state.global_step == job.max_train_steps
@@ -2687,6 +2715,8 @@ def train(job, loader, save):
                 stop_if_asked(job, save)
         if is_due:
             save()
+            if last:
+                stop_if_asked(job, lambda: None)
             if args.push_checkpoints_to_hub and accelerator.is_main_process and not last:
                 push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
         if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
@@ -2796,11 +2826,8 @@ def main(args, state):
             tqdm.write(message, file=sys.stderr)
 
     say(describe_device(accelerator))
-    for flag in [flag for flag in FLAGS_WITHOUT_EFFECT if getattr(args, flag)]:
-        say(f"--{flag} has no effect: {FLAGS_WITHOUT_EFFECT[flag]}")
-    steps = os.environ.get("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    if steps not in (None, str(args.gradient_accumulation_steps)):
-        say(f"ACCELERATE_GRADIENT_ACCUMULATION_STEPS={steps} is ignored: --gradient_accumulation_steps counts")
+    for line in without_effect(args):
+        say(line)
     # What cannot be trained on is an error before any model loads.
     say("reading the first samples")
     shards = [PromptsFile(args.prompts_file)]
@@ -2813,7 +2840,7 @@ def main(args, state):
     say(describe_data(shards, report, args, accelerator, workers))
     if manifest:
         check_resume(folder, manifest, settings, max_train_steps)
-        if is_finished(args, manifest, max_train_steps):
+        if agree(accelerator, is_finished, args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; a greater --max_train_steps goes on")
             return
         say(f"resuming from {folder}")
@@ -2832,7 +2859,11 @@ def main(args, state):
     if manifest:
         load_checkpoint(job, folder)
     loader = make_loader(make_stream(job, shards, workers, manifest, cache), workers, accelerator.device)
-    train(job, loader, partial(save_checkpoint, job, settings))
+    try:
+        train(job, loader, partial(save_checkpoint, job, settings))
+    except BaseException:
+        kill_children()  # before the loader is deleted, which waits 5 s for each process that a stalled shard holds
+        raise
     finish(job)
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.

@@ -111,14 +111,12 @@ def add_table(commands):
 
 
 def positive(text):
-    """Return a whole number of at least 1."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text}: must be at least 1")
     return int(text)
 
 
 def loader_case(text):
-    """Return (side, resolution) in px of `SIDE:RESOLUTION`."""
     side, resolution = (positive(part) for part in text.split(":"))
     return side, resolution
 

@@ -112,11 +112,7 @@ def prepared(trainer, pool, shard, args, own, skipped):
 
 
 def encode(trainer, pipe, samples, args):
-    """Return the cached tensors of prepared samples, a dict for each.
-
-    Raises:
-        UnusableInput: the VAE overflows in the chosen precision.
-    """
+    """Return the cached tensors of prepared samples, a dict for each; raises UnusableInput where the VAE overflows."""
     device = pipe.vae.device
     pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).to(device)
     tensors = {"moments": trainer.encode_moments(pipe.vae, pixels, args)}
@@ -130,7 +126,6 @@ def encode(trainer, pipe, samples, args):
 
 
 def write_batch(trainer, writer, batch, encoded):
-    """Write the cached samples of one batch."""
     for (key, raw, sample), tensors in zip(batch, encoded, strict=True):
         record = {"__key__": key, "json": metadata_with_size(trainer, raw), "txt": sample["caption"]}
         writer.write(record | {"safetensors": save(tensors)})
@@ -178,11 +173,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
 
 
 def missing_shards(trainer, folder, head, shards):
-    """Return (shard, path of its cached form) where there is none yet.
-
-    Raises:
-        UnusableInput: the folder holds shards that were made in another way.
-    """
+    """Return (shard, path of its cached form) where there is none yet; raises UnusableInput for other shards."""
     found = sorted(str(path) for path in folder.glob("[!.]*.tar"))
     heads = (next(trainer.read_shard(path, trainer.Skipped(), attempts=1), {}) for path in found[:1])
     if any(old.get("json") != head["json"] for old in heads):

@@ -61,7 +61,6 @@ class LiveMemory(TorchDispatchMode):
     """Adds up the meta storages that are alive; `peaks` holds the most bytes in each part of a step."""
 
     def __init__(self, fixed):
-        """Start with nothing alive; storages of the tensors `fixed` never count."""
         super().__init__()
         self.live, self.part, self.peaks = 0, "student", {}
         self.known = WeakIdKeyDictionary({tensor.untyped_storage(): True for tensor in fixed})
@@ -86,7 +85,6 @@ class LiveMemory(TorchDispatchMode):
 
     @contextmanager
     def within(self, part):
-        """Let what is counted in a block belong to a part."""
         outer, self.part = self.part, part
         yield
         self.part = outer
@@ -179,11 +177,8 @@ def count_memory(own, words):
     args = trainer_flags(own, words, trainer)
     job, parameters, saved = meta_job(own, trainer, args)
     modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    tensors = {
-        name: [*module.parameters(), *module.buffers()]
-        for name, module in modules.items()
-        if isinstance(module, torch.nn.Module)
-    }
+    modules = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Module)}
+    tensors = {name: [*module.parameters(), *module.buffers()] for name, module in modules.items()}
     memory = LiveMemory([tensor for each in tensors.values() for tensor in each])
     side = args.resolution // job.pipe.vae_scale_factor
     with ExitStack() as stack:
@@ -210,12 +205,10 @@ def count_memory(own, words):
 
 
 def peak_gib_of(fixed, peaks):
-    """Return the peak of a run in GiB."""
     return (sum(fixed.values()) + max(peaks.values())) / GIB
 
 
 def main(own):
-    """Print what a run's memory goes to, and its peak."""
     args, fixed, peaks = count_memory(own, WORDS)
     precision = args.mixed_precision or "no"
     print(f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB")

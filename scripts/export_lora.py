@@ -132,11 +132,7 @@ def find_trainer(args, loras):
 
 @contextmanager
 def whole_output(output):
-    """Give a path beside the output that takes its place at the end, whole or not at all, readable by umask.
-
-    Raises:
-        UnusableInput: the place cannot be written to.
-    """
+    """Give a path beside the output that takes its place at the end, whole or not at all, readable by umask."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
@@ -183,11 +179,7 @@ def diffusers_file(loras):
 
 
 def write_lora(args, loras, path, dtype):
-    """Write the file and read it back: each layer must change as before.
-
-    Raises:
-        UnusableInput: the dtype cannot hold the weights.
-    """
+    """Write the file and read it back: each layer must change as before; raises UnusableInput for too small dtypes."""
     layers_per_block = layers_of_a_block(loras)
     kohya = args.format == "kohya"
     state, header = kohya_file(args, loras, layers_per_block) if kohya else diffusers_file(loras)
@@ -205,11 +197,7 @@ def write_lora(args, loras, path, dtype):
 
 @torch.no_grad()
 def merge(args, loras, path, dtype):
-    """Write the model of --merge_into with the LoRA added to its UNet.
-
-    Raises:
-        UnusableInput: the model cannot be loaded, or the LoRA is not one of its architecture.
-    """
+    """Write the model of --merge_into with the LoRA added to its UNet; raises UnusableInput where it does not fit."""
     model = SimpleNamespace(
         pretrained_teacher_model=args.merge_into, teacher_config=args.teacher_config, variant=args.variant,
         prediction_type=args.prediction_type, teacher_revision=None, cache_dir=None,
@@ -233,7 +221,6 @@ def merge(args, loras, path, dtype):
 
 
 def main(args):
-    """Convert or merge what the flags name."""
     loras = sd15.read_lora(args.input)
     dtype = DTYPES["no" if args.dtype == "fp32" else args.dtype]
     with whole_output(args.output) as path:

@@ -114,7 +114,7 @@ from PIL import Image
 from tqdm import tqdm
 
 
-def encode(data, args):
+def encode_to_fit(data, args):
     """Return (suffix, bytes for the shard, their (width, height), the original's) of an encoded picture.
 
     Raises:
@@ -146,7 +146,7 @@ def make_sample(entry, data, args):
         text = caption.encode()  # json can hold half a character
     except UnicodeError as error:
         raise sd15.SkippedSample("caption is not UTF-8") from error
-    suffix, data, (width, height), original = encode(data, args)
+    suffix, data, (width, height), original = encode_to_fit(data, args)
     record = {"caption": caption, "width": width, "height": height}
     record |= {"original_width": original[0], "original_height": original[1], "source": entry.name}
     if args.prompts_file:
@@ -155,11 +155,7 @@ def make_sample(entry, data, args):
 
 
 def write_shard(target, pairs, args, bar):
-    """Write the samples of (number, entry, picture) as one tar, whole or not at all.
-
-    The key of a sample is its entry's number. Returns (number of samples, what was left out and why); a tar
-    without samples is not kept.
-    """
+    """Write (number, entry, picture) as one tar, whole or not at all; return (samples, what was left out and why)."""
     samples, left_out, scratch = 0, [], target.with_name(f".writing-{target.name}")
     with tarfile.open(scratch, "w") as tar:
         for number, (entry, data) in pairs:

@@ -1,8 +1,10 @@
 """Tiny teachers and shards, made here; the scripts under test, loaded by path."""
 
 import importlib.util
+import inspect
 import io
 import json
+import logging
 import os
 import re
 import signal
@@ -13,6 +15,9 @@ import tarfile
 import time
 import traceback
 from pathlib import Path
+
+for _package in ("xformers", "bitsandbytes"):
+    logging.getLogger(_package).setLevel(logging.ERROR)  # on import they warn of kernels not used here
 
 import numpy as np
 import psutil
@@ -51,6 +56,36 @@ def load_script(path):
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
+
+
+def cases(names, values, ids=None):
+    """Like pytest.mark.parametrize, as one item: each case is a subtest with a folder and patches of its own."""
+    names, values = [name.strip() for name in (names.split(",") if isinstance(names, str) else names)], list(values)
+    labels = [ids(value) for value in values] if callable(ids) else list(ids or range(len(values)))
+
+    def decorate(test):
+        fixtures = [name for name in inspect.signature(test).parameters if name not in names]
+
+        def run_cases(subtests, **given):
+            for number, (label, value) in enumerate(zip(labels, values, strict=True)):
+                if hasattr(value, "marks"):  # a pytest.param
+                    label, value = value.id or label, value.values
+                elif len(names) == 1:
+                    value = (value,)
+                with subtests.test(str(label)), pytest.MonkeyPatch.context() as patch:
+                    own = {"monkeypatch": patch}
+                    if "tmp_path" in given:
+                        own["tmp_path"] = given["tmp_path"] / str(number)
+                        own["tmp_path"].mkdir()
+                    own = {name: each for name, each in own.items() if name in given}
+                    test(**given | own | dict(zip(names, value, strict=True)))
+
+        kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+        run_cases.__signature__ = inspect.Signature([inspect.Parameter(n, kind) for n in ["subtests", *fixtures]])
+        run_cases.__name__, run_cases.__doc__, run_cases.__module__ = test.__name__, test.__doc__, test.__module__
+        return run_cases
+
+    return decorate
 
 
 @pytest.fixture(scope="session")

@@ -110,10 +110,10 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     # checkpoint-4 lacks only its manifest
     again(-9, at_call("write_atomically", lambda path, _data: path.match(".writing-checkpoint-4/*.json"), kill))
     assert (out / ".writing-checkpoint-4").exists() and checkpoints(out) == {"checkpoint-2"}
-    said = again(3, at_call("draw", 1, send(signal.SIGTERM)))
+    said = again(3, at_call("draw", 2, send(signal.SIGTERM)))
     assert said[-1].startswith("stopped: ") and "SIGTERM" in said[-1] and "checkpoint-3" in said[-1]
     losses_agree(3)
-    said = again(3, at_call("draw", 1, send(signal.SIGINT)))
+    said = again(3, at_call("draw", 2, send(signal.SIGINT)))
     assert said[-1].startswith("stopped: ") and "SIGINT" in said[-1] and "checkpoint-4" in said[-1]
     said = again(3, at_call("draw", 2, send(signal.SIGUSR1)))
     assert said[-1].startswith("stopped: ") and "SIGUSR1" in said[-1] and "checkpoint-5" in said[-1]
@@ -189,7 +189,7 @@ def test_a_damaged_checkpoint_does_not_push_out_a_new_one(again, unbroken, tmp_p
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "checkpoint-4")
     (out / "checkpoint-6" / "training_state.pt").write_bytes(b"")
-    again(3, at_call("draw", 5, send(signal.SIGTERM)), checkpoints_total_limit=1)
+    again(3, at_call("draw", 6, send(signal.SIGTERM)), checkpoints_total_limit=1)
     assert "checkpoint-3" in checkpoints(out)
     again()
     assert_same(out, unbroken)

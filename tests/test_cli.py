@@ -13,7 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.optim import optimizer as bnb_optimizer
-from conftest import ENVIRONMENT, ROOT, SCRIPTS, flags, load_script
+from conftest import ENVIRONMENT, ROOT, SCRIPTS, cases, flags, load_script
 
 KNOWN_FLAGS = """
 pretrained_teacher_model pretrained_vae_model_name_or_path teacher_revision variant output_dir cache_dir
@@ -151,7 +151,7 @@ def refusal(script, capsys, line):
     return printed.err
 
 
-@pytest.mark.parametrize("kind", WRONG)
+@cases("kind", WRONG)
 def test_wrong_flags_end_in_one_line_that_names_them(script, capsys, kind):
     required = {"pretrained_teacher_model": "owner/name", "train_shards_path_or_url": "pipe:cat 0.tar"}
     for name, value in WRONG[kind]:
@@ -167,7 +167,7 @@ def test_every_flag_with_a_rule_is_in_the_table_of_wrong_values(script):
     assert ruled <= {name for group in WRONG.values() for name, _ in group}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("word", "meant"),
     [
         ("--network_dim", "--lora_rank"), ("--network_alpha=8", "--lora_alpha"), ("--rank", "--lora_rank"),
@@ -192,7 +192,7 @@ def test_a_data_set_of_the_hub_is_answered_with_the_line_that_makes_shards(scrip
     assert "scripts/make_shards.py --dataset_name" in said and "--train_shards_path_or_url" in said
 
 
-@pytest.mark.parametrize(
+@cases(
     "changes",
     [
         {"w_min": 7.5, "w_max": 7.5},

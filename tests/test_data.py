@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SIDE, flags, load_script, picture_bytes, write_shard, write_shards
+from conftest import SCRIPTS, SIDE, cases, flags, load_script, picture_bytes, write_shard, write_shards
 from PIL import Image
 
 UNEQUAL = (7, 1, 12, 5, 9, 3, 8, 6)  # samples of each shard
@@ -259,7 +259,7 @@ SOME_SAMPLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SOME_SAMPLES)
+@cases("name", SOME_SAMPLES)
 def test_a_damaged_sample_is_skipped_and_counted(script, tmp_path, name):
     members, changes, cause = SOME_SAMPLES[name]
     samples = changed(4, **members)
@@ -464,7 +464,7 @@ PICTURES = {
 }
 
 
-@pytest.mark.parametrize(("data", "left", "right"), PICTURES.values(), ids=PICTURES)
+@cases(("data", "left", "right"), PICTURES.values(), ids=PICTURES)
 def test_every_kind_of_picture_comes_out_in_its_colours(script, data, left, right):
     picture, original = script.open_picture(data, 10**6)
     assert picture.mode == "RGB" and picture.size == original == (64, 48)
@@ -472,7 +472,7 @@ def test_every_kind_of_picture_comes_out_in_its_colours(script, data, left, righ
         assert np.allclose(picture.getpixel((x, 24)), colour, atol=4)
 
 
-@pytest.mark.parametrize("orientation", [*range(1, 9), 99])
+@cases("orientation", [*range(1, 9), 99])
 def test_pictures_are_turned_upright(script, orientation):
     # How a camera stores a picture that is upright once EXIF's orientation is obeyed.
     stored = {

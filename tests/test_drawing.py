@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, SIDE, flags, load_script, one_family, tiny_unet
+from conftest import ROOT, SIDE, cases, flags, load_script, one_family, tiny_unet
 from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
@@ -209,7 +209,7 @@ def test_controlnet(sample, teacher, loras, tmp_path):
 
 
 @one_family
-@pytest.mark.parametrize(
+@cases(
     ("flags", "named"),
     [
         (["--lora", "{loras}/lcm=strong"], "=0.8"),

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 import torch
-from conftest import ROOT, load_script, write_shard
+from conftest import ROOT, cases, load_script, write_shard
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -598,7 +598,7 @@ def test_help_answers_without_torch():
     assert finished.returncode == 0 and "--teacher_steps" in finished.stdout
 
 
-@pytest.mark.parametrize(
+@cases(
     ("more", "named"),
     [
         (["--num_images", "1"], "--num_images: 1: give 2 or more"),

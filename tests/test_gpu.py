@@ -236,7 +236,7 @@ def test_06_8_bit_adam_equals_bitsandbytes_and_does_not_wait(script):
     options = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.01}
     results = []
     for build in (lambda given: bitsandbytes.optim.AdamW8bit(given, **options),
-                  lambda given: script.adam_8bit(given, options)):  # fmt: skip
+                  lambda given: script.adam_8bit(given, **options)):  # fmt: skip
         given = [torch.nn.Parameter(each.clone().to(DEVICE)) for each in start]
         optimizer = build(given)
         for each in grads:

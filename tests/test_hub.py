@@ -204,7 +204,8 @@ def test_a_failing_hub_loses_and_stops_nothing(hub, name):
     assert all((folder / name / path).is_file() for path in ALL)
     said = results[name]["said"]
     assert said.count("upload 2 of 2 failed: ") == 1 and "Traceback" not in said
-    later = f"hf upload me/{name} {folder / name} --include pytorch_lora_weights.safetensors --include README.md --include 'image_*.png'"
+    patterns = "--include pytorch_lora_weights.safetensors --include README.md --include 'image_*.png'"
+    later = f"hf upload me/{name} {folder / name} {patterns}"
     assert said.splitlines()[-1].endswith(later)
 
 

@@ -14,6 +14,7 @@ import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -702,7 +703,9 @@ LOSSES = {
 
 def landscapes(folder, count, varied=False):
     """Write the demo's pictures as scripts/demo/landscapes.py does."""
-    load_script("scripts/demo/landscapes.py").write_shards(folder, count, 1000, 1, 64, varied)
+    words = ["landscapes.py", "--output_dir", str(folder), "--num_samples", str(count), *["--varied"] * varied]
+    with mock.patch.object(sys, "argv", words):
+        load_script("scripts/demo/landscapes.py").main()
     return folder
 
 

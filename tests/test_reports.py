@@ -21,9 +21,10 @@ from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, finish, flags, load_script, picture_bytes, read_log, write_shards, write_tar
+from conftest import SCRIPTS, cases, finish, flags, load_script, picture_bytes, read_log, write_shards, write_tar
 from PIL import Image, PngImagePlugin
 
 JPG, PNG = picture_bytes(0, suffix="JPEG"), picture_bytes(0)
@@ -173,7 +174,7 @@ WITH_SECRETS = {
 }
 
 
-@pytest.mark.parametrize("name", WITH_SECRETS)
+@cases("name", WITH_SECRETS)
 def test_2_secrets_are_masked(script, name):
     text = WITH_SECRETS[name].format(SECRET)
     assert SECRET not in script.masked(text)
@@ -353,7 +354,7 @@ def test_7_numbers_written_as_text_are_numbers(script, tmp_path, kind):
     assert all(words in report for words in ("unsafe: 2", "watermark: 1", "aesthetic score: 1"))
 
 
-@pytest.mark.parametrize("value", ["high", "0,99", [0.99], {"p": 0.99}, True, "nan", "1e999", "0.9.9"])
+@cases("value", ["high", "0,99", [0.99], {"p": 0.99}, True, "nan", "1e999", "0.9.9"])
 def test_7_what_is_no_number_is_counted_where_it_is_asked_for(script, tmp_path, value):
     files = eight(json=json.dumps({"punsafe": value}).encode())
     tar = write_tar(tmp_path / "0.tar", files)
@@ -426,7 +427,7 @@ def test_8_other_variables_that_change_the_training_are_refused(script, teacher,
 MARK = "\ufeff"
 
 
-@pytest.mark.parametrize(
+@cases(
     "members",
     [
         {"txt": f"{MARK}sea\r\n".encode()},
@@ -460,7 +461,7 @@ def by_kind(*kinds):
     return [(f"./{i:02d}.{kind}", members[kind]) for kind in kinds for i in range(8)]
 
 
-@pytest.mark.parametrize("kinds", list(itertools.permutations(("jpg", "txt", "json"))), ids=" ".join)
+@cases("kinds", list(itertools.permutations(("jpg", "txt", "json"))), ids=" ".join)
 def test_11_tars_in_the_order_of_kinds(script, tmp_path, kinds):
     tar = write_tar(tmp_path / "0.tar", by_kind(*kinds))
     captions, report = audited(script, tar)
@@ -541,7 +542,7 @@ KEYS = [
 ]
 
 
-@pytest.mark.parametrize("key", KEYS)
+@cases("key", KEYS)
 def test_12_dots_in_names(script, tmp_path, key):
     files = [file for i in range(8) for file in sample(f"{i}{key}", json=b"{}")]
     captions, report = audited(script, write_tar(tmp_path / "0.tar", files))
@@ -640,7 +641,7 @@ SPELLINGS = {  # value, shards
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPELLINGS)
+@cases("name", SPELLINGS)
 def test_16_spellings_of_shards(script, spelled, monkeypatch, name):
     monkeypatch.chdir(spelled)
     value, count = SPELLINGS[name]
@@ -669,7 +670,7 @@ def test_16_what_names_no_shard_is_named(script, tmp_path, value):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
+@cases(
     "members",
     [
         {"text": b"sea"}, {"caption": b"sea"}, {"txt": b"sea"}, {"CAPTION": b" sea\n"}, {"jpg.txt": b"sea"},
@@ -740,7 +741,7 @@ LINES = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("changes", LINES, ids=str)
+@cases("changes", LINES, ids=str)
 def test_20_lines_of_the_public_scripts_parse(script, changes):
     script.parse_args(flags("a/teacher", "x", "unused", **changes))
 
@@ -763,3 +764,19 @@ def test_20_a_tracker_that_is_not_installed_is_one_line(script, teacher, shards,
     line = flags(teacher, shards, tmp_path / "out", report_to="comet_ml")
     said = finish(script, line, tmp_path / "said", 2)
     assert said[-1].startswith("error: ") and "comet" in said[-1] and not any("Traceback" in text for text in said)
+
+
+@pytest.mark.parametrize(("value", "top"), [(0.5, 1.02), (128.0, 260.0), (32896.0, 65535.0)])
+def test_9_float_pictures_may_overshoot_their_range(script, value, top):
+    values = np.full((40, 60), value, np.float32)
+    values[0, 0] = top
+    data = io.BytesIO()
+    Image.fromarray(values).save(data, "TIFF")
+    picture, _ = script.open_picture(data.getvalue(), 10**8)
+    assert abs(picture.getpixel((9, 9))[0] - 128) <= 1
+
+
+def test_4_what_is_no_regular_file_is_refused_at_once(script, tmp_path):
+    os.mkfifo(tmp_path / "a.tar")
+    with pytest.raises(script.UnusableInput, match="is no regular file"):
+        script.list_shards([str(tmp_path)])

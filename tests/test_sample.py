@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, build_teacher, load_script, tiny_unet
+from conftest import ROOT, build_teacher, cases, load_script, tiny_unet
 from diffusers import AutoencoderKL, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
@@ -269,7 +269,7 @@ def test_batch_equals_single_pictures(models):
     assert (plain[0] - batch[0]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize(
+@cases(
     ("flags", "named"),
     [
         (["--pretrained_teacher_model", "./no-model"], "./no-model"),

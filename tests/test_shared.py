@@ -1,11 +1,12 @@
 """scripts/dev/check_shared.py notices each way in which the two training scripts can drift apart."""
 
+import ast
 import shutil
 import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRIPTS, load_script
+from conftest import ROOT, SCRIPTS, cases, load_script
 
 OPEN, CLOSE = "# >>> shared: step\n", "# <<< shared: step\n"
 
@@ -98,7 +99,7 @@ def test_the_scripts_of_the_repository_agree():
     assert not done.stderr and "the same" in done.stdout
 
 
-@pytest.mark.parametrize("name", IN_ONE)
+@cases("name", IN_ONE)
 def test_a_difference_is_named(check, tmp_path, name):
     edit, named = IN_ONE[name]
     change(tmp_path, SCRIPTS[1:], edit)
@@ -147,3 +148,16 @@ def test_copying_does_not_hide_a_missing_region(check, tmp_path):
     code, said = check("--copy_from", SCRIPTS[0])
     assert code == 1 and "regions differ" in said
     assert (tmp_path / SCRIPTS[1]).read_bytes() == before
+
+
+def test_the_tools_define_no_name_twice():
+    places = {}
+    for path in sorted((ROOT / "scripts").rglob("*.py")):
+        for node in ast.parse(path.read_text("utf-8")).body:
+            names = [node.name] if isinstance(node, (ast.FunctionDef, ast.ClassDef)) else []
+            if isinstance(node, (ast.Assign, ast.AnnAssign)):
+                inside = (part for part in ast.walk(node) if isinstance(part, ast.Name))
+                names = [part.id for part in inside if isinstance(part.ctx, ast.Store)]
+            for name in names:
+                places.setdefault(name, set()).add(path.relative_to(ROOT).as_posix())
+    assert not {name: at for name, at in places.items() if len(at) > 1 and name not in ("main", "parse_args")}

@@ -361,3 +361,12 @@ def test_sampler_refuses_config_that_is_not_there_or_has_no_file(request, sample
         sampler_args(sample, request.getfixturevalue(model), config)
     message = capsys.readouterr().err
     assert stop.value.code == 2 and "--teacher_config" in message and message.count("\n") == 1
+
+
+def test_the_prediction_type_is_read_from_pickled_files_and_headers_too(script, tmp_path):
+    weights = {"model.x": torch.ones(2)}
+    torch.save({"state_dict": weights | {"v_pred": torch.zeros(0)}}, tmp_path / "a.ckpt")
+    save_file(weights, tmp_path / "a.SAFETENSORS", {"modelspec.prediction_type": "v"})
+    save_file(weights, tmp_path / "b.safetensors", {"modelspec.prediction_type": "epsilon"})
+    found = {path.name: "v_pred" in script.weight_names(path) for path in tmp_path.iterdir()}
+    assert found == {"a.ckpt": True, "a.SAFETENSORS": True, "b.safetensors": False}

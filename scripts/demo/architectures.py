@@ -33,10 +33,10 @@ def build_tokenizer(folder):
     for word in vocabulary():
         pieces = [*word[:-1], word[-1] + "</w>"]
         for pair in merges:
-            pieces = merge(pieces, pair)
+            pieces = merge_pair(pieces, pair)
         while len(pieces) > 1:
             merges.append(tuple(pieces[:2]))
-            pieces = merge(pieces, merges[-1])
+            pieces = merge_pair(pieces, merges[-1])
     tokens = [*letters, *(c + "</w>" for c in letters), *("".join(p) for p in merges)]
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     (folder / "vocab.json").write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
@@ -44,7 +44,7 @@ def build_tokenizer(folder):
     return CLIPTokenizer.from_pretrained(folder, model_max_length=TOKENS)
 
 
-def merge(pieces, pair):
+def merge_pair(pieces, pair):
     """Return pieces with every neighbouring occurrence of pair joined, as one BPE merge does."""
     result = []
     for piece in pieces:

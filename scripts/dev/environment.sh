@@ -10,7 +10,7 @@ stamp=.venv/requirements-$(cat requirements.txt tests/requirements.txt | cksum |
 if [ ! -e "$stamp" ]; then
   echo "setting up .venv (once; a few minutes)"
   "$python" -m venv .venv || { echo "error: no venv module; on Debian: apt-get install python3-venv" >&2; exit 2; }
-  .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
+  .venv/bin/python -m pip install --disable-pip-version-check -r requirements.txt -r tests/requirements.txt
   touch "$stamp"
 fi
 # Two processes of one thread are faster on two cores than one of two; glibc gives every large tensor back to the

@@ -61,7 +61,6 @@ COUNT, GUIDANCE, SIDE_PX = within(int, 1), within(float, 0, 100), within(int, 8,
 
 
 def a_file(text):
-    """Return the path of a file, as an argparse type."""
     if not Path(text).is_file():
         raise argparse.ArgumentTypeError(f"{text}: not there; give a file")
     return Path(text)

@@ -102,11 +102,7 @@ def is_saved(folder):
 
 
 def read_rows(path, args):
-    """Yield (picture cell, caption or None) of the rows of a table or data set.
-
-    Raises:
-        UnusableInput: the data cannot be read or reached, or lack rows, a column or the split.
-    """
+    """Yield (picture cell, caption or None) of a table or data set; raises UnusableInput where it cannot be read."""
     where = f"--dataset_name {args.dataset_name}" if path is None else str(path)
     try:
         data = load_data(path, args)
@@ -148,10 +144,8 @@ def open_rows(path, args):
     rows = itertools.chain([first], rows)
     if isinstance(first[0], str):
         if path is None or path.is_dir():
-            raise UnusableInput(
-                f"{path or args.dataset_name}: its pictures are addresses or paths, such as {first[0][:60]!r}; "
-                "download them with img2dataset"
-            )
+            what = f"its pictures are addresses or paths, such as {first[0][:60]!r}"
+            raise UnusableInput(f"{path or args.dataset_name}: {what}; download them with img2dataset")
         return list_source([file_entry(cell, text, path.parent) for cell, text in rows])
     entries = (cell_entry(n, cell, text, is_remote=path is None) for n, (cell, text) in enumerate(rows))
     if args.shuffle_seed is not None:

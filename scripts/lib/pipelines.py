@@ -15,6 +15,7 @@ from pathlib import Path
 import diffusers
 import torch
 import transformers
+from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
@@ -27,7 +28,7 @@ MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own lim
 # What the libraries raise for a file that is missing, damaged or made for something else.
 LOAD_ERRORS = (
     *(OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError),
-    *(SafetensorError, pickle.UnpicklingError),
+    *(SafetensorError, pickle.UnpicklingError, HTTPError),  # HTTPError: the Hub cannot be reached
 )
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")

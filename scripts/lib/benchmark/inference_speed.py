@@ -45,15 +45,7 @@ def add_lcm_lora(pipe, args):
         pipe.fuse_lora(adapter_names=["lcm"])
 
 
-def remove_lora(pipe, args):
-    """Take the adapter's layers out of the UNet."""
-    if args.fuse_lora:
-        pipe.unfuse_lora()
-    pipe.unload_lora_weights()
-
-
 def device_name(device):
-    """Return what the machine calls the device."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     cpuinfo = Path("/proc/cpuinfo")
@@ -64,8 +56,7 @@ def device_name(device):
 
 def time_cell(pipe, batch, steps, guidance, args):
     """Return (median seconds a batch, seconds of the first run, peak GiB) after runs that do not count."""
-    prompts, seeds = [PROMPT] * batch, list(range(batch))
-    runs = []
+    prompts, seeds, runs = [PROMPT] * batch, list(range(batch)), []
     for number in range(WARMUP_RUNS + args.repeats):
         if number == WARMUP_RUNS:
             reset_peak(pipe.device)
@@ -97,7 +88,9 @@ def timed_rows(pipe, args, dtype):
                 seconds, first, peak = time_cell(pipe, batch, steps, guidance, args)
                 row = {"sampler": name, "steps": steps, "batch": batch, "mode": mode, "seconds": seconds}
                 yield common | row | {"first_seconds": first, "peak_gib": peak}
-        remove_lora(pipe, args)
+        if args.fuse_lora:
+            pipe.unfuse_lora()
+        pipe.unload_lora_weights()
 
 
 def inference_table(rows):
@@ -123,8 +116,7 @@ def measure_inference(args):
     rows = []
     for row in timed_rows(load_model(args, device, dtype), args, dtype):
         rows.append(row)
-        text = f"{row['sampler']}, {row['mode']}, batch {row['batch']}: {row['seconds']:.3g} s"
-        print(text, file=sys.stderr)
+        print(f"{row['sampler']}, {row['mode']}, batch {row['batch']}: {row['seconds']:.3g} s", file=sys.stderr)
         if args.json:
             kept = json.loads(args.json.read_text()) if args.json.exists() else []
             args.json.parent.mkdir(parents=True, exist_ok=True)

@@ -46,7 +46,6 @@ def build_unet(model):
 
 
 def build_vae(scaling_factor):
-    """Return the VAE of SD 1.5 and SDXL, which differ in the scale of their latents."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
@@ -83,12 +82,8 @@ def published_parts(model):
 
 
 def build_teacher(model, args, dtype, device, check=True, **parts):  # noqa: ARG001 (load_teacher has `check`)
-    """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`.
-
-    As there, a part that is given takes the place of its own, and None leaves it out. Weights are made on the
-    device in the compute dtype, because SDXL in float32 would not fit cards on which it trains. Losses of one
-    precision can be compared between runs, losses of two precisions cannot.
-    """
+    """Return a pipeline with random weights, frozen; stands in for a training script's `load_teacher`."""
+    # Made on the device in the compute dtype, because SDXL in float32 would not fit cards on which it trains.
     torch.manual_seed(args.seed)
     kind, scheduler, makers = published_parts(model)
     usual = torch.get_default_dtype()

@@ -13,10 +13,7 @@ import torch
 
 
 def replace_step(trainer):
-    """Make a training script, loaded as a module, train as this recipe does.
-
-    Only three of its functions are replaced: load_teacher, make_optimizer, training_loss.
-    """
+    """Make a training script, loaded as a module, train as this recipe does, by three of its functions."""
     recipe = PlainRecipe(trainer)
     trainer.load_teacher = partial(recipe.load, trainer.load_teacher)
     trainer.make_optimizer = plain_optimizer
@@ -72,7 +69,6 @@ class PlainRecipe:
             pred = trainer.consistency(job.student, schedule, z_t, timesteps, conditioning, torch.float32)
             with torch.no_grad():
                 z_prev = self.teacher_step(schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w)
-                target = trainer.consistency(
-                    job.student, schedule, z_prev, prev_timesteps, conditioning, torch.float32
-                )
+                inputs = (z_prev, prev_timesteps, conditioning, torch.float32)
+                target = trainer.consistency(job.student, schedule, *inputs)
         return trainer.loss_between(schedule, pred, target, timesteps, job.args)

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from lib.benchmark.table import gpu_table
+from lib.benchmark.table import gpu_table, write_whole
 
 REAL_MODELS = ("sd15", "sdxl", "ssd1b")
 DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
@@ -50,14 +50,19 @@ def start_worker(**streams):
     )
 
 
+def words_of(model, recipe, args, flags):
+    """Return the words of one measurement."""
+    steps = ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps)]
+    return ["--model", model, "--recipe", recipe, *steps, *flags]
+
+
 def measure_one(args, words):
     """Measure each recipe of one case --repeats times, in turns; print and write the figures."""
     rounds = [{} for _ in range(args.repeats)]
     for measured in rounds:
         for recipe in args.recipe:
             worker = start_worker()
-            line = ["--model", args.model, "--recipe", recipe, *["--cached"] * args.cached]
-            line += ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps), *words]
+            line = words_of(args.model, recipe, args, ["--cached"] * args.cached + words)
             output, _ = worker.communicate(json.dumps(line))
             if worker.returncode:
                 print(f"error: the recipe {recipe} failed, exit code {worker.returncode}", file=sys.stderr)
@@ -92,14 +97,6 @@ def show_rounds(report):
         print(f"greatest relative difference of a loss: {report['loss_difference']:.1e}")
 
 
-def write_whole(path, text):
-    """Write a text file so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
-
-
 class Sweep:
     """The rows of `train --all`: each is written as soon as it is measured."""
 
@@ -132,9 +129,7 @@ class Sweep:
     def run(self, worker, case, recipe):
         """Return the figures of one measurement; None where the time ended before it did."""
         model, flags = self.words(*case)
-        args = self.args
-        line = ["--model", model, "--recipe", recipe, *flags]
-        line += ["--steps", str(args.steps), "--warmup_steps", str(args.warmup_steps)]
+        line = words_of(model, recipe, self.args, flags)
         try:
             output, errors = worker.communicate(json.dumps(line), timeout=max(self.seconds_left(), 1))
         except subprocess.TimeoutExpired:

@@ -30,13 +30,6 @@ def ratio(row, name):
     return f"{pair[0][name] / pair[1][name]:.2f}" if all(name in each for each in pair) else "–"
 
 
-def heading(report):
-    """Return one sentence that names the machine."""
-    machine, tiny = report["machine"], any(row["tiny"] for row in report["rows"])
-    kind = "the demo teachers at 64 px in bf16: a trial of the command" if tiny else "random weights"
-    return f"Measured on {machine.get('device')}, torch {machine.get('torch')}, {kind}."
-
-
 def settings(row):
     """Return (model, picture's side and batch, precision, options) of a row as text."""
     side = 64 if row["tiny"] else RESOLUTIONS[row["model"]]
@@ -45,8 +38,11 @@ def settings(row):
 
 
 def markdown(report, columns, rows):
-    lines = [columns, ["---"] * len(columns), *rows]
-    return f"{heading(report)}\n\n" + "".join(f"| {' | '.join(line)} |\n" for line in lines)
+    """Return a table below one sentence that names the machine."""
+    machine, tiny = report["machine"], any(row["tiny"] for row in report["rows"])
+    kind = "the demo teachers at 64 px in bf16: a trial of the command" if tiny else "random weights"
+    lines = "".join(f"| {' | '.join(line)} |\n" for line in [columns, ["---"] * len(columns), *rows])
+    return f"Measured on {machine.get('device')}, torch {machine.get('torch')}, {kind}.\n\n{lines}"
 
 
 def gpu_table(report):
@@ -86,6 +82,14 @@ def first_rows(report):
     return markdown(report, columns, rows)
 
 
+def write_whole(path, text):
+    """Write a text file so that a reader never sees half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
+
+
 def write_tables(figures, root=ROOT):
     """Write the tables between their markers; the exit code is 2 where a file has no markers."""
     tables = {"short": f"{NOT_MEASURED}\n", "full": f"{NOT_MEASURED}\n"}
@@ -97,9 +101,7 @@ def write_tables(figures, root=ROOT):
         text = path.read_text(encoding="utf-8")
         changed, places = PLACE.subn(lambda place: place[1] + tables[place[2]] + place[3], text)
         if places:
-            part = path.with_suffix(".part")
-            part.write_text(changed, encoding="utf-8")
-            os.replace(part, path)
+            write_whole(path, changed)
         else:
             marks = "`<!-- gpu table: short -->` and `<!-- end of gpu table -->`"
             print(f"error: {path}: has no place for the table; add the lines {marks}", file=sys.stderr)

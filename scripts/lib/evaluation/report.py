@@ -115,16 +115,24 @@ def html_table(head, body):
 
 def axis(values, start, end, is_log):
     """Return (function from a value to its pixel, at most 8 values to mark); values outside are at an end."""
-    warp, back = (math.log, math.exp) if is_log else (float, float)
-    low, high = warp(min(values)), warp(max(values))
-    margin = 0.05 * (high - low) or 0.5
-    low, high = low - margin, high + margin
+    low, high = min(values), max(values)
+    if is_log:
+        low, high = low / 1.15, high * 1.15
+        powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
+        marks = [m * 10.0**p for p in powers for m in (1, 2, 5)]
+    else:
+        margin = 0.05 * (high - low) or 0.5
+        low, high = low - margin, high + margin
+        step = 10 ** math.floor(math.log10(high - low)) / 2
+        marks = [n * step for n in range(math.ceil(low / step), math.floor(high / step) + 1)]
+    marks = [mark for mark in marks if low <= mark <= high]
+    warp = math.log if is_log else float
 
     def place(value):
-        share = (warp(min(max(value, back(low)), back(high))) - low) / (high - low)
+        share = (warp(min(max(value, low), high)) - warp(low)) / (warp(high) - warp(low))
         return round(start + share * (end - start), 1)
 
-    return place, [float(f"{back(low + (high - low) * n / 5):.2g}") for n in range(1, 5)]
+    return place, marks[:: 1 + len(marks) // 9]
 
 
 def plot(title, x_title, lines, marks=None):

@@ -117,9 +117,8 @@ def bootstrap_mean(values, resamples=1000, seed=0):
     """Return {value, low, high} of the mean of values [N]: the percentile bootstrap, 95%."""
     values = torch.as_tensor(values, dtype=torch.float64)
     generator = torch.Generator().manual_seed(seed)
-    means = torch.stack(
-        [values[torch.randint(len(values), (len(values),), generator=generator)].mean() for _ in range(resamples)]
-    )
+    draws = (torch.randint(len(values), (len(values),), generator=generator) for _ in range(resamples))
+    means = torch.stack([values[draw].mean() for draw in draws])
     low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
     return {"value": values.mean().item(), "low": low, "high": high}
 
