@@ -238,6 +238,20 @@ def add_distillation_args(parser):
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
 
+def add_matching_args(parser):
+    add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
+    add("--objective", choices=("consistency", "matching"), default="consistency",
+        help="consistency: LCM-LoRA. matching: bring the pictures of an LCM-LoRA (--init_lora) closer to the "
+        "teacher's; trains on captions alone, and the file is drawn with as before")
+    add("--prompts_file", metavar="FILE",
+        help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
+    add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
+        help="step counts to train for; an update draws one of them")
+    add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times --learning_rate")
+    add("--fake_updates", type=COUNT, default=1, help="updates of the fake score for each one of the LoRA")
+    add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which only the fake score learns")
+
+
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", "--train_data_dir", nargs="+", metavar="SHARDS",
@@ -324,6 +338,7 @@ def build_parser():
     add_model_args(parser)
     add_lora_args(parser)
     add_distillation_args(parser)
+    add_matching_args(parser)
     add_data_args(parser)
     add_optimizer_args(parser)
     add_output_args(parser)
@@ -346,8 +361,14 @@ def unknown_flag(word, parser):
 def check_args(args, error):
     """Call `error` where flags contradict each other or one is missing; single values are checked by their type."""
     for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
-        if not getattr(args, flag):
+        if not getattr(args, flag) and not (flag.startswith("train") and args.prompts_file):
             error(f"--{flag} is missing")
+    if args.prompts_file and (args.objective != "matching" or args.train_shards_path_or_url):
+        error("--prompts_file: only for --objective matching, and in place of --train_shards_path_or_url")
+    if args.objective == "matching" and not args.init_lora:
+        error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
+    if args.objective == "matching" and max(args.student_steps) > args.num_ddim_timesteps:
+        error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
@@ -367,6 +388,8 @@ def check_paths(args, error):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     if args.init_lora and not Path(args.init_lora).exists():
         error(f"--init_lora {args.init_lora}: no such file or folder; download the LoRA and name its file")
+    if args.prompts_file and not Path(args.prompts_file).is_file():
+        error(f"--prompts_file {args.prompts_file}: no such file; give a text file of prompts, one a line")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -397,6 +420,7 @@ def parse_args(argv=None):
     check_paths(args, parser.error)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
+    args.fake_learning_rate = args.fake_learning_rate or 3 * args.learning_rate
     if argv is None:  # trackers record the command line
         sys.argv = [masked(word.replace(args.hub_token or "\0", "***")) for word in sys.argv]
     return args
@@ -436,7 +460,7 @@ def public_flags(args):
         if isinstance(value, str):
             flags[name] = masked(value)
         elif isinstance(value, list) and name != "validation_prompts":  # in which "basic ..." is no credential
-            flags[name] = [masked(item) for item in value]
+            flags[name] = [masked(item) if isinstance(item, str) else item for item in value]
     return flags
 
 
@@ -624,6 +648,12 @@ class PictureFolder(NamedTuple):
         return self.name
 
 
+class PromptsFile(NamedTuple):
+    """A virtual shard: the lines of a text file, each a caption."""
+
+    path: str
+
+
 def is_remote(shard):
     return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
@@ -766,6 +796,10 @@ def shard_members(shard):
     """Yield (name, bytes) of the files in a shard that are data; raises one of STREAM_ERRORS if it breaks off."""
     if isinstance(shard, PictureFolder):
         yield from ((name, (shard.folder / name).read_bytes()) for name in shard.files)
+        return
+    if isinstance(shard, PromptsFile):
+        lines = enumerate(Path(shard.path).read_bytes().splitlines())
+        yield from ((f"{number}.txt", line) for number, line in lines if line.strip())
         return
     with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
         for member in tar:
@@ -997,12 +1031,16 @@ def crop(picture, args, rng):
 def prepare_sample(sample, args, epoch, cached=False):
     """Return an undecoded sample as a training sample; its crop is a function of (seed, epoch, shard, key)."""
     image = next((sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample), None)
-    if image is None and not cached:
+    is_matching, whole = getattr(args, "objective", None) == "matching", (args.resolution, args.resolution)
+    if image is None and not cached and not is_matching:
         raise SkippedSample("no picture")
     metadata = metadata_of(sample)
     unmeasured = {} if cached else {"side": math.inf}  # where the metadata lacks it, the picture tells below
     check_metadata(unmeasured | metadata, args)
     caption = caption_of(sample, metadata)
+    if is_matching:  # takes captions alone; size and crop are those that a pipeline draws with
+        tensors = cached_tensors(sample) if cached else {}
+        return tensors | {"caption": caption} | size_and_crop(whole, (0, 0), whole, args)
     if cached:
         return cached_tensors(sample) | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
@@ -1624,6 +1662,7 @@ class Job:
     prompts: list  # to draw at validation
     prompt_embeds: dict  # of the prompts
     state: RunState
+    fake: object = None  # a Fake, for --objective matching
 
 
 @dataclass
@@ -1644,12 +1683,17 @@ def send(tensor, device):
     return tensor.pin_memory().to(device, non_blocking=True)
 
 
+def make_generator(*key):
+    """Return a generator on the CPU, so that every device gets the same numbers, that is a function of the key."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator().manual_seed(seed)
+
+
 def draw(args, shape, global_step, micro_step, process_index, device):
     """Return the Draws for latents of `shape` [B,4,h,w]; also seeds torch, for LoRA dropout."""
-    key = np.random.SeedSequence([args.seed, global_step, micro_step, process_index])
-    seed, batch = int(key.generate_state(1, np.uint64)[0] >> 1), shape[0]
-    torch.manual_seed(seed)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, so that every device gets the same numbers
+    generator = make_generator(args.seed, global_step, micro_step, process_index)
+    torch.manual_seed(generator.initial_seed())
+    batch = shape[0]
     posterior_eps, eps = send(torch.randn(2, *shape, generator=generator), device)
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
@@ -1660,8 +1704,15 @@ def draw(args, shape, global_step, micro_step, process_index, device):
 def encode(job, batch):
     """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
     if "moments" in batch:
-        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
-    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
+        return batch["moments"], encode_text(job, batch)
+    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_text(job, batch)
+
+
+def encode_text(job, batch):
+    """Return the text embeddings by name of a batch of token ids or of cached tensors."""
+    if "ids" in batch:
+        return encode_ids(job.pipe, batch["ids"])
+    return {name: batch[name] for name in job.uncond_embeds}
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1696,14 +1747,18 @@ def consistency(unet, schedule, z_t, timesteps, conditioning, dtype):
     return c_skip * z_t + c_out * z0
 
 
-def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
-    """Return z_prev, the guided DDIM step of the teacher; both halves of the guidance are one batch."""
+def guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype):
+    """Return the teacher's guided (z0, eps) at z_t; both halves of the guidance are one batch."""
     twice, z_twice = timesteps.repeat(2), z_t.repeat(2, 1, 1, 1)
     output = predict(unet, z_twice, twice, concatenate([conditioning, uncond]), dtype)
     z0, eps = clean_estimate(schedule, output, z_twice, twice)
     (z0_cond, z0_uncond), (eps_cond, eps_uncond) = z0.chunk(2), eps.chunk(2)
-    z0_cfg = z0_cond + w * (z0_cond - z0_uncond)
-    eps_cfg = eps_cond + w * (eps_cond - eps_uncond)
+    return z0_cond + w * (z0_cond - z0_uncond), eps_cond + w * (eps_cond - eps_uncond)
+
+
+def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
+    """Return z_prev, the guided DDIM step of the teacher."""
+    z0_cfg, eps_cfg = guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype)
     return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
 
 
@@ -1746,22 +1801,31 @@ def batch_loss(job, batch, micro_step):
 
 def update(job, batches):
     """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
+    if job.fake:
+        return update_matching(job, batches)
     losses, positions = [], {}
-    parameters = [parameter for group in job.optimizer.param_groups for parameter in group["params"]]
     for micro_step in range(job.args.gradient_accumulation_steps):
         batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
             loss = batch_loss(job, batch, micro_step)
-            job.accelerator.backward(loss)
             losses.append(loss.detach())
-            if job.accelerator.sync_gradients:
-                grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
-            job.optimizer.step()
-            job.optimizer.zero_grad()
+            grad_norm = descend(job, job.optimizer, loss)
     job.lr_schedule.step()
     job.state.global_step += 1
     job.state.positions |= positions  # only now: a checkpoint between micro steps would lose their samples
     return torch.stack(losses).mean(), grad_norm
+
+
+def descend(job, optimizer, loss):
+    """Add a loss's gradient; at an update's last micro step, clip, step, and return the gradient's norm."""
+    job.accelerator.backward(loss)
+    grad_norm = None
+    if job.accelerator.sync_gradients:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        grad_norm = job.accelerator.clip_grad_norm_(parameters, job.args.max_grad_norm)
+    optimizer.step()
+    optimizer.zero_grad()
+    return grad_norm
 
 
 def next_batch(job, batches, positions):
@@ -1782,6 +1846,177 @@ def next_batch(job, batches, positions):
 
 
 # <<< shared: step
+
+# ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
+#
+# The student draws as a pipeline does, x = f(z_i, t_i), from pure noise. Two scores look at x, noised again to
+# a random tau: the teacher's, guided, says where a picture that the teacher draws lies; the fake's, learned on
+# the student's own pictures, where one that the student draws lies. x moves along their difference (DMD,
+# arXiv:2311.18828; with an LCM-LoRA as its start: TDM, arXiv:2503.06674).
+
+
+# >>> shared: matching
+TAU_MIN, TAU_END = 0.02, 0.98  # share of the T timesteps; outside, the teacher's estimate says little
+MIN_SIZE = 0.05  # of the latents' error, by which the direction is divided
+
+
+@dataclass
+class Fake:
+    """The fake score: a UNet on the teacher's weights, whose LoRA learns to denoise what the student draws."""
+
+    unet: torch.nn.Module
+    model: torch.nn.Module  # unet, wrapped in DDP for several processes
+    optimizer: torch.optim.Optimizer
+    lr_schedule: torch.optim.lr_scheduler.LRScheduler
+    grids: dict  # step count -> LCMScheduler's timesteps, descending
+    watched: dict = field(default_factory=dict)  # of the last update, on the device
+
+
+@dataclass
+class MatchingDraws:
+    """The random numbers of one forward pass: a function of (seed, update, micro step, process)."""
+
+    timesteps: list  # of the roll-out; the last one is trained; the same on all processes, so that none waits
+    noise: torch.Tensor  # [len(timesteps),B,4,h,w]
+    tau: torch.Tensor  # [1+M,B] int64: of the student's loss, and of the M of the fake
+    tau_eps: torch.Tensor  # [1+M,B,4,h,w]
+    w: torch.Tensor  # [B,1,1,1] guidance
+    empty: torch.Tensor  # [B] bool, captions to drop; on the CPU
+
+
+def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
+    """Return the Fake on the weights of a UNet that has no LoRA yet."""
+    unet = make_twin(base_unet)
+    options = {"lora_dropout": 0.0, "learning_rate": args.fake_learning_rate, "seed": args.seed + 1}
+    own = argparse.Namespace(**vars(args) | options)
+    parameters = add_lora(unet, own)
+    prepare_unet(unet.train(), args)  # checkpointing is for a UNet in training
+    optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
+    scheduler, grids = LCMScheduler.from_config(scheduler_config), {}
+    for steps in args.student_steps:
+        scheduler.set_timesteps(steps, original_inference_steps=args.num_ddim_timesteps)
+        grids[steps] = scheduler.timesteps.tolist()
+    model = wrap(unet, accelerator)
+    return Fake(unet, model, accelerator.prepare_optimizer(optimizer), lr_schedule, grids)
+
+
+def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
+    """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
+    common = make_generator(args.seed, global_step, micro_step)
+    grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
+    timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
+    generator = make_generator(args.seed, global_step, micro_step, process_index)
+    batch, times = shape[0], 1 + args.fake_updates
+    low, high = round(TAU_MIN * num_timesteps), round(TAU_END * num_timesteps)
+    noise = torch.randn(len(timesteps) + times, *shape, generator=generator)
+    tau = torch.randint(num_timesteps, (times, batch), generator=generator)
+    tau[0] = torch.randint(low, high, (batch,), generator=generator)
+    w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
+    empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
+    noise, tau, w = (send(part, device) for part in (noise, tau, w))
+    return MatchingDraws(timesteps, noise[:-times], tau, noise[-times:], w, empty)
+
+
+def roll_out(unet, schedule, timesteps, noise, conditioning, dtype):
+    """Return z at the last of the timesteps [len,B], drawn from pure noise as LCMScheduler draws."""
+    z_t = noise[0]
+    for t, next_t, eps in zip(timesteps, timesteps[1:], noise[1:], strict=False):
+        z_t = add_noise(schedule, consistency(unet, schedule, z_t, t, conditioning, dtype), eps, next_t)
+    return z_t
+
+
+def two_estimates(teacher, fake, schedule, x, tau, eps, conditioning, uncond, w, dtype):
+    """Return (the guided teacher's, the fake's) clean estimate of x [B,4,h,w] noised to tau."""
+    z_tau = add_noise(schedule, x, eps, tau)
+    real_z0, _ = guided_estimate(teacher, schedule, z_tau, tau, conditioning, uncond, w, dtype)
+    fake_z0, _ = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
+    return real_z0, fake_z0
+
+
+def matching_loss(x, real_z0, fake_z0):
+    """Return a loss whose gradient moves x from the fake's estimate towards the teacher's (DMD, eq. 7 and 8)."""
+    size = (x - real_z0).abs().mean((1, 2, 3), keepdim=True).clamp(min=MIN_SIZE)
+    target = (x + (real_z0 - fake_z0) / size).detach()
+    return (x - target).square().mean() / 2
+
+
+def fake_loss(fake, schedule, x, tau, eps, conditioning, dtype):
+    """Return the fake's denoising loss on what the student drew, without guidance."""
+    z_tau = add_noise(schedule, x, eps, tau)
+    _, fake_eps = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
+    return (fake_eps - eps).square().mean()
+
+
+@torch.no_grad()
+def matching_inputs(job, batch, micro_step):
+    """Return (z_t drawn by the student, its timestep [B], conditioning, uncond, draws) for captions of a batch."""
+    args, accelerator, unet = job.args, job.accelerator, job.student_unet
+    batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
+    sides = [args.resolution // job.pipe.vae_scale_factor] * 2 if "ids" in batch else batch["moments"].shape[2:]
+    draws = draw_matching(
+        args, job.fake.grids, (len(batch["caption"]), unet.config.in_channels, *sides), len(job.schedule.alphas),
+        job.state.global_step, micro_step, accelerator.process_index, accelerator.device,
+    )  # fmt: skip
+    conditioning, uncond = condition(job.uncond_embeds, encode_text(job, batch), batch, draws.empty)
+    timesteps = draws.tau.new_tensor(draws.timesteps)[:, None].expand(-1, len(batch["caption"]))
+    was_training = unet.training
+    unet.eval()  # pictures are drawn without dropout
+    z_t = roll_out(unet, job.schedule, timesteps, draws.noise, conditioning, job.dtype)
+    unet.train(was_training)
+    return z_t, timesteps[-1], conditioning, uncond, draws
+
+
+def student_loss(job, x, conditioning, uncond, draws):
+    """Return the matching loss of the student's clean latents x, noting what tells a fake that lags."""
+    with torch.no_grad():
+        real_z0, fake_z0 = two_estimates(
+            job.teacher_unet, job.fake.unet, job.schedule, x, draws.tau[0], draws.tau_eps[0], conditioning, uncond,
+            draws.w, job.dtype,
+        )  # fmt: skip
+        cosine = functional.cosine_similarity(real_z0.flatten(1), fake_z0.flatten(1)).mean()
+        job.fake.watched = {
+            "fake_norm_ratio": fake_z0.norm() / real_z0.norm(),
+            "fake_cosine": cosine,
+            "x_std": x.std(),
+        }
+    return matching_loss(x, real_z0, fake_z0)
+
+
+def update_matching(job, batches):
+    """Make one update of the student's LoRA, then those of the fake's; return (loss, gradient norm).
+
+    In the first updates the fake alone learns, and loss and norm are its own.
+    """
+    args, fake, losses, drawn, positions = job.args, job.fake, [], [], {}
+    is_trained = job.state.global_step >= args.fake_warmup_steps
+    for micro_step in range(args.gradient_accumulation_steps):
+        inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
+        z_t, timesteps, conditioning, uncond, draws = inputs
+        with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
+            student = job.student if is_trained else job.student_unet  # DDP would expect a backward pass
+            x = consistency(student, job.schedule, z_t, timesteps, conditioning, job.dtype)
+            drawn.append((x.detach(), conditioning, draws))
+            if is_trained:
+                loss = student_loss(job, x, conditioning, uncond, draws)
+                losses.append(loss.detach())
+                grad_norm = descend(job, job.optimizer, loss)
+    for number in range(1, 1 + args.fake_updates):
+        for x, conditioning, draws in drawn:
+            with job.accelerator.accumulate(fake.model):
+                tau, eps = draws.tau[number], draws.tau_eps[number]
+                loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
+                fake_norm = descend(job, fake.optimizer, loss)
+                if not is_trained:
+                    losses.append(loss.detach())
+    if is_trained:
+        job.lr_schedule.step()
+    fake.lr_schedule.step()
+    job.state.global_step += 1
+    job.state.positions |= positions
+    return torch.stack(losses).mean(), grad_norm if is_trained else fake_norm
+
+
+# <<< shared: matching
 
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
@@ -1877,9 +2112,11 @@ def write_checkpoint(job, manifest):
     scratch = output_dir / f".writing-{final.name}"
     try:
         shutil.rmtree(scratch, ignore_errors=True)
-        (scratch / "unet").mkdir(parents=True)
+        scratch.mkdir(parents=True)
         save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
-        save_for_peft(job.student_unet, scratch / "unet")
+        for folder_name, unet in trained_unets(job).items():
+            (scratch / folder_name).mkdir()
+            save_for_peft(unet, scratch / folder_name)
         states = {name: part.state_dict() for name, part in stateful_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
             torch.save(states, file)
@@ -1897,14 +2134,22 @@ def write_checkpoint(job, manifest):
         raise UnusableInput(f"{cause}; earlier checkpoints are whole; {remedy}") from error
 
 
+def trained_unets(job):
+    """Return the UNets with a LoRA in training, by their folder in a checkpoint."""
+    return {"unet": job.student_unet} | ({"fake": job.fake.unet} if job.fake else {})
+
+
 def stateful_parts(job):
     parts = {"optimizer": job.optimizer, "lr_schedule": job.lr_schedule, "scaler": job.accelerator.scaler}
+    if job.fake:
+        parts |= {"fake_optimizer": job.fake.optimizer, "fake_lr_schedule": job.fake.lr_schedule}
     return {name: part for name, part in parts.items() if part is not None}
 
 
 def load_checkpoint(job, folder, manifest):
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
-    set_peft_model_state_dict(job.student_unet, load_file(folder / "unet" / "adapter_model.safetensors"))
+    for name, unet in trained_unets(job).items():
+        set_peft_model_state_dict(unet, load_file(folder / name / "adapter_model.safetensors"))
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
     for name, part in stateful_parts(job).items():
         part.load_state_dict(states[name])
@@ -1987,7 +2232,7 @@ class Log:
     def __init__(self, job):
         self.job, self.accelerator = job, job.accelerator
         self.path = Path(job.args.output_dir) / "log.jsonl"
-        self.rows = []  # (step, loss, gradient norm, learning rate) of updates since the last flush
+        self.rows = []  # (step, loss, gradient norm, learning rate, more by name) of updates since the last flush
         self.skipped_updates = 0
         self.started = time.monotonic()  # the clock of training alone
         last, is_main = job.state.global_step, self.accelerator.is_main_process
@@ -1999,23 +2244,26 @@ class Log:
             kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
             write_atomically(self.path, "".join(kept))
 
-    def add(self, step, loss, grad_norm, lr):
-        self.rows.append((step, loss, grad_norm, lr))
+    def add(self, step, loss, grad_norm, lr, watched=None):
+        self.rows.append((step, loss, grad_norm, lr, watched or {}))
         self.bar.update()
 
     def flush(self):
         """Average the noted losses over processes, write them everywhere, and raise NonFiniteLoss on a bad one."""
         if not self.rows:
             return
-        values = torch.stack([torch.stack([loss, norm]) for _, loss, norm, _ in self.rows])
+        names = self.rows[-1][4]  # the first updates of a matching run have fewer
+        values = [[loss, norm, *(more.get(name, loss * 0) for name in names)] for _, loss, norm, _, more in self.rows]
+        values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
         values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
         samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
         speed, lines, error = samples / (time.monotonic() - self.started), [], None
-        for (step, _, _, lr), (loss, norm) in zip(self.rows, values, strict=True):
+        for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
             if error := self.fault(step, loss, norm):
                 break
             norm = norm if math.isfinite(norm) else None
-            lines.append({"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed})
+            line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
+            lines.append(line | (dict(zip(names, watched, strict=True)) if more else {}))
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -2471,7 +2719,7 @@ def train(job, loader, save):
         lr = job.lr_schedule.get_last_lr()[0]
         with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
             loss, grad_norm = update(job, batches)
-            log.add(state.global_step, loss, grad_norm, lr)
+            log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
         last = state.global_step == job.max_train_steps
         is_due = last or state.global_step % args.checkpointing_steps == 0
         if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
@@ -2531,26 +2779,34 @@ def load_models(args, dtype, device, samples, cache):
     return loaded
 
 
+def wrap(unet, accelerator):
+    """Return the UNet, in DDP where there are several processes."""
+    if accelerator.num_processes == 1:
+        return unet
+    # By hand, because accelerate's `prepare` adds autocast.
+    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
+
+
 def make_job(args, accelerator, samples, cache, state):
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
-    teacher_unet = make_twin(student_unet)
+    teacher_unet, fake = make_twin(student_unet), None
+    if args.objective == "matching":
+        fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
     parameters = add_lora(student_unet, args)
     if args.init_lora:
         load_init_lora(student_unet, args.init_lora)  # where a run is resumed, its checkpoint takes their place
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max_train_steps)
-    student = student_unet
-    if accelerator.num_processes > 1:  # by hand, because accelerate's `prepare` adds autocast
-        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-        student = torch.nn.parallel.DistributedDataParallel(student_unet, devices, gradient_as_bucket_view=True)
+    updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max(1, updates))
     return Job(
         args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
-        student=student, schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, **loaded,
+        student=wrap(student_unet, accelerator), schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
+        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
     )  # fmt: skip
 
 
@@ -2597,7 +2853,9 @@ def main(args, state):
     # What cannot be trained on is an error before any model loads.
     agree(accelerator, check_teacher, args)
     say("reading the first samples")
-    shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
+    shards = [PromptsFile(args.prompts_file)]
+    if not args.prompts_file:
+        shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)

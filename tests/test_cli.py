@@ -106,13 +106,15 @@ def test_defaults_are_the_released_recipe(name):
 COUNTS = """
 lora_rank num_ddim_timesteps resolution train_batch_size gradient_accumulation_steps max_train_steps
 num_train_epochs max_train_samples checkpointing_steps checkpoints_total_limit logging_steps
-vae_encode_batch_size shuffle_buffer_samples max_image_pixels
+vae_encode_batch_size shuffle_buffer_samples max_image_pixels student_steps fake_updates
 """.split()
-FROM_ZERO = "dataloader_num_workers lr_warmup_steps seed min_image_side_px".split()
-POSITIVE = "lora_alpha learning_rate adam_epsilon max_grad_norm huber_c timestep_scaling_factor".split()
+FROM_ZERO = "dataloader_num_workers fake_warmup_steps lr_warmup_steps seed min_image_side_px".split()
+POSITIVE = (
+    "lora_alpha learning_rate fake_learning_rate adam_epsilon max_grad_norm huber_c timestep_scaling_factor".split()
+)
 SHARES = "lora_dropout adam_beta1 adam_beta2 proportion_empty_prompts max_watermark max_unsafe".split()
 CHOICES = """
-loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type prediction_type
+objective loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type prediction_type
 """.split()
 WRONG = {
     "counts": [(name, value) for name in COUNTS for value in (0, -1, 1.5, "nan")],

@@ -45,7 +45,7 @@ IN_ONE = {
         ["region 'step' differs", "+def draw(args, shape=None,"],
     ),
     "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "'step' closes, open is None"]),
-    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'run' opens inside 'step'"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'matching' opens inside 'step'"]),
     "the last region without its end": (replaced("# <<< shared: run\n", ""), ["'run' is never closed"]),
     "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
     "regions in another order": (swapped, ["regions differ"]),

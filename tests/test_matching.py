@@ -1,0 +1,304 @@
+"""The matching stage: the direction of its gradient, the fake's loss, the roll-out, the update, the resume."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate import Accelerator
+from conftest import flags, launch, one_family, read_log
+from diffusers import DDIMScheduler, LCMScheduler
+from safetensors.torch import load_file
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
+
+
+@pytest.fixture(scope="module")
+def start_lora(script, teacher, tmp_path_factory):
+    """Return a LoRA to start from whose B is not zero."""
+    folder = tmp_path_factory.mktemp("start")
+    args = script.parse_args(flags(teacher, "x", "x"))
+    unet = script.load_teacher(args, F32, CPU).unet
+    for number, parameter in enumerate(script.add_lora(unet, args)):
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+    script.save_lora(unet, folder / script.WEIGHTS_NAME, args)
+    return folder / script.WEIGHTS_NAME
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    path = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    path.write_text("".join(f"sea {number}\n\n" for number in range(20)))
+    return path
+
+
+def matching_flags(teacher, prompts, start_lora, output_dir, **changes):
+    values = {
+        "train_shards_path_or_url": None, "prompts_file": prompts, "objective": "matching", "init_lora": start_lora,
+        "fake_warmup_steps": 1, "w_min": 2, "w_max": 3,
+    }  # fmt: skip
+    return flags(teacher, None, output_dir, **values | changes)
+
+
+@pytest.fixture
+def job(script, teacher, prompts, start_lora, tmp_path):
+    return job_of(script, matching_flags(teacher, prompts, start_lora, tmp_path))
+
+
+def job_of(script, line):
+    args = script.parse_args(line)
+    shards = [script.PromptsFile(args.prompts_file)]
+    samples, _, cache = script.audit(shards, args)
+    accelerator = Accelerator(cpu=True)
+    job = script.make_job(args, accelerator, samples, cache, script.RunState())
+    stream = script.make_stream(job, shards, 0, None, cache)
+    return SimpleNamespace(job=job, args=args, batches=iter(stream))
+
+
+def schedule_of(script, teacher, prediction_type="epsilon"):
+    scheduler = DDIMScheduler.from_pretrained(teacher, subfolder="scheduler", prediction_type=prediction_type)
+    args = SimpleNamespace(num_ddim_timesteps=50, loss_space="sample", timestep_scaling_factor=10.0)
+    return script.make_schedule(scheduler.config, args, CPU), scheduler
+
+
+class GaussianScore(torch.nn.Module):
+    """A UNet that knows its data: each element is of N(mean, std^2); predicts eps exactly."""
+
+    def __init__(self, schedule, mean, std):
+        super().__init__()
+        self.schedule, self.mean, self.std = schedule, mean, std
+
+    def forward(self, z_t, timesteps, shift=None, **_):
+        alpha, sigma = self.schedule.at(timesteps)
+        mean = self.mean + shift.view(-1, 1, 1, 1)
+        gain = alpha * self.std**2 / (alpha**2 * self.std**2 + sigma**2)
+        return ((z_t - alpha * (mean + gain * (z_t - alpha * mean))) / sigma,)
+
+
+@pytest.mark.parametrize("w", [0.0, 2.0])
+def test_the_gradient_moves_the_student_onto_the_teacher(script, teacher, w):
+    """Student N(m, s^2) with an exact fake; the guided teacher's Gaussian is known: its mean moves by w * shift."""
+    schedule, _ = schedule_of(script, teacher)
+    generator = torch.Generator().manual_seed(0)
+    mean, log_std = torch.tensor(1.0, requires_grad=True), torch.tensor(-1.5, requires_grad=True)
+    real = GaussianScore(schedule, -0.5, 0.8)
+    optimizer = torch.optim.Adam([mean, log_std], lr=0.03)
+    given, free = {"shift": torch.full((64,), 0.3)}, {"shift": torch.zeros(64)}
+    for _ in range(300):
+        x = mean + log_std.exp() * torch.randn(64, 4, 2, 2, generator=generator)
+        fake = GaussianScore(schedule, mean.detach() - 0.3, log_std.detach().exp())
+        tau = torch.randint(20, 980, (64,), generator=generator)
+        eps = torch.randn(x.shape, generator=generator)
+        with torch.no_grad():
+            estimates = script.two_estimates(real, fake, schedule, x, tau, eps, given, free, torch.tensor(w), F32)
+        loss = script.matching_loss(x, *estimates)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    if w == 0:
+        assert mean.item() == pytest.approx(-0.2, abs=0.08) and log_std.exp().item() == pytest.approx(0.8, abs=0.08)
+    else:  # guidance moves the mean away from that without a caption
+        assert mean.item() > 0.0
+
+
+def estimates_by_diffusers(scheduler, unets, x, tau, eps, given, free, w, **broken):
+    """Return (real, fake) clean estimates written from their definition, sample by sample."""
+    real, fake = unets
+    z = scheduler.add_noise(x, eps, tau)
+
+    def clean(unet, n, conditioning):
+        one = {
+            k: {i: j[n : n + 1] for i, j in v.items()} if isinstance(v, dict) else v[n : n + 1]
+            for k, v in conditioning.items()
+        }
+        output = unet(z[n : n + 1], tau[n], **one).sample
+        return scheduler.step(output, tau[n], z[n : n + 1]).pred_original_sample
+
+    guide = 0.0 if broken.get("teacher_without") else 1.0
+    rows = [(clean(real, n, given), clean(real, n, free), clean(fake, n, given)) for n in range(len(x))]
+    return (
+        torch.cat([c + guide * w[n] * (c - u) for n, (c, u, _) in enumerate(rows)]),
+        torch.cat([f + w[n] * (f - u) if broken.get("fake_guided") else f for n, (_, u, f) in enumerate(rows)]),
+    )
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+def test_estimates_and_the_fakes_loss_are_their_definitions(script, teacher, job, prediction_type):
+    schedule, scheduler = schedule_of(script, teacher, prediction_type)
+    scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
+    scheduler.set_timesteps(1000)
+    job = job.job
+    _, _, given, free, draws = script.matching_inputs(job, batch_for(script, job), 0)
+    x = torch.randn(draws.w.shape[0], 4, 16, 16, generator=torch.Generator().manual_seed(5))
+    tau, eps = torch.tensor([700, 130]), torch.randn(x.shape, generator=torch.Generator().manual_seed(6))
+    unets = job.teacher_unet, job.student_unet.eval()  # the student stands for a fake whose LoRA has learned
+    estimates = script.two_estimates(*unets, schedule, x, tau, eps, given, free, draws.w, F32)
+    expected = estimates_by_diffusers(scheduler, unets, x, tau, eps, given, free, draws.w)
+    for value, wanted in zip(estimates, expected, strict=True):
+        torch.testing.assert_close(value, wanted, rtol=1e-4, atol=1e-4)
+    for broken in ("teacher_without", "fake_guided"):
+        wrong = estimates_by_diffusers(scheduler, unets, x, tau, eps, given, free, draws.w, **{broken: True})
+        assert not all(torch.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(estimates, wrong, strict=True))
+    z_tau = scheduler.add_noise(x, eps, tau)
+    alpha = scheduler.alphas_cumprod[tau].sqrt().view(-1, 1, 1, 1)
+    implied = (z_tau - alpha * estimates[1]) / (1 - alpha**2).sqrt()  # the eps of the fake's clean estimate
+    loss = script.fake_loss(unets[1], schedule, x, tau, eps, given, F32)
+    torch.testing.assert_close(loss, (implied - eps).square().mean(), rtol=1e-3, atol=1e-5)
+
+
+def batch_for(script, job):
+    ids = script.tokenize([getattr(job.pipe, name) for name in script.TEXT_PARTS if "tokenizer" in name], ["a", "b"])
+    time_ids = torch.tensor([[32.0, 32, 0, 0, 32, 32]] * 2)
+    return {"caption": ["sea", "lake"], "ids": ids, "time_ids": time_ids}
+
+
+def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
+    x = torch.zeros(1, 4, 2, 2, requires_grad=True)
+    real, fake = torch.full_like(x, 2.0), torch.full_like(x, 1.0)
+    script.matching_loss(x, real.detach(), fake.detach()).backward()
+    torch.testing.assert_close(x.grad, torch.full_like(x, -(2.0 - 1.0) / 2.0 / x.numel()))
+    x.grad = None
+    script.matching_loss(x, fake.detach() * 1e-3, fake.detach() * 2e-3).backward()  # an error below the least size
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_SIZE / x.numel()))
+
+
+def test_the_roll_out_draws_as_lcm_scheduler_does_and_without_gradient(script, job):
+    job = job.job
+    scheduler = LCMScheduler.from_config(job.pipe.scheduler.config)
+    for steps, grid in job.fake.grids.items():
+        scheduler.set_timesteps(steps)
+        assert grid == scheduler.timesteps.tolist()
+    scheduler.set_timesteps(4)
+    batch = batch_for(script, job)
+    with torch.no_grad():
+        embeds = script.encode_text(job, batch)
+    given, _ = script.condition(job.uncond_embeds, embeds, batch, torch.zeros(2, dtype=torch.bool))
+    generator = torch.Generator().manual_seed(3)
+    z = first = torch.randn(2, 4, 16, 16, generator=generator)
+    state, unet = generator.get_state(), job.student_unet.eval()
+    with torch.no_grad():
+        for t in scheduler.timesteps[:3]:
+            z = scheduler.step(unet(z, t, **given).sample, t, z, generator=generator).prev_sample
+    generator.set_state(state)
+    noise = torch.stack([first, *(torch.randn(first.shape, generator=generator) for _ in range(3))])
+    timesteps = scheduler.timesteps[:, None].expand(-1, 2)
+    with torch.no_grad():
+        drawn = script.roll_out(unet, job.schedule, timesteps, noise, given, F32)
+    torch.testing.assert_close(drawn, z, rtol=1e-4, atol=1e-4)
+    z_t, timestep, *_ = script.matching_inputs(job, batch, 0)
+    assert not z_t.requires_grad and timestep.shape == (2,)
+
+
+def test_draws_are_a_function_of_seed_update_and_process(script, job):
+    args, grids = job.args, job.job.fake.grids
+    shape, seen, taus, fake_taus = (2, 4, 4, 4), set(), [], []
+
+    def draw(step, process):
+        return script.draw_matching(args, grids, shape, 1000, step, 0, process, CPU)
+
+    for step in range(400):
+        one, other = draw(step, 0), draw(step, 1)
+        assert one.timesteps == other.timesteps and len(one.noise) == len(one.timesteps)
+        assert not torch.equal(one.noise, other.noise) and not torch.equal(one.tau_eps, other.tau_eps)
+        seen.add(tuple(one.timesteps))
+        taus += one.tau[0].tolist() + other.tau[0].tolist()
+        fake_taus += one.tau[1:].flatten().tolist() + other.tau[1:].flatten().tolist()
+    assert torch.equal(draw(7, 0).noise, draw(7, 0).noise)
+    assert seen == {tuple(grid[: i + 1]) for grid in grids.values() for i in range(len(grid))}
+    assert 20 <= min(taus) < 30 and 970 <= max(taus) < 980
+    assert min(fake_taus) < 10 and max(fake_taus) > 990
+
+
+def lora_of(unet):
+    return {name: value.clone() for name, value in unet.state_dict().items() if "lora_" in name}
+
+
+def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
+    batches, job = job.batches, job.job
+    base = {name: value.clone() for name, value in job.teacher_unet.state_dict().items()}
+    unets = job.student_unet, job.fake.unet
+    before = [lora_of(unet) for unet in unets]
+    loss, _ = script.update(job, batches)
+    after = [lora_of(unet) for unet in unets]
+    assert math.isfinite(loss)
+    assert all(torch.equal(value, before[0][name]) for name, value in after[0].items())  # the fake's head start
+    assert any(not torch.equal(value, before[1][name]) for name, value in after[1].items())
+    script.update(job, batches)
+    final = [lora_of(unet) for unet in unets]
+    assert all(any(not torch.equal(f[name], a[name]) for name in a) for f, a in zip(final, after, strict=True))
+    assert all(torch.equal(value, base[name]) for name, value in job.teacher_unet.state_dict().items())
+    assert all(parameter.grad is None for unet in unets for parameter in unet.parameters())
+    assert job.fake.watched.keys() == {"fake_norm_ratio", "fake_cosine", "x_std"}
+
+
+def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, monkeypatch):
+    calls = []
+    plain = script.predict
+
+    def spied(unet, *rest):
+        calls.append((unet is job.job.student, torch.is_grad_enabled()))
+        return plain(unet, *rest)
+
+    monkeypatch.setattr(script, "predict", spied)
+    job.job.state.global_step = 5
+    script.update(job.job, job.batches)
+    assert [with_grad for is_student, with_grad in calls if is_student].count(True) == 1
+    assert calls[-1] == (False, True)  # the fake learns last
+
+
+SETTINGS = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "fake_updates": 2, "lr_scheduler": "linear"}
+
+
+@one_family
+def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints(
+    script, teacher, prompts, start_lora, tmp_path
+):
+    for name in ("whole", "broken"):
+        steps = 6 if name == "whole" else 4
+        line = matching_flags(teacher, prompts, start_lora, tmp_path / name, **SETTINGS)
+        done = launch([*line, "--lr_scheduler", "constant", "--max_train_steps", steps])
+        assert done.returncode == 0, done.stderr
+    done = launch([*line, "--lr_scheduler", "constant"])
+    assert done.returncode == 0 and "resuming from" in done.stderr, done.stderr
+    adapters = [f"checkpoint-6/{name}/adapter_model.safetensors" for name in ("unet", "fake")]
+    for path in (script.WEIGHTS_NAME, *adapters):
+        one, other = (load_file(tmp_path / name / path) for name in ("whole", "broken"))
+        assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items()), path
+    rows = [[{**row, "samples_per_second": 0} for row in read_log(tmp_path / name)] for name in ("whole", "broken")]
+    assert rows[0] == rows[1] and "fake_cosine" in rows[0][-1]
+    files = {path.name for path in (tmp_path / "whole").iterdir()}
+    assert "fake" not in files and [name for name in files if "safetensors" in name] == [script.WEIGHTS_NAME]
+
+
+@pytest.mark.parametrize("source", ["shards", "prompts"])
+def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path, source):
+    changes = {"train_shards_path_or_url": shards, "prompts_file": None} if source == "shards" else {}
+    line = matching_flags(teacher, prompts, start_lora, tmp_path, max_train_steps=2, use_8bit_adam=True, **changes)
+    done = launch(line, script=f"{script.__name__}.py", processes=2)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "changes,named",
+    [
+        ({"init_lora": None}, "--init_lora"), ({"objective": None}, "--prompts_file"),
+        ({"train_shards_path_or_url": "x"}, "--prompts_file"), ({"prompts_file": "none.txt"}, "none.txt"),
+        ({"student_steps": [4, 99]}, "--student_steps 99"),
+    ],
+)  # fmt: skip
+def test_wrong_flags_are_named(script, prompts, start_lora, capsys, changes, named):
+    with pytest.raises(SystemExit):
+        script.parse_args(matching_flags("owner/name", prompts, start_lora, "out", **changes))
+    assert named in capsys.readouterr().err
+
+
+def test_checkpointing_computes_the_same(script, teacher, prompts, start_lora, tmp_path):
+    losses = []
+    for changes in ({}, {"gradient_checkpointing": True}):
+        line = matching_flags(teacher, prompts, start_lora, tmp_path, **changes)
+        job = job_of(script, line)
+        losses.append([script.update(job.job, job.batches)[0].item() for _ in range(2)])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
