@@ -247,6 +247,8 @@ def add_matching_args(parser):
         help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
         help="step counts to train for; an update draws one of them")
+    add("--student_eta", type=SHARE, default=0.3,
+        help="share of fresh noise between the student's steps: 0 draws as DDIM does, 1 as LCMScheduler")
     add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times --learning_rate")
     add("--fake_updates", type=COUNT, default=1, help="updates of the fake score for each one of the LoRA")
     add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which only the fake score learns")
@@ -1890,7 +1892,7 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     options = {"lora_dropout": 0.0, "learning_rate": args.fake_learning_rate, "seed": args.seed + 1}
     own = argparse.Namespace(**vars(args) | options)
     parameters = add_lora(unet, own)
-    prepare_unet(unet.train(), args)  # checkpointing is for a UNet in training
+    prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
     scheduler, grids = LCMScheduler.from_config(scheduler_config), {}
     for steps in args.student_steps:
@@ -1906,6 +1908,7 @@ def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, pr
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
     timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
     generator = make_generator(args.seed, global_step, micro_step, process_index)
+    torch.manual_seed(generator.initial_seed())  # for LoRA dropout
     batch, times = shape[0], 1 + args.fake_updates
     low, high = round(TAU_MIN * num_timesteps), round(TAU_END * num_timesteps)
     noise = torch.randn(len(timesteps) + times, *shape, generator=generator)
@@ -1917,11 +1920,17 @@ def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, pr
     return MatchingDraws(timesteps, noise[:-times], tau, noise[-times:], w, empty)
 
 
-def roll_out(unet, schedule, timesteps, noise, conditioning, dtype):
-    """Return z at the last of the timesteps [len,B], drawn from pure noise as LCMScheduler draws."""
+def roll_out(unet, schedule, timesteps, noise, eta, conditioning, dtype):
+    """Return z at the last of the timesteps [len,B], drawn from pure noise; eta of the noise between steps is fresh.
+
+    At eta 1 as LCMScheduler draws; below, near to DDIM of that eta (arXiv:2010.02502, eq. 16).
+    """
     z_t = noise[0]
-    for t, next_t, eps in zip(timesteps, timesteps[1:], noise[1:], strict=False):
-        z_t = add_noise(schedule, consistency(unet, schedule, z_t, t, conditioning, dtype), eps, next_t)
+    for t, next_t, fresh in zip(timesteps, timesteps[1:], noise[1:], strict=False):
+        x = consistency(unet, schedule, z_t, t, conditioning, dtype)
+        alpha, sigma = schedule.at(t)
+        eps = (z_t - alpha * x) / sigma  # that x implies
+        z_t = add_noise(schedule, x, math.sqrt(1 - eta**2) * eps + eta * fresh, next_t)
     return z_t
 
 
@@ -1959,10 +1968,9 @@ def matching_inputs(job, batch, micro_step):
     )  # fmt: skip
     conditioning, uncond = condition(job.uncond_embeds, encode_text(job, batch), batch, draws.empty)
     timesteps = draws.tau.new_tensor(draws.timesteps)[:, None].expand(-1, len(batch["caption"]))
-    was_training = unet.training
     unet.eval()  # pictures are drawn without dropout
-    z_t = roll_out(unet, job.schedule, timesteps, draws.noise, conditioning, job.dtype)
-    unet.train(was_training)
+    z_t = roll_out(unet, job.schedule, timesteps, draws.noise, args.student_eta, conditioning, job.dtype)
+    unet.train(args.lora_dropout > 0)
     return z_t, timesteps[-1], conditioning, uncond, draws
 
 
@@ -1987,7 +1995,7 @@ def update_matching(job, batches):
 
     In the first updates the fake alone learns, and loss and norm are its own.
     """
-    args, fake, losses, drawn, positions = job.args, job.fake, [], [], {}
+    args, fake, losses, fake_losses, drawn, positions = job.args, job.fake, [], [], [], {}
     is_trained = job.state.global_step >= args.fake_warmup_steps
     for micro_step in range(args.gradient_accumulation_steps):
         inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
@@ -2006,14 +2014,14 @@ def update_matching(job, batches):
                 tau, eps = draws.tau[number], draws.tau_eps[number]
                 loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
                 fake_norm = descend(job, fake.optimizer, loss)
-                if not is_trained:
-                    losses.append(loss.detach())
+                fake_losses.append(loss.detach())
     if is_trained:
         job.lr_schedule.step()
+        fake.watched["fake_loss"] = torch.stack(fake_losses).mean()
     fake.lr_schedule.step()
     job.state.global_step += 1
     job.state.positions |= positions
-    return torch.stack(losses).mean(), grad_norm if is_trained else fake_norm
+    return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else fake_norm
 
 
 # <<< shared: matching
@@ -2358,7 +2366,7 @@ def write_card(job, drawn):
     usual = LCMScheduler().config
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
-        "resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
+        "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
     )
     training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags)
@@ -2581,6 +2589,10 @@ def count_updates(args, accelerator):
         updates = math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= updates:  # it would divide by zero
         raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the run's {updates} updates")
+    if args.objective == "matching" and args.fake_warmup_steps >= updates:
+        raise UnusableInput(
+            f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the run's {updates} updates"
+        )
     return updates
 
 
@@ -2802,7 +2814,7 @@ def make_job(args, accelerator, samples, cache, state):
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, max(1, updates))
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, updates)
     return Job(
         args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
         student=wrap(student_unet, accelerator), schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),

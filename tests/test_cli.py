@@ -112,7 +112,7 @@ FROM_ZERO = "dataloader_num_workers fake_warmup_steps lr_warmup_steps seed min_i
 POSITIVE = (
     "lora_alpha learning_rate fake_learning_rate adam_epsilon max_grad_norm huber_c timestep_scaling_factor".split()
 )
-SHARES = "lora_dropout adam_beta1 adam_beta2 proportion_empty_prompts max_watermark max_unsafe".split()
+SHARES = "lora_dropout adam_beta1 adam_beta2 proportion_empty_prompts max_watermark max_unsafe student_eta".split()
 CHOICES = """
 objective loss_type loss_space lr_scheduler report_to mixed_precision interpolation_type prediction_type
 """.split()

@@ -53,7 +53,7 @@ def job_of(script, line):
     samples, _, cache = script.audit(shards, args)
     accelerator = Accelerator(cpu=True)
     job = script.make_job(args, accelerator, samples, cache, script.RunState())
-    stream = script.make_stream(job, shards, 0, None, cache)
+    stream = script.make_stream(job, shards, 0, None)
     return SimpleNamespace(job=job, args=args, batches=iter(stream))
 
 
@@ -165,7 +165,7 @@ def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
     torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_SIZE / x.numel()))
 
 
-def test_the_roll_out_draws_as_lcm_scheduler_does_and_without_gradient(script, job):
+def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(script, job):
     job = job.job
     scheduler = LCMScheduler.from_config(job.pipe.scheduler.config)
     for steps, grid in job.fake.grids.items():
@@ -186,8 +186,15 @@ def test_the_roll_out_draws_as_lcm_scheduler_does_and_without_gradient(script, j
     noise = torch.stack([first, *(torch.randn(first.shape, generator=generator) for _ in range(3))])
     timesteps = scheduler.timesteps[:, None].expand(-1, 2)
     with torch.no_grad():
-        drawn = script.roll_out(unet, job.schedule, timesteps, noise, given, F32)
+        drawn = script.roll_out(unet, job.schedule, timesteps, noise, 1.0, given, F32)
+        without_noise = script.roll_out(unet, job.schedule, timesteps, noise, 0.0, given, F32)
+        ddim, z_ddim = DDIMScheduler.from_config(job.pipe.scheduler.config, clip_sample=False), first
+        ddim.set_timesteps(1000)
+        for t, next_t in zip(scheduler.timesteps, scheduler.timesteps[1:], strict=False):
+            eps = unet(z_ddim, t, **given).sample
+            z_ddim = ddim.add_noise(ddim.step(eps, t, z_ddim).pred_original_sample, eps, next_t[None])
     torch.testing.assert_close(drawn, z, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(without_noise, z_ddim, rtol=1e-3, atol=1e-3)
     z_t, timestep, *_ = script.matching_inputs(job, batch, 0)
     assert not z_t.requires_grad and timestep.shape == (2,)
 
@@ -231,7 +238,7 @@ def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
     assert all(any(not torch.equal(f[name], a[name]) for name in a) for f, a in zip(final, after, strict=True))
     assert all(torch.equal(value, base[name]) for name, value in job.teacher_unet.state_dict().items())
     assert all(parameter.grad is None for unet in unets for parameter in unet.parameters())
-    assert job.fake.watched.keys() == {"fake_norm_ratio", "fake_cosine", "x_std"}
+    assert job.fake.watched.keys() == {"fake_loss", "fake_norm_ratio", "fake_cosine", "x_std"}
 
 
 def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, monkeypatch):
@@ -249,7 +256,13 @@ def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, 
     assert calls[-1] == (False, True)  # the fake learns last
 
 
-SETTINGS = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "fake_updates": 2, "lr_scheduler": "linear"}
+SETTINGS = {
+    "max_train_steps": 6,
+    "lora_dropout": 0.2,
+    "gradient_accumulation_steps": 2,
+    "fake_updates": 2,
+    "lr_scheduler": "linear",
+}
 
 
 @one_family
