@@ -1924,12 +1924,17 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     parameters = add_lora(unet, own)
     prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
+    optimizer, grids = accelerator.prepare_optimizer(optimizer), student_grids(scheduler_config, args)
+    return Fake(unet, wrap(unet, accelerator), optimizer, lr_schedule, grids)
+
+
+def student_grids(scheduler_config, args):
+    """Return LCMScheduler's timesteps, descending, by step count."""
     scheduler, grids = LCMScheduler.from_config(scheduler_config), {}
     for steps in args.student_steps:
         scheduler.set_timesteps(steps, original_inference_steps=args.num_ddim_timesteps)
         grids[steps] = scheduler.timesteps.tolist()
-    model = wrap(unet, accelerator)
-    return Fake(unet, model, accelerator.prepare_optimizer(optimizer), lr_schedule, grids)
+    return grids
 
 
 def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):

@@ -112,7 +112,7 @@ def trainer_flags(own, words, trainer):
 
 
 def meta_job(own, trainer, args):
-    """Return (what `batch_loss` needs of a job, the LoRA's parameters, bytes that 4-bit packing saves).
+    """Return (what a step needs of a job, the LoRA's parameters, the fake's, bytes that 4-bit packing saves).
 
     All of it is on the meta device, where nothing can be packed: 4-bit layers stay as they are.
     """
@@ -124,18 +124,36 @@ def meta_job(own, trainer, args):
     if own.cached:
         pipe.text_encoder = pipe.text_encoder_2 = None  # the VAE is loaded at the first validation
     saved = saved_by_packing(trainer, pipe.unet) if packed else 0
-    teacher_unet = trainer.make_twin(pipe.unet)
+    teacher_unet, fake_unet = trainer.make_twin(pipe.unet), trainer.make_twin(pipe.unet)
     with META:
+        fake_parameters = trainer.add_lora(fake_unet, args) if args.objective == "matching" else []
         parameters = trainer.add_lora(pipe.unet, args)
-    for unet in (pipe.unet, teacher_unet):
+    for unet in (pipe.unet, teacher_unet, fake_unet):
         trainer.prepare_unet(unet, args)
+    fake = SimpleNamespace(unet=fake_unet, grids=trainer.student_grids(pipe.scheduler.config, args))
     job = SimpleNamespace(
         args=args, pipe=pipe, teacher_unet=teacher_unet, student_unet=pipe.unet, student=pipe.unet, dtype=dtype,
         scaling_factor=1.0, schedule=trainer.make_schedule(pipe.scheduler.config, args, META),
         accelerator=SimpleNamespace(device=META, process_index=0), state=SimpleNamespace(global_step=0),
-        uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()},
+        uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()}, fake=fake,
     )  # fmt: skip
-    return job, parameters, saved
+    return job, parameters, fake_parameters, saved
+
+
+def losses_of(trainer, job, batch):
+    """Yield the losses of an update with up to two micro steps, the second of which has gradients alive."""
+    is_matching, drawn = job.args.objective == "matching", []
+    for micro_step in range(min(2, job.args.gradient_accumulation_steps)):
+        if is_matching:
+            z_t, timesteps, *conditioning, draws = trainer.matching_inputs(job, batch, micro_step)
+            x = trainer.consistency(job.student, job.schedule, z_t, timesteps, conditioning[0], job.dtype)
+            drawn.append((x.detach(), draws.tau[1], draws.tau_eps[1], conditioning[0], job.dtype))
+            yield trainer.student_loss(job, x, *conditioning, draws)
+        else:
+            yield trainer.batch_loss(job, batch, micro_step)
+    job.student.zero_grad()
+    for inputs in drawn:
+        yield trainer.fake_loss(job.fake.unet, job.schedule, *inputs)
 
 
 def saved_by_packing(trainer, unet):
@@ -170,23 +188,22 @@ def count_memory(own, words):
     """Return (flags, {what lies in memory throughout: bytes}, {part of the step: most bytes beside that})."""
     trainer = trainer_of(own.model)
     args = trainer_flags(own, words, trainer)
-    job, parameters, saved = meta_job(own, trainer, args)
+    job, parameters, fake_parameters, saved = meta_job(own, trainer, args)
     modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
     modules = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Module)}
     tensors = {name: [*module.parameters(), *module.buffers()] for name, module in modules.items()}
-    memory = LiveMemory([tensor for each in tensors.values() for tensor in each])
+    memory = LiveMemory([*fake_parameters, *(tensor for each in tensors.values() for tensor in each)])
     side = args.resolution // job.pipe.vae_scale_factor
     with ExitStack() as stack:
         stack.enter_context(patch.object(functional, "scaled_dot_product_attention", flash_attention))
         stack.enter_context(memory.parted(trainer, "encode", "VAE, text"))
         stack.enter_context(memory.parted(trainer, "teacher_step", "teacher"))
         stack.enter_context(memory)
-        for micro_step in range(min(2, args.gradient_accumulation_steps)):  # the second with gradients alive
-            loss = trainer.batch_loss(job, make_batch(own, args, job), micro_step)
+        for loss in losses_of(trainer, job, make_batch(own, args, job)):
             with memory.within("backward"):
                 loss.backward()
-            del loss
-        for parameter in parameters:
+        del loss
+        for parameter in [*parameters, *fake_parameters]:
             parameter.grad = None
         if args.validation_steps != -1:
             with torch.no_grad(), memory.within("validation"):
@@ -194,7 +211,9 @@ def count_memory(own, words):
     fixed = {name: bytes_of(each) for name, each in tensors.items()}
     fixed["unet"] -= bytes_of(parameters) + saved
     fixed["LoRA"] = bytes_of(parameters)
-    num_parameters = sum(parameter.numel() for parameter in parameters)
+    if fake_parameters:
+        fixed["fake's LoRA"] = bytes_of(fake_parameters)
+    num_parameters = sum(parameter.numel() for parameter in [*parameters, *fake_parameters])
     fixed["optimizer"] = num_parameters * (ADAMW_8BIT_BYTES if args.use_8bit_adam else ADAMW_BYTES)
     return args, fixed, memory.peaks
 

@@ -8,7 +8,7 @@
     --lora outputs/lcm-lora/checkpoint-1000/unet                   a checkpoint's PEFT folder
     --steps 1 2 3 4 5 6 7 8 --base_steps 1 4 8 15 20 25 30 50      LCM rows, and the teacher's
     --lora_strengths 0.25 0.5 0.75 1.0                             a row for each strength of the LCM-LoRA
-    --samplers lcm-lora lcm-lora-euler-a lcm-lora-tcd              LCMScheduler, and two that add less fresh noise
+    --samplers lcm-lora lcm-lora-euler-a lcm-lora-ddim             LCMScheduler, and two that add less fresh noise
     --lcm_guidance_scale 1.0 1.5 2.0 --negative_prompt "blurry"    a row for each guidance
     --image photo.png --strength 0.6                               image-to-image
     --image photo.png --mask mask.png                              inpainting: white is drawn anew
@@ -17,7 +17,7 @@
 The grid has a row per sampler, all from the same noise. So that the teacher is shown at its best, DDIM and
 the DPM-Solvers (second order, multistep) use "trailing" timesteps, which start where there is only noise
 (arXiv:2305.08891; the "leading" ones of most model folders start at timestep 1 if there is one step), and
-like LCM sampling they end in a clean estimate; DPM-Solver without ++ and TCD end at the schedule's least noise.
+like LCM sampling they end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
 With 1 or 2 steps DDIM and DPM-Solver++ are the same formula.
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of each prompt), samples.json.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
@@ -210,12 +210,12 @@ def draw_all(pipe, args, rows, extra):
     records, pictures = [], {}
     options = {"negative_prompt": args.negative_prompt, **(extra or {"resolution": args.resolution})}
     for row in rows:
-        set_sampler(pipe, row.sampler, row.weights)
+        given = options | set_sampler(pipe, row.sampler, row.weights)
         jobs = list(product(row.steps, enumerate(args.prompts), range(args.num_images)))
-        draw(pipe, args.prompts[:1], min(row.steps), row.guidance, [args.seed], **options)  # not timed
+        draw(pipe, args.prompts[:1], min(row.steps), row.guidance, [args.seed], **given)  # not timed
         for steps, (index, prompt), image in tqdm(jobs, row.label.replace("\n", ", "), unit="picture"):
             seed, path = args.seed + image, Path(f"{row.name}-{steps}steps", f"{index}-{image}.png")
-            (picture,), seconds = draw(pipe, [prompt], steps, row.guidance, [seed], **options)
+            (picture,), seconds = draw(pipe, [prompt], steps, row.guidance, [seed], **given)
             (args.output_dir / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(args.output_dir / path)
             record = {"sampler": row.sampler, "steps": steps, "guidance": row.guidance, "prompt": prompt}

@@ -15,10 +15,10 @@ import torch
 from conftest import ROOT, build_teacher, cases, load_script, tiny_unet
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
-    TCDScheduler,
     UNet2DConditionModel,
 )
 from diffusers.training_utils import _collate_lora_metadata
@@ -265,10 +265,10 @@ def test_samplers_start_in_noise_and_end_clean(models):
 def test_other_samplers_of_an_lcm_lora(models):
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
-    kinds = {"lcm-lora-tcd": (TCDScheduler, {"eta": 0.3}), "lcm-lora-euler-a": (EulerAncestralDiscreteScheduler, {})}
+    kinds = {"lcm-lora-ddim": (DDIMScheduler, {"eta": 0.3}), "lcm-lora-euler-a": (EulerAncestralDiscreteScheduler, {})}
     for name, (kind, extra) in kinds.items():
-        pipelines.set_sampler(pipe, name)
-        (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent")
+        given = pipelines.set_sampler(pipe, name)
+        (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent", **given)
         assert pipe.scheduler.timesteps[0] == 999
         pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
         noise = torch.Generator().manual_seed(0)
@@ -279,7 +279,7 @@ def test_other_samplers_of_an_lcm_lora(models):
         noise.manual_seed(0)
         assert (latents - pipe("sea", **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
     pipe.scheduler.register_to_config(prediction_type="sample")
-    pipelines.set_sampler(pipe, "lcm-lora-tcd")
+    pipelines.set_sampler(pipe, "lcm-lora-ddim")
     with pytest.raises(UnusableInput, match="euler-a"):
         pipelines.set_sampler(pipe, "lcm-lora-euler-a")
 
@@ -307,7 +307,7 @@ def test_batch_equals_single_pictures(models):
         (["--teacher_revision", "fp16"], "--teacher_revision"),
         (["--lora", "{models}/no-lora.safetensors"], "no-lora.safetensors"),
         (["--lora", "{models}/empty"], "pytorch_lora_weights.safetensors"),
-        (["--samplers", "ddim", "lcm-lora-tcd"], "--lora"),
+        (["--samplers", "ddim", "lcm-lora-ddim"], "--lora"),
         (["--steps", "0"], "--steps"),
         (["--steps", "4", "51", "--samplers", "lcm-without-lora"], "--steps"),
         (["--steps", "61"], "[61]"),

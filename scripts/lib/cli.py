@@ -12,12 +12,13 @@ import sys
 import tempfile
 from pathlib import Path
 
-LORA_SAMPLERS = ("lcm-lora", "lcm-lora-euler-a", "lcm-lora-tcd")
+LORA_SAMPLERS = ("lcm-lora", "lcm-lora-euler-a", "lcm-lora-ddim")
 SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", *LORA_SAMPLERS, "lcm-without-lora")
-NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, Euler a", "LCM-LoRA, TCD", "LCM without LoRA")
+NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, Euler a", "LCM-LoRA, DDIM", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
+LCM_DDIM_ETA = 0.3  # what the trainers' --student_eta is by default
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 

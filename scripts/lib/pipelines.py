@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_p
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
-from lib.cli import LORA_SAMPLERS, PEFT_FILES
+from lib.cli import LCM_DDIM_ETA, LORA_SAMPLERS, PEFT_FILES
 from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
@@ -31,8 +31,6 @@ LOAD_ERRORS = (
     *(SafetensorError, pickle.UnpicklingError, HTTPError),  # HTTPError: the Hub cannot be reached
 )
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
-LCM_SCHEDULERS = {"lcm-lora-euler-a": diffusers.EulerAncestralDiscreteScheduler}
-LCM_SCHEDULERS |= {"lcm-lora-tcd": diffusers.TCDScheduler}
 TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")
 TEACHER_FLAGS += ("pretrained_vae_model_name_or_path", "mixed_precision", "offload", "mask")
 for library in (diffusers, transformers):
@@ -180,15 +178,17 @@ def read_picture(path):
 
 
 def set_sampler(pipe, name, weights=None):
-    """Give the pipeline the scheduler of a sampler (one of SAMPLERS) and the LoRAs that go with it.
+    """Give the pipeline a sampler's (one of SAMPLERS) scheduler and LoRAs; return what else `draw` needs for it.
 
     `weights` maps adapter names to strengths (default: all that are loaded, at 1). An adapter whose name
     begins with "lcm" is on for the samplers lcm-lora... only; any other one, a style, is on for every sampler.
     """
     # Clipping to [-1, 1] is for pixels, not latents; DDIMScheduler does it when a config does not mention it.
     options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
-    kind = LCM_SCHEDULERS.get(name, diffusers.LCMScheduler)
-    if name == "ddim":
+    kind = diffusers.LCMScheduler
+    if name == "lcm-lora-euler-a":
+        kind = diffusers.EulerAncestralDiscreteScheduler
+    elif name.endswith("ddim"):
         kind = diffusers.DDIMScheduler
         options["set_alpha_to_one"] = True
     elif name.startswith("dpmsolver"):
@@ -210,6 +210,7 @@ def set_sampler(pipe, name, weights=None):
     elif pipe.get_list_adapters():
         pipe.disable_lora()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
+    return {"eta": LCM_DDIM_ETA} if name == "lcm-lora-ddim" else {}
 
 
 def synchronize(device):
@@ -231,8 +232,6 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     images = {"generator": generators, "output_type": output_type, **extra}
     if resolution:
         images |= {"height": resolution, "width": resolution}
-    # 0.3 is the default of the paper, where it is called gamma, and of TCDScheduler; that of the pipelines is 0.
-    images |= {"eta": 0.3} if isinstance(pipe.scheduler, diffusers.TCDScheduler) else {}
     # SDXL's own VAE, loaded in float32 because it overflows in float16: diffusers raises it and the latents to float32
     # while it decodes, if it is in float16 before.
     if pipe.vae is not None and pipe.vae.dtype != pipe.unet.dtype:

@@ -135,13 +135,14 @@ class Gallery:
         hook = pipe.unet.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
         for row, blocks in missing.items():
-            set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
+            given = set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
+            given["resolution"] = self.resolution
             warm = [self.prompt(index) for index in blocks[0]]
-            draw(pipe, warm, 1, row.guidance, list(blocks[0]), resolution=self.resolution)  # not timed
+            draw(pipe, warm, 1, row.guidance, list(blocks[0]), **given)  # not timed
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 calls.clear()
-                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, resolution=self.resolution)
+                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
                 took = {"seconds": seconds, "evaluations": sum(calls) / len(block)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
