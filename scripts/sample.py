@@ -8,7 +8,7 @@
     --lora outputs/lcm-lora/checkpoint-1000/unet                   a checkpoint's PEFT folder
     --steps 1 2 3 4 5 6 7 8 --base_steps 1 4 8 15 20 25 30 50      LCM rows, and the teacher's
     --lora_strengths 0.25 0.5 0.75 1.0                             a row for each strength of the LCM-LoRA
-    --samplers lcm-lora lcm-lora-euler-a lcm-lora-ddim             LCMScheduler, and two that add less fresh noise
+    --samplers lcm-lora lcm-lora-ddim                              LCMScheduler, and DDIM with eta 0.3
     --lcm_guidance_scale 1.0 1.5 2.0 --negative_prompt "blurry"    a row for each guidance
     --image photo.png --strength 0.6                               image-to-image
     --image photo.png --mask mask.png                              inpainting: white is drawn anew

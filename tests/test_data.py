@@ -492,9 +492,7 @@ def test_pictures_are_turned_upright(script, orientation):
     assert np.array_equal(np.asarray(picture), np.asarray(upright))
 
 
-@pytest.mark.parametrize(
-    ("size", "orientation"), [((640, 480), 1), ((641, 333), 6), ((199, 201), 1), ((255, 256), 1), ((255, 256), 8)]
-)
+@cases(("size", "orientation"), [((640, 480), 1), ((641, 333), 6), ((199, 201), 1), ((255, 256), 1), ((255, 256), 8)])
 def test_jpeg_is_decoded_small_but_not_too_small(script, size, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -541,7 +539,7 @@ def test_random_crop_and_flip_are_what_they_say(script):
     assert all(pixels[0, 0, 1] == top for pixels, (top, _) in tall) and len({c for _, (c, _) in tall}) > 3
 
 
-@pytest.mark.parametrize("size", [(120, 80), (80, 120), (30, 20), (81, 80), (2000, 2)])
+@cases("size", [(120, 80), (80, 120), (30, 20), (81, 80), (2000, 2)])
 def test_a_crop_keeps_the_aspect(script, size):
     args = make_args(script, "pipe:", resolution=40, center_crop=True)
     scale = 40 / min(size)

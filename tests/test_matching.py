@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import flags, launch, one_family, read_log
+from conftest import cases, flags, launch, one_family, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 from safetensors.torch import load_file
 
@@ -77,7 +77,8 @@ class GaussianScore(torch.nn.Module):
         return ((z_t - alpha * (mean + gain * (z_t - alpha * mean))) / sigma,)
 
 
-@pytest.mark.parametrize("w", [0.0, 2.0])
+@one_family
+@cases("w", [0.0, 2.0])
 def test_the_gradient_moves_the_student_onto_the_teacher(script, teacher, w):
     """Student N(m, s^2) with an exact fake; the guided teacher's Gaussian is known: its mean moves by w * shift."""
     schedule, _ = schedule_of(script, teacher)
@@ -124,8 +125,9 @@ def estimates_by_diffusers(scheduler, unets, x, tau, eps, given, free, w, **brok
     )
 
 
+@one_family
+@cases("prediction_type", PREDICTION_TYPES)
 @torch.no_grad()
-@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 def test_estimates_and_the_fakes_loss_are_their_definitions(script, teacher, job, prediction_type):
     schedule, scheduler = schedule_of(script, teacher, prediction_type)
     scheduler = DDIMScheduler.from_config(scheduler.config, clip_sample=False)
@@ -155,6 +157,7 @@ def batch_for(script, job):
     return {"caption": ["sea", "lake"], "ids": ids, "time_ids": time_ids}
 
 
+@one_family
 def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
     x = torch.zeros(1, 4, 2, 2, requires_grad=True)
     real, fake = torch.full_like(x, 2.0), torch.full_like(x, 1.0)
@@ -199,6 +202,7 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
     assert not z_t.requires_grad and timestep.shape == (2,)
 
 
+@one_family
 def test_draws_are_a_function_of_seed_update_and_process(script, job):
     args, grids = job.args, job.job.fake.grids
     shape, seen, taus, fake_taus = (2, 4, 4, 4), set(), [], []
@@ -241,6 +245,7 @@ def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
     assert job.fake.watched.keys() == {"fake_loss", "fake_norm_ratio", "fake_cosine", "x_std"}
 
 
+@one_family
 def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, monkeypatch):
     calls = []
     plain = script.predict
@@ -286,7 +291,7 @@ def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints
     assert "fake" not in files and [name for name in files if "safetensors" in name] == [script.WEIGHTS_NAME]
 
 
-@pytest.mark.parametrize("source", ["shards", "prompts"])
+@cases("source", ["shards", "prompts"])
 def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path, source):
     changes = {"train_shards_path_or_url": shards, "prompts_file": None} if source == "shards" else {}
     line = matching_flags(teacher, prompts, start_lora, tmp_path, max_train_steps=2, use_8bit_adam=True, **changes)
@@ -294,7 +299,8 @@ def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompt
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.parametrize(
+@one_family
+@cases(
     "changes,named",
     [
         ({"init_lora": None}, "--init_lora"), ({"objective": None}, "--prompts_file"),
@@ -308,6 +314,7 @@ def test_wrong_flags_are_named(script, prompts, start_lora, capsys, changes, nam
     assert named in capsys.readouterr().err
 
 
+@one_family
 def test_checkpointing_computes_the_same(script, teacher, prompts, start_lora, tmp_path):
     losses = []
     for changes in ({}, {"gradient_checkpointing": True}):

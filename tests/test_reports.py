@@ -193,7 +193,7 @@ def test_2_what_is_no_secret_stays(script):
     assert "/data/a.tar" in script.masked("pipe:cat /data/a.tar")
 
 
-@pytest.mark.parametrize(
+@cases(
     "command",
     [
         "sh -c 'echo denied for $0 >&2; exit 3' {}",
@@ -671,9 +671,7 @@ def test_16_an_address_of_ipv6_is_one(script):
     ]
 
 
-@pytest.mark.parametrize(
-    "value", ["{0}/nothing*.tar", "{0}/none.tar", "{0}/empty", "{0}/{{0..1.tar", "ftp://host/a.tar"]
-)
+@cases("value", ["{0}/nothing*.tar", "{0}/none.tar", "{0}/empty", "{0}/{{0..1.tar", "ftp://host/a.tar"])
 def test_16_what_names_no_shard_is_named(script, tmp_path, value):
     (tmp_path / "empty").mkdir()
     assert value.format(tmp_path) in refused(script, value.format(tmp_path))

@@ -13,14 +13,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, build_teacher, cases, load_script, tiny_unet
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    PNDMScheduler,
-    StableDiffusionPipeline,
-    UNet2DConditionModel,
-)
+from diffusers import AutoencoderKL, DDIMScheduler, PNDMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
@@ -262,26 +255,22 @@ def test_samplers_start_in_noise_and_end_clean(models):
         torch.testing.assert_close(latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4)
 
 
-def test_other_samplers_of_an_lcm_lora(models):
+def test_an_lcm_lora_drawn_by_ddim(models):
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
-    kinds = {"lcm-lora-ddim": (DDIMScheduler, {"eta": 0.3}), "lcm-lora-euler-a": (EulerAncestralDiscreteScheduler, {})}
-    for name, (kind, extra) in kinds.items():
-        given = pipelines.set_sampler(pipe, name)
-        (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent", **given)
-        assert pipe.scheduler.timesteps[0] == 999
-        pipe.scheduler = kind.from_config(pipe.scheduler.config, timestep_spacing="trailing")
-        noise = torch.Generator().manual_seed(0)
-        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent"} | extra
-        options["generator"] = noise
-        torch.testing.assert_close(latents, pipe("sea", **options).images[0])
-        pipe.disable_lora()
-        noise.manual_seed(0)
-        assert (latents - pipe("sea", **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
-    pipe.scheduler.register_to_config(prediction_type="sample")
-    pipelines.set_sampler(pipe, "lcm-lora-ddim")
-    with pytest.raises(UnusableInput, match="euler-a"):
-        pipelines.set_sampler(pipe, "lcm-lora-euler-a")
+    given = pipelines.set_sampler(pipe, "lcm-lora-ddim")
+    (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent", **given)
+    assert pipe.scheduler.timesteps[0] == 999
+    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)
+    noise = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "generator": noise}
+    torch.testing.assert_close(latents, pipe("sea", eta=0.3, **options).images[0])
+    noise.manual_seed(0)
+    assert (latents - pipe("sea", eta=0.0, **options).images[0]).abs().max() > 1e-3, "eta must act"
+    pipe.disable_lora()
+    noise.manual_seed(0)
+    assert (latents - pipe("sea", eta=0.3, **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
 
 
 def test_batch_equals_single_pictures(models):

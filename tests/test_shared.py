@@ -44,19 +44,19 @@ IN_ONE = {
         replaced("def draw(args, shape,", "def draw(args, shape=None,"),
         ["region 'step' differs", "+def draw(args, shape=None,"],
     ),
-    "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "'step' closes, open is None"]),
-    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], "'matching' opens inside 'step'"]),
-    "the last region without its end": (replaced("# <<< shared: run\n", ""), ["'run' is never closed"]),
+    "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "<<< shared: step", "no partner"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], ">>> shared: step"]),
+    "the last region without its end": (replaced("# <<< shared: run\n", ""), [">>> shared: run", "no partner"]),
     "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
     "regions in another order": (swapped, ["regions differ"]),
     "a region within a region": (
-        replaced(CLOSE, "# >>> shared: inner\n# <<< shared: inner\n" + CLOSE), ["'inner' opens inside 'step'"]
+        replaced(CLOSE, "# >>> shared: inner\n# <<< shared: inner\n" + CLOSE), ["shared: inner", "lies in a region"]
     ),
-    "a region that is there twice": (replaced(CLOSE, CLOSE + OPEN + CLOSE), ["'step' is there twice"]),
-    "another region's end": (replaced(CLOSE, "# <<< shared: stop\n"), ["'stop' closes, open is 'step'"]),
-    "no colon": (replaced(OPEN, "# >>> shared step\n"), ["malformed marker", "shared step"]),
-    "no space": (replaced(OPEN, "#>>> shared: step\n"), ["malformed marker"]),
-    "an indented marker": (replaced(CLOSE, "    " + CLOSE), ["malformed marker"]),
+    "a region that is there twice": (replaced(CLOSE, CLOSE + OPEN + CLOSE), ["there twice"]),
+    "another region's end": (replaced(CLOSE, "# <<< shared: stop\n"), [">>> shared: step"]),
+    "no colon": (replaced(OPEN, "# >>> shared step\n"), ["malformed", "shared step"]),
+    "no space": (replaced(OPEN, "#>>> shared: step\n"), ["malformed"]),
+    "an indented marker": (replaced(CLOSE, "    " + CLOSE), ["malformed"]),
 }  # fmt: skip
 # What both scripts define alike outside of a region, and its name.
 IN_BOTH = {

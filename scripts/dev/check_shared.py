@@ -37,6 +37,7 @@ DIFFERENT_FOR_A_REASON = {
     "ARGS": "the flags, read before the heavy imports",
     "EXIT_CODE": "of the script when it is run",
 }
+REGION = re.compile(r"^# >>> shared: (\w+)\n(.*?)^# <<< shared: \1\n", re.M | re.S)
 
 
 class Difference(Exception):
@@ -45,28 +46,15 @@ class Difference(Exception):
 
 def split_regions(path):
     """Return {region: text with its markers, "" for the lines outside} of a script, in its order."""
-    regions, outside, name = {}, [], None
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
-        marker = re.match(r"# (>>>|<<<) shared: (.+)\n", line)
-        if marker is None and re.match(r"\W*(>>>|<<<)\s*shared", line):
-            raise Difference(f"{path.name}:{number}: malformed marker {line.strip()!r}")
-        if marker and marker[1] == ">>>":
-            if name:
-                raise Difference(f"{path.name}:{number}: region {marker[2]!r} opens inside {name!r}")
-            if marker[2] in regions:
-                raise Difference(f"{path.name}:{number}: region {marker[2]!r} is there twice")
-            name = marker[2]
-            regions[name] = ""
-        elif marker and marker[2] != name:
-            raise Difference(f"{path.name}:{number}: region {marker[2]!r} closes, open is {name!r}")
-        if name:
-            regions[name] += line
-        outside.append("\n" if name else line)  # line numbers stay what they are
-        if marker and marker[1] == "<<<":
-            name = None
-    if name:
-        raise Difference(f"{path.name}: region {name!r} is never closed")
-    return regions | {"": "".join(outside)}
+    text = path.read_text(encoding="utf-8")
+    found = list(REGION.finditer(text))
+    outside = REGION.sub(lambda region: "\n" * region[0].count("\n"), text)  # line numbers stay what they are
+    if wrong := re.search(r"^[^\w\n]*(>>>|<<<)\s*shared.*", "".join(region[2] for region in found) + outside, re.M):
+        raise Difference(f"{path.name}: {wrong[0].strip()!r} is malformed, has no partner, or lies in a region")
+    regions = {region[1]: region[0] for region in found}
+    if len(regions) < len(found):
+        raise Difference(f"{path.name}: a region is there twice")
+    return regions | {"": outside}
 
 
 def names_outside(text):

@@ -186,9 +186,7 @@ def set_sampler(pipe, name, weights=None):
     # Clipping to [-1, 1] is for pixels, not latents; DDIMScheduler does it when a config does not mention it.
     options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
     kind = diffusers.LCMScheduler
-    if name == "lcm-lora-euler-a":
-        kind = diffusers.EulerAncestralDiscreteScheduler
-    elif name.endswith("ddim"):
+    if name.endswith("ddim"):
         kind = diffusers.DDIMScheduler
         options["set_alpha_to_one"] = True
     elif name.startswith("dpmsolver"):
@@ -201,8 +199,6 @@ def set_sampler(pipe, name, weights=None):
         weights = dict.fromkeys(itertools.chain(*pipe.get_list_adapters().values()), 1.0)
     if name in LORA_SAMPLERS and not any(adapter.startswith("lcm") for adapter in weights):
         raise UnusableInput(f"sampler {name}: the pipeline has no LoRA; load one first")
-    if name == "lcm-lora-euler-a" and pipe.scheduler.config.prediction_type == "sample":
-        raise UnusableInput(f"sampler {name}: diffusers has none for a model that predicts the sample; leave it out")
     active = {key: w for key, w in weights.items() if name in LORA_SAMPLERS or not key.startswith("lcm")}
     if active:
         pipe.enable_lora()
