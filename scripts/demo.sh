@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 family=${1:-sd15}
 case $family in
-  sd15) data=outputs/demo-data kind=() updates=240 ;;
-  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=180 ;;
+  sd15) data=outputs/demo-data kind=() updates=240 matching_rate=6e-4 ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=180 matching_rate=1e-3 ;;
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
@@ -17,13 +17,13 @@ export PATH=$PWD/.venv/bin:$PATH ACCELERATE_USE_CPU=true
 
 say() { printf '\n== %s\n' "$*"; }
 
-say "1/4 pictures to train on: $data"
+say "1/5 pictures to train on: $data"
 if [ ! -e "$data/complete" ]; then
   python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000 "${kind[@]}"
   touch "$data/complete"
 fi
 
-say "2/4 training: $out"
+say "2/5 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
   torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
@@ -33,7 +33,17 @@ if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
     --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
-say "3/4 pictures: $out/grid.png, $out/strip/strip.png"
+say "3/5 second stage, matching: $out/matching"
+if [ ! -e "$out/matching/pytorch_lora_weights.safetensors" ]; then
+  torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" --objective matching --init_lora "$out" \
+    --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out/matching" \
+    --resolution 64 --train_batch_size 16 --max_train_steps 240 --learning_rate "$matching_rate" \
+    --lr_scheduler linear --lora_rank 32 --w_min 6.5 --w_max 6.5 --adam_beta1 0 --fake_learning_rate 2e-3 \
+    --fake_updates 2 --fake_warmup_steps 30 --validation_steps -1 --checkpointing_steps 120 \
+    --checkpoints_total_limit 1 --dataloader_num_workers 0
+fi
+
+say "4/5 pictures: $out/grid.png, $out/strip/strip.png"
 if [ ! -e "$out/grid.png" ]; then
   python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out" --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
@@ -48,10 +58,10 @@ if [ ! -e "$out/strip/strip.png" ]; then
     "desert at sunset with a clear sky and birds"
 fi
 
-say "4/4 table: $out/evaluation/table.md, report.html"
+say "5/5 table: $out/evaluation/table.md, report.html"
 if [ ! -e "$out/evaluation/results.json" ]; then
-  torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" --lora "$out" \
-    --yardstick "$teacher/reference.safetensors" --features assets/demo-teacher-sd15/judge.safetensors \
+  torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" \
+    --lora "$out" "$out/matching" --yardstick "$teacher/reference.safetensors" --features assets/demo-teacher-sd15/judge.safetensors \
     --clip_model none --num_images 128 --batch_size 64 --guidance_scale 7.5 2 3 5 \
     --samplers ddim dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
 else
