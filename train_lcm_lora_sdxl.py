@@ -241,16 +241,16 @@ def add_distillation_args(parser):
 def add_matching_args(parser):
     add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
     add("--objective", choices=("consistency", "matching"), default="consistency",
-        help="consistency: LCM-LoRA. matching: bring the pictures of an LCM-LoRA (--init_lora) closer to the "
-        "teacher's; trains on captions alone, and the file is drawn with as before")
+        help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
+        "teacher's; takes captions alone")
     add("--prompts_file", metavar="FILE",
         help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
         help="step counts to train for; an update draws one of them")
     add("--student_eta", type=SHARE, default=0.3,
         help="share of fresh noise between the student's steps: 0 draws as DDIM does, 1 as LCMScheduler")
-    add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times --learning_rate")
-    add("--fake_updates", type=COUNT, default=1, help="updates of the fake score for each one of the LoRA")
+    add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times the LoRA's")
+    add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA")
     add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which only the fake score learns")
 
 

@@ -39,18 +39,18 @@ if [ ! -e "$out/matching/pytorch_lora_weights.safetensors" ]; then
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out/matching" \
     --resolution 64 --train_batch_size 16 --max_train_steps 240 --learning_rate "$matching_rate" \
     --lr_scheduler linear --lora_rank 32 --w_min 6.5 --w_max 6.5 --adam_beta1 0 --fake_learning_rate 2e-3 \
-    --fake_updates 2 --fake_warmup_steps 30 --validation_steps -1 --checkpointing_steps 120 \
+    --fake_warmup_steps 30 --validation_steps -1 --checkpointing_steps 120 \
     --checkpoints_total_limit 1 --dataloader_num_workers 0
 fi
 
 say "4/5 pictures: $out/grid.png, $out/strip/strip.png"
 if [ ! -e "$out/grid.png" ]; then
-  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out" --prompts \
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out/matching" --output_dir "$out" --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house"
 fi
 if [ ! -e "$out/strip/strip.png" ]; then
-  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out" --output_dir "$out/strip" --strip \
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out/matching" --output_dir "$out/strip" --strip \
     --samplers ddim lcm-lora --base_steps 50 4 --steps 4 --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house" "desert at dawn with a clear sky and a tent" \
@@ -61,9 +61,9 @@ fi
 say "5/5 table: $out/evaluation/table.md, report.html"
 if [ ! -e "$out/evaluation/results.json" ]; then
   torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" \
-    --lora "$out" "$out/matching" --yardstick "$teacher/reference.safetensors" --features assets/demo-teacher-sd15/judge.safetensors \
-    --clip_model none --num_images 128 --batch_size 64 --guidance_scale 7.5 2 3 5 \
-    --samplers ddim dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
+    --lora "$out" "$out/matching" --yardstick "$teacher/reference.safetensors" \
+    --features assets/demo-teacher-sd15/judge.safetensors --clip_model none --num_images 128 --batch_size 64 \
+    --guidance_scale 7.5 2 3 5 --samplers ddim dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
 else
   sed '/^Teacher/q' "$out/evaluation/table.md"
 fi
