@@ -113,6 +113,11 @@ FREE_FLAGS = frozenset(
     "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
     "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
+# Flags that one --objective alone reads.
+READ_BY = {
+    "consistency": "loss_type huber_c loss_space".split(),
+    "matching": "student_steps student_eta fake_learning_rate fake_updates fake_warmup_steps".split(),
+}
 # What users of other trainers type, and what it is here.
 FOREIGN_FLAGS = {
     "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
@@ -243,8 +248,6 @@ def add_matching_args(parser):
     add("--objective", choices=("consistency", "matching"), default="consistency",
         help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
         "teacher's; takes captions alone")
-    add("--prompts_file", metavar="FILE",
-        help="text file of prompts, one a line, in place of --train_shards_path_or_url; matching only")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
         help="step counts to train for; an update draws one of them")
     add("--student_eta", type=SHARE, default=0.3,
@@ -256,9 +259,10 @@ def add_matching_args(parser):
 
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
-    add("--train_shards_path_or_url", "--train_data_dir", nargs="+", metavar="SHARDS",
+    add("--train_shards_path_or_url", "--train_data_dir", "--prompts_file", nargs="+", metavar="SHARDS",
         help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, {00000..00099} "
-        "expands; or a folder of pictures with a caption file (a.txt) beside each (a.jpg); required")
+        "expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with --objective matching "
+        "also a text file (prompts.txt), a prompt a line; required")
     add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
     add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
@@ -363,10 +367,8 @@ def unknown_flag(word, parser):
 def check_args(args, error):
     """Call `error` where flags contradict each other or one is missing; single values are checked by their type."""
     for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
-        if not getattr(args, flag) and not (flag.startswith("train") and args.prompts_file):
+        if not getattr(args, flag):
             error(f"--{flag} is missing")
-    if args.prompts_file and (args.objective != "matching" or args.train_shards_path_or_url):
-        error("--prompts_file: only for --objective matching, and in place of --train_shards_path_or_url")
     if args.objective == "matching" and not args.init_lora:
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     if args.objective == "matching" and max(args.student_steps) > args.num_ddim_timesteps:
@@ -375,8 +377,9 @@ def check_args(args, error):
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
         error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least {max(VALIDATION_STEPS)}")
-    if args.lr_scheduler == "polynomial" and args.learning_rate <= 1e-7:
-        error(f"--learning_rate {args.learning_rate}: must be over 1e-7, where the polynomial schedule ends")
+    for flag in ("learning_rate", "fake_learning_rate"):
+        if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
+            error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
     if args.max_train_steps is None and args.max_train_samples is None:
         error("--max_train_steps is missing; or give --num_train_epochs with --max_train_samples, the data's size")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
@@ -390,8 +393,6 @@ def check_paths(args, error):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     if args.init_lora and not Path(args.init_lora).exists():
         error(f"--init_lora {args.init_lora}: no such file or folder; download the LoRA and name its file")
-    if args.prompts_file and not Path(args.prompts_file).is_file():
-        error(f"--prompts_file {args.prompts_file}: no such file; give a text file of prompts, one a line")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
@@ -422,7 +423,6 @@ def parse_args(argv=None):
     check_paths(args, parser.error)
     if args.lora_alpha is None:
         args.lora_alpha = float(args.lora_rank)
-    args.fake_learning_rate = args.fake_learning_rate or 3 * args.learning_rate
     if argv is None:  # trackers record the command line
         sys.argv = [masked(word.replace(args.hub_token or "\0", "***")) for word in sys.argv]
     return args
@@ -500,7 +500,7 @@ import torch
 import webdataset as wds
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device
-from diffusers import AutoencoderKL, DDPMScheduler, LCMScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.optimization import get_scheduler
@@ -650,12 +650,6 @@ class PictureFolder(NamedTuple):
         return self.name
 
 
-class PromptsFile(NamedTuple):
-    """A virtual shard: the lines of a text file, each a caption."""
-
-    path: str
-
-
 def is_remote(shard):
     return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
@@ -737,13 +731,17 @@ def check_shard(path):
             head, size = file.read(512), path.stat().st_size
             file.seek(max(0, size - 1024))
             tail = file.read()
-        if not head.strip(b"\0"):
+        if path.suffix == ".txt":
+            fault = "" if path.read_text("utf-8-sig").strip() else "holds no prompts"
+        elif not head.strip(b"\0"):
             fault = "is empty"
         elif not head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):  # of a compressed one only reading can tell
             tarfile.TarInfo.frombuf(head, "utf-8", "replace")
             fault = "is truncated, its end mark is missing" if size % 512 or tail.strip(b"\0") else ""
     except tarfile.HeaderError:
         fault = "is not a tar file"
+    except UnicodeDecodeError:
+        fault = "is not UTF-8"
     except OSError as error:
         raise UnusableInput(f"shard {path}: {error.strerror}; check --train_shards_path_or_url") from error
     if fault:
@@ -799,9 +797,9 @@ def shard_members(shard):
     if isinstance(shard, PictureFolder):
         yield from ((name, (shard.folder / name).read_bytes()) for name in shard.files)
         return
-    if isinstance(shard, PromptsFile):
-        lines = enumerate(Path(shard.path).read_bytes().splitlines())
-        yield from ((f"{number}.txt", line) for number, line in lines if line.strip())
+    if shard.endswith(".txt") and not is_remote(shard):  # prompts
+        lines = enumerate(Path(shard).read_text("utf-8-sig").splitlines())
+        yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
         return
     with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
         for member in tar:
@@ -1480,7 +1478,7 @@ def prepare_unet(unet, args):
     if args.enable_xformers_memory_efficient_attention:
         unet.enable_xformers_memory_efficient_attention()
     if args.compile:
-        # A graph for each width of the blocks in each of teacher's, target's and student's pass: more than
+        # A graph for each width of the blocks in each pass, of teacher, target, student and so on: more than
         # the 8 of one function after which torch stops compiling.
         torch._dynamo.config.recompile_limit = 64
         unet.compile_repeated_blocks()
@@ -1889,7 +1887,8 @@ class MatchingDraws:
 def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     """Return the Fake on the weights of a UNet that has no LoRA yet."""
     unet = make_twin(base_unet)
-    options = {"lora_dropout": 0.0, "learning_rate": args.fake_learning_rate, "seed": args.seed + 1}
+    lr = args.fake_learning_rate or 3 * args.learning_rate
+    options = {"lora_dropout": 0.0, "learning_rate": lr, "seed": args.seed + 1}
     own = argparse.Namespace(**vars(args) | options)
     parameters = add_lora(unet, own)
     prepare_unet(unet, args)
@@ -1909,7 +1908,7 @@ def student_grids(scheduler_config, args):
 
 def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
     """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
-    common = make_generator(args.seed, global_step, micro_step)
+    common = make_generator(args.seed, global_step, micro_step, 2**32 - 1)  # of no process
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
     timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
     generator = make_generator(args.seed, global_step, micro_step, process_index)
@@ -2000,7 +1999,8 @@ def update_matching(job, batches):
 
     In the first updates the fake alone learns, and loss and norm are its own.
     """
-    args, fake, losses, fake_losses, drawn, positions = job.args, job.fake, [], [], [], {}
+    args, fake, positions = job.args, job.fake, {}
+    losses, drawn, fake_losses, fake_norms = [], [], [], []
     is_trained = job.state.global_step >= args.fake_warmup_steps
     for micro_step in range(args.gradient_accumulation_steps):
         inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
@@ -2008,25 +2008,26 @@ def update_matching(job, batches):
         with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
             student = job.student if is_trained else job.student_unet  # DDP would expect a backward pass
             x = consistency(student, job.schedule, z_t, timesteps, conditioning, job.dtype)
-            drawn.append((x.detach(), conditioning, draws))
+            drawn.append((x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone()))  # not all its noise
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
                 grad_norm = descend(job, job.optimizer, loss)
-    for number in range(1, 1 + args.fake_updates):
-        for x, conditioning, draws in drawn:
+    for number in range(args.fake_updates):
+        for x, conditioning, tau, eps in drawn:
             with job.accelerator.accumulate(fake.model):
-                tau, eps = draws.tau[number], draws.tau_eps[number]
-                loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
-                fake_norm = descend(job, fake.optimizer, loss)
+                loss = fake_loss(fake.model, job.schedule, x, tau[number], eps[number], conditioning, job.dtype)
                 fake_losses.append(loss.detach())
+                fake_norm = descend(job, fake.optimizer, loss)
+        fake_norms.append(fake_norm)  # at the last micro step
     if is_trained:
         job.lr_schedule.step()
         fake.watched["fake_loss"] = torch.stack(fake_losses).mean()
+        fake.watched["fake_grad_norm"] = torch.stack(fake_norms).max()
     fake.lr_schedule.step()
     job.state.global_step += 1
     job.state.positions |= positions
-    return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else fake_norm
+    return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else torch.stack(fake_norms).max()
 
 
 # <<< shared: matching
@@ -2272,11 +2273,11 @@ class Log:
         samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
         speed, lines, error = samples / (time.monotonic() - self.started), [], None
         for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
-            if error := self.fault(step, loss, norm):
+            if error := self.fault(step, loss, sum([norm, *watched])):  # not finite if one of them is not
                 break
-            norm = norm if math.isfinite(norm) else None
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
-            lines.append(line | (dict(zip(names, watched, strict=True)) if more else {}))
+            line |= dict(zip(names, watched, strict=True)) if more else {}
+            lines.append({name: value if math.isfinite(value) else None for name, value in line.items()})
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
@@ -2305,6 +2306,14 @@ class Log:
         return f"{cause} at update {step}; the last checkpoint is untouched. {remedy}"
 
 
+def sampler_of(args):
+    """Return (scheduler class, its options, eta) with which the LoRA is drawn."""
+    if args.objective == "matching":
+        return DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}, args.student_eta
+    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    return LCMScheduler, options, 0.0
+
+
 @torch.no_grad()
 def validate(job):
     """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`."""
@@ -2312,17 +2321,18 @@ def validate(job):
     if not pipe.vae:  # a run on cached latents needs it only here
         parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
         pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    kind, options, eta = sampler_of(args)
     scheduler, was_training = pipe.scheduler, pipe.unet.training
-    pipe.scheduler = LCMScheduler.from_config(scheduler.config, **options)
+    pipe.scheduler = kind.from_config(scheduler.config, **options)
     pipe.unet.eval()
-    options = {"guidance_scale": 1.0, "height": args.resolution, "width": args.resolution, "output_type": "latent"}
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     drawn = {steps: [] for steps in VALIDATION_STEPS}
     pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
     for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
         embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
         generator = torch.Generator().manual_seed(args.seed + number)
-        latents = pipe(**embeds, num_inference_steps=steps, generator=generator, **options).images
+        settings = {"num_inference_steps": steps, "guidance_scale": 1.0, "eta": eta, "generator": generator}
+        latents = pipe(**embeds, **settings, **options).images
         # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
         decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
         drawn[steps] += pipe.image_processor.postprocess(decoded.float())
@@ -2365,16 +2375,16 @@ def write_card(job, drawn):
     teacher = masked(args.pretrained_teacher_model)
     from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
-    options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
+    scheduler, options, eta = sampler_of(args)
     if args.prediction_type:
         options["prediction_type"] = args.prediction_type
-    usual = LCMScheduler().config
+    usual, sampler = scheduler().config, "LCM" if scheduler is LCMScheduler else f"DDIM with eta {eta:g}"
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
-        "lora_rank lora_alpha w_min w_max num_ddim_timesteps loss_type huber_c loss_space seed".split()
+        "lora_rank lora_alpha w_min w_max num_ddim_timesteps seed".split()
     )
-    training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags)
+    training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
     description = f"""# LCM-LoRA
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2383,16 +2393,16 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 
 ```python
 import torch
-from diffusers import DiffusionPipeline, LCMScheduler
+from diffusers import {scheduler.__name__}, DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}", torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
-pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config{changed})
+pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
 pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
-picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0).images[0]
+picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
 Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: sampler LCM, CFG 1 to 2. Pictures shown: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+file: sampler {sampler}, CFG 1 to 2. Pictures: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
@@ -2543,6 +2553,9 @@ def describe_device(accelerator):
 def without_effect(args):
     """Return a line for each flag or variable of the user's that changes nothing."""
     lines = [f"--{flag} has no effect: {why}" for flag, why in FLAGS_WITHOUT_EFFECT.items() if getattr(args, flag)]
+    for flag in chain.from_iterable(READ_BY[objective] for objective in READ_BY.keys() - {args.objective}):
+        if getattr(args, flag) != build_parser().get_default(flag):
+            lines.append(f"--{flag} has no effect with --objective {args.objective}")
     name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps
     if os.environ.get(name, str(steps)) != str(steps):
         lines.append(f"{name}={os.environ[name]} is ignored: --gradient_accumulation_steps counts")
@@ -2592,12 +2605,13 @@ def count_updates(args, accelerator):
     updates = args.max_train_steps
     if not updates:
         updates = math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
-    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= updates:  # it would divide by zero
-        raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the run's {updates} updates")
-    if args.objective == "matching" and args.fake_warmup_steps >= updates:
+    of_lora = updates - args.fake_warmup_steps * (args.objective == "matching")
+    if of_lora < 1:
         raise UnusableInput(
             f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the run's {updates} updates"
         )
+    if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= of_lora:  # it would divide by zero
+        raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the LoRA's {of_lora} updates")
     return updates
 
 
@@ -2870,9 +2884,7 @@ def main(args, state):
     # What cannot be trained on is an error before any model loads.
     agree(accelerator, check_teacher, args)
     say("reading the first samples")
-    shards = [PromptsFile(args.prompts_file)]
-    if not args.prompts_file:
-        shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
+    shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)

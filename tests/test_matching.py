@@ -36,7 +36,7 @@ def prompts(tmp_path_factory):
 
 def matching_flags(teacher, prompts, start_lora, output_dir, **changes):
     values = {
-        "train_shards_path_or_url": None, "prompts_file": prompts, "objective": "matching", "init_lora": start_lora,
+        "train_shards_path_or_url": prompts, "objective": "matching", "init_lora": start_lora,
         "fake_warmup_steps": 1, "w_min": 2, "w_max": 3,
     }  # fmt: skip
     return flags(teacher, None, output_dir, **values | changes)
@@ -49,7 +49,7 @@ def job(script, teacher, prompts, start_lora, tmp_path):
 
 def job_of(script, line):
     args = script.parse_args(line)
-    shards = [script.PromptsFile(args.prompts_file)]
+    shards = script.list_shards(args.train_shards_path_or_url)
     samples, _, cache = script.audit(shards, args)
     accelerator = Accelerator(cpu=True)
     job = script.make_job(args, accelerator, samples, cache, script.RunState())
@@ -242,7 +242,7 @@ def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
     assert all(any(not torch.equal(f[name], a[name]) for name in a) for f, a in zip(final, after, strict=True))
     assert all(torch.equal(value, base[name]) for name, value in job.teacher_unet.state_dict().items())
     assert all(parameter.grad is None for unet in unets for parameter in unet.parameters())
-    assert job.fake.watched.keys() == {"fake_loss", "fake_norm_ratio", "fake_cosine", "x_std"}
+    assert job.fake.watched.keys() == {"fake_loss", "fake_grad_norm", "fake_norm_ratio", "fake_cosine", "x_std"}
 
 
 @one_family
@@ -287,13 +287,15 @@ def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints
         assert one.keys() == other.keys() and all(torch.equal(value, other[key]) for key, value in one.items()), path
     rows = [[{**row, "samples_per_second": 0} for row in read_log(tmp_path / name)] for name in ("whole", "broken")]
     assert rows[0] == rows[1] and "fake_cosine" in rows[0][-1]
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "DDIMScheduler.from_config" in card and "eta=0.3)" in card and "| objective | matching |" in card
     files = {path.name for path in (tmp_path / "whole").iterdir()}
     assert "fake" not in files and [name for name in files if "safetensors" in name] == [script.WEIGHTS_NAME]
 
 
 @cases("source", ["shards", "prompts"])
 def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path, source):
-    changes = {"train_shards_path_or_url": shards, "prompts_file": None} if source == "shards" else {}
+    changes = {"train_shards_path_or_url": shards} if source == "shards" else {}
     line = matching_flags(teacher, prompts, start_lora, tmp_path, max_train_steps=2, use_8bit_adam=True, **changes)
     done = launch(line, script=f"{script.__name__}.py", processes=2)
     assert done.returncode == 0, done.stderr
@@ -303,9 +305,8 @@ def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompt
 @cases(
     "changes,named",
     [
-        ({"init_lora": None}, "--init_lora"), ({"objective": None}, "--prompts_file"),
-        ({"train_shards_path_or_url": "x"}, "--prompts_file"), ({"prompts_file": "none.txt"}, "none.txt"),
-        ({"student_steps": [4, 99]}, "--student_steps 99"),
+        ({"init_lora": None}, "--init_lora"), ({"student_steps": [4, 99]}, "--student_steps 99"),
+        ({"lr_scheduler": "polynomial", "fake_learning_rate": 5e-8}, "--fake_learning_rate 5e-08"),
     ],
 )  # fmt: skip
 def test_wrong_flags_are_named(script, prompts, start_lora, capsys, changes, named):
@@ -322,3 +323,68 @@ def test_checkpointing_computes_the_same(script, teacher, prompts, start_lora, t
         job = job_of(script, line)
         losses.append([script.update(job.job, job.batches)[0].item() for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@one_family
+@cases(
+    "warm_up,schedule,lr_warm_up,named",
+    [(9, "constant", 0, "--fake_warmup_steps 9"), (4, "polynomial", 5, "--lr_warmup_steps 5"), (4, "linear", 5, None)],
+)
+def test_more_warm_up_than_updates_is_named(script, prompts, start_lora, warm_up, schedule, lr_warm_up, named):
+    changes = {"fake_warmup_steps": warm_up, "lr_scheduler": schedule, "lr_warmup_steps": lr_warm_up}
+    args = script.parse_args(matching_flags("owner/name", prompts, start_lora, "out", max_train_steps=9, **changes))
+    if not named:
+        assert script.count_updates(args, None) == 9
+        return
+    with pytest.raises(script.UnusableInput, match=named):
+        script.count_updates(args, None)
+
+
+@one_family
+@cases(
+    "content,named",
+    [(b"", "no prompts"), (b"\n \n", "no prompts"), ("sea\n".encode("utf-16"), "UTF-8"), (b"\xe9t\xe9", "UTF-8")],
+)
+def test_prompts_that_cannot_be_read_are_named(script, tmp_path, content, named):
+    (tmp_path / "mine.txt").write_bytes(content)
+    with pytest.raises(script.UnusableInput, match=f"mine.txt: .*{named}"):
+        script.list_shards([str(tmp_path / "mine.txt")])
+
+
+@one_family
+def test_prompts_are_the_lines_of_a_text_file(script, start_lora, tmp_path):
+    (tmp_path / "mine.txt").write_bytes("\ufeffsea\r\n\r\n hills \nété".encode())
+    line = matching_flags("owner/name", tmp_path / "mine.txt", start_lora, "out", resolution=64)
+    samples, report, cache = script.audit([str(tmp_path / "mine.txt")], script.parse_args(line))
+    assert [sample["caption"].strip() for sample in samples] == ["sea", "hills", "été"] and cache is None
+    assert "3 samples 3 can be used" in report
+
+
+@one_family
+def test_a_fake_that_is_ruined_stops_the_run_before_it_is_saved(script, prompts, start_lora, teacher, tmp_path):
+    job = job_of(script, matching_flags(teacher, prompts, start_lora, tmp_path)).job
+    for ruined in ("fake_loss", "fake_grad_norm"):
+        log = script.Log(job)
+        numbers = {"fake_loss": torch.tensor(0.1), "fake_grad_norm": torch.tensor(0.1)}
+        log.add(1, torch.tensor(0.5), torch.tensor(1.0), 1e-4, numbers)
+        log.add(2, torch.tensor(0.5), torch.tensor(1.0), 1e-4, numbers | {ruined: torch.tensor(float("nan"))})
+        with pytest.raises(script.NonFiniteLoss, match="update 2"):
+            log.flush()
+
+
+@one_family
+def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, shards, tmp_path):
+    args = script.parse_args(flags(teacher, shards, tmp_path))
+    settings = script.settings_of(args, Accelerator(cpu=True), 4, 1, 0)
+    old = {name: value for name, value in settings.items() if name not in {"objective", *script.READ_BY["matching"]}}
+    assert len(old) < len(settings)
+    script.check_resume(tmp_path, {"settings": old, "global_step": 2}, settings, 4)
+
+
+@one_family
+@cases("objective,flag", [("consistency", "student_eta"), ("matching", "loss_space")])
+def test_flags_of_the_other_objective_are_said_to_do_nothing(script, prompts, start_lora, objective, flag):
+    changes = {"student_eta": 0.5, "loss_space": "epsilon", "objective": objective}
+    args = script.parse_args(matching_flags("owner/name", prompts, start_lora, "out", **changes))
+    named = [line.split()[0] for line in script.without_effect(args) if "objective" in line]
+    assert f"--{flag}" in named and all(name[2:] not in script.READ_BY[objective] for name in named)

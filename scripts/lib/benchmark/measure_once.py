@@ -58,6 +58,7 @@ def write_cache(trainer, args, accelerator, source, target):
     """Write the shard of cached tensors of a shard of pictures, as scripts/cache_latents.py does."""
     import cache_latents
 
+    args = argparse.Namespace(**vars(args) | {"objective": "consistency"})
     target.mkdir()
     own = argparse.Namespace(batch_size=8, num_views=1, decode_threads=1)
     pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
@@ -118,7 +119,7 @@ def measure(own, words, folder):
         *side, *words, "--pretrained_teacher_model", str(model), "--train_shards_path_or_url", str(folder),
         "--max_train_steps", "1000000000", "--report_to", "none", "--output_dir", str(folder / "out"),
     ])  # fmt: skip
-    args.train_shards_path_or_url = [str(folder / "pictures")]
+    args.train_shards_path_or_url, args.fake_warmup_steps = [str(folder / "pictures")], 0
     before = resident_gib("VmRSS:")
     job, loader = make_recipe_job(own, trainer, args, folder)
     device, losses, batches = job.accelerator.device, [], iter(loader)
