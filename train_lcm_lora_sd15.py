@@ -1704,15 +1704,8 @@ def draw(args, shape, global_step, micro_step, process_index, device):
 def encode(job, batch):
     """Return (VAE moments [B,2C,h,w], text embeddings by name) of a batch of pictures or of cached tensors."""
     if "moments" in batch:
-        return batch["moments"], encode_text(job, batch)
-    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_text(job, batch)
-
-
-def encode_text(job, batch):
-    """Return the text embeddings by name of a batch of token ids or of cached tensors."""
-    if "ids" in batch:
-        return encode_ids(job.pipe, batch["ids"])
-    return {name: batch[name] for name in job.uncond_embeds}
+        return batch["moments"], {name: batch[name] for name in job.uncond_embeds}
+    return encode_moments(job.pipe.vae, batch["pixels"], job.args), encode_ids(job.pipe, batch["ids"])
 
 
 def sample_latents(moments, posterior_eps, scaling_factor):
@@ -1965,12 +1958,15 @@ def matching_inputs(job, batch, micro_step):
     """Return (z_t drawn by the student, its timestep [B], conditioning, uncond, draws) for captions of a batch."""
     args, accelerator, unet = job.args, job.accelerator, job.student_unet
     batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
-    sides = [args.resolution // job.pipe.vae_scale_factor] * 2 if "ids" in batch else batch["moments"].shape[2:]
+    if "moments" in batch:
+        sides, (_, embeds) = batch["moments"].shape[2:], encode(job, batch)
+    else:
+        sides, embeds = [args.resolution // job.pipe.vae_scale_factor] * 2, encode_ids(job.pipe, batch["ids"])
     draws = draw_matching(
         args, job.fake.grids, (len(batch["caption"]), unet.config.in_channels, *sides), len(job.schedule.alphas),
         job.state.global_step, micro_step, accelerator.process_index, accelerator.device,
     )  # fmt: skip
-    conditioning, uncond = condition(job.uncond_embeds, encode_text(job, batch), batch, draws.empty)
+    conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
     timesteps = draws.tau.new_tensor(draws.timesteps)[:, None].expand(-1, len(batch["caption"]))
     unet.eval()  # pictures are drawn without dropout
     z_t = roll_out(unet, job.schedule, timesteps, draws.noise, args.student_eta, conditioning, job.dtype)

@@ -63,7 +63,7 @@ if [ ! -e "$out/evaluation/results.json" ]; then
   torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" \
     --lora "$out" "$out/matching" --yardstick "$teacher/reference.safetensors" \
     --features assets/demo-teacher-sd15/judge.safetensors --clip_model none --num_images 128 --batch_size 64 \
-    --guidance_scale 7.5 2 3 5 --samplers ddim dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
+    --guidance_scale 7.5 2 3 5 --samplers dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
 else
   sed '/^Teacher/q' "$out/evaluation/table.md"
 fi

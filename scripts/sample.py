@@ -18,7 +18,6 @@ The grid has a row per sampler, all from the same noise. So that the teacher is 
 the DPM-Solvers (second order, multistep) use "trailing" timesteps, which start where there is only noise
 (arXiv:2305.08891; the "leading" ones of most model folders start at timestep 1 if there is one step), and
 like LCM sampling they end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
-With 1 or 2 steps DDIM and DPM-Solver++ are the same formula.
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of each prompt), samples.json.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """

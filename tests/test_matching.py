@@ -177,7 +177,7 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
     scheduler.set_timesteps(4)
     batch = batch_for(script, job)
     with torch.no_grad():
-        embeds = script.encode_text(job, batch)
+        embeds = script.encode_ids(job.pipe, batch["ids"])
     given, _ = script.condition(job.uncond_embeds, embeds, batch, torch.zeros(2, dtype=torch.bool))
     generator = torch.Generator().manual_seed(3)
     z = first = torch.randn(2, 4, 16, 16, generator=generator)

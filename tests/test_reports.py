@@ -600,7 +600,7 @@ def test_13_the_first_of_a_name_is_kept(script, tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["zTXt", "tEXt", "iTXt", "several", "exif"])
+@cases("kind", ["zTXt", "tEXt", "iTXt", "several", "exif"])
 def test_15_text_in_a_picture_does_not_matter(script, tmp_path, kind):
     texts, data, options = PngImagePlugin.PngInfo(), io.BytesIO(), {"pnginfo": None}
     if kind == "exif":

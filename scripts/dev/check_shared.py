@@ -94,10 +94,7 @@ def compare(first, second):
 
 def copy_regions(source, target):
     regions, text = split_regions(source), target.read_text(encoding="utf-8")
-    for name, old in split_regions(target).items():
-        if name and name in regions:
-            text = text.replace(old, regions[name])
-    target.write_text(text, encoding="utf-8")
+    target.write_text(REGION.sub(lambda region: regions.get(region[1], region[0]), text), encoding="utf-8")
 
 
 def main():

@@ -18,7 +18,6 @@ NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, DDIM", "LC
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
-LCM_DDIM_ETA = 0.3  # what the trainers' --student_eta is by default
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
 
 

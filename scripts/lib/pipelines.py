@@ -20,7 +20,7 @@ from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_p
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError, safe_open
 
-from lib.cli import LCM_DDIM_ETA, LORA_SAMPLERS, PEFT_FILES
+from lib.cli import LORA_SAMPLERS, PEFT_FILES
 from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
@@ -206,7 +206,7 @@ def set_sampler(pipe, name, weights=None):
     elif pipe.get_list_adapters():
         pipe.disable_lora()
     pipe.scheduler = kind.from_config(pipe.scheduler.config, **options)
-    return {"eta": LCM_DDIM_ETA} if name == "lcm-lora-ddim" else {}
+    return {"eta": 0.3} if name == "lcm-lora-ddim" else {}  # the default of --student_eta
 
 
 def synchronize(device):
