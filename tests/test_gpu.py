@@ -149,7 +149,7 @@ def test_01_loss_and_gradients_equal_those_of_the_cpu(script, make, precision):
 
 
 @both
-def test_02_half_precision_trains(script, make):
+def test_02_half_precision_trains(script, make, tmp_path):
     job, batches = make(mixed_precision=HALF, train_batch_size=8, learning_rate=3e-4)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in parameters_of(job)])
     losses, norms = zip(*[script.update(job, batches) for _ in range(10 if ON_CPU else 30)], strict=True)
@@ -159,6 +159,15 @@ def test_02_half_precision_trains(script, make):
     if job.accelerator.scaler:
         assert sum(not norm.isfinite() for norm in norms) <= 3 and job.accelerator.scaler.get_scale() >= 1024
         assert torch.stack(losses[-10:]).mean() < torch.stack(losses[:10]).mean()
+    start = tmp_path / "start.safetensors"
+    script.save_lora(job.student_unet, start, job.args)
+    values = {"objective": "matching", "init_lora": start, "fake_warmup_steps": 2, "gradient_accumulation_steps": 2}
+    job, batches = make(mixed_precision=HALF, **values)
+    before = [parameter.detach().clone() for parameter in parameters_of(job)]
+    losses = [script.update(job, batches)[0] for _ in range(6)]
+    assert all(value.isfinite() for value in [*losses, job.fake.watched["fake_loss"], job.fake.watched["x_std"]])
+    assert job.state.global_step == 6 and losses[-1].device.type == torch.device(DEVICE).type
+    assert any(not torch.equal(old, new) for old, new in zip(before, parameters_of(job), strict=True))
 
 
 @sdxl
