@@ -200,6 +200,12 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
     torch.testing.assert_close(without_noise, z_ddim, rtol=1e-3, atol=1e-3)
     z_t, timestep, *_ = script.matching_inputs(job, batch, 0)
     assert not z_t.requires_grad and timestep.shape == (2,)
+    drawn = []
+    job.args.student_steps = [4]
+    for job.args.student_eta in (0.0, 1.0):
+        found = [script.matching_inputs(job, batch, micro_step) for micro_step in range(6)]
+        drawn.append([z_t for z_t, *_, draws in found if len(draws.timesteps) > 1])
+    assert drawn[0] and not any(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
 
 
 @one_family
@@ -218,6 +224,8 @@ def test_draws_are_a_function_of_seed_update_and_process(script, job):
         taus += one.tau[0].tolist() + other.tau[0].tolist()
         fake_taus += one.tau[1:].flatten().tolist() + other.tau[1:].flatten().tolist()
     assert torch.equal(draw(7, 0).noise, draw(7, 0).noise)
+    assert len(draw(7, 0).tau) == 1 + args.fake_updates
+    assert job.job.fake.optimizer.param_groups[0]["lr"] == pytest.approx(3 * args.learning_rate)
     assert seen == {tuple(grid[: i + 1]) for grid in grids.values() for i in range(len(grid))}
     assert 20 <= min(taus) < 30 and 970 <= max(taus) < 980
     assert min(fake_taus) < 10 and max(fake_taus) > 990
