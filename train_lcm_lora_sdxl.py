@@ -249,12 +249,12 @@ def add_matching_args(parser):
         help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
         "teacher's; takes captions alone")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
-        help="step counts to train for; an update draws one of them")
+        help="step counts to train for; each forward pass draws one of them")
     add("--student_eta", type=SHARE, default=0.3,
-        help="share of fresh noise between the student's steps: 0 draws as DDIM does, 1 as LCMScheduler")
+        help="share of fresh noise between the student's steps, DDIM's eta: 0 is DDIM, 1 nearly LCMScheduler")
     add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times the LoRA's")
     add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA")
-    add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which only the fake score learns")
+    add("--fake_warmup_steps", type=WHOLE, default=50, help="updates of --max_train_steps before the LoRA's")
 
 
 def add_data_args(parser):
@@ -369,10 +369,7 @@ def check_args(args, error):
     for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
         if not getattr(args, flag):
             error(f"--{flag} is missing")
-    if args.objective == "matching" and not args.init_lora:
-        error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
-    if args.objective == "matching" and max(args.student_steps) > args.num_ddim_timesteps:
-        error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
+    check_objective(args, error)
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
@@ -386,6 +383,16 @@ def check_args(args, error):
         error("--push_checkpoints_to_hub: needs --push_to_hub")
     if not args.lora_target_modules.strip(", "):
         error(f"--lora_target_modules {args.lora_target_modules!r}: must name at least one module suffix")
+
+
+def check_objective(args, error):
+    if args.objective == "consistency":
+        if any(value.endswith(".txt") for value in args.train_shards_path_or_url):
+            error("--prompts_file: prompts without pictures are for --objective matching")
+    elif not args.init_lora:
+        error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
+    elif max(args.student_steps) > args.num_ddim_timesteps:
+        error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
 
 
 def check_paths(args, error):
@@ -739,7 +746,7 @@ def check_shard(path):
             tarfile.TarInfo.frombuf(head, "utf-8", "replace")
             fault = "is truncated, its end mark is missing" if size % 512 or tail.strip(b"\0") else ""
     except tarfile.HeaderError:
-        fault = "is not a tar file"
+        fault = "is not a tar file; prompts are in a .txt file"
     except UnicodeDecodeError:
         fault = "is not UTF-8"
     except OSError as error:
@@ -1871,16 +1878,16 @@ def next_batch(job, batches, positions):
 # <<< shared: step
 
 # ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
-#
-# The student draws as a pipeline does, x = f(z_i, t_i), from pure noise. Two scores look at x, noised again to
-# a random tau: the teacher's, guided, says where a picture that the teacher draws lies; the fake's, learned on
-# the student's own pictures, where one that the student draws lies. x moves along their difference (DMD,
-# arXiv:2311.18828; with an LCM-LoRA as its start: TDM, arXiv:2503.06674).
-
 
 # >>> shared: matching
+# 1. The student draws as a pipeline does, from pure noise down to z_t, without gradient.
+# 2. x = f(z_t, t), with gradient.
+# 3. x is noised to a random tau. The guided teacher's estimate there says where its pictures lie; that of the
+#    fake, a second LoRA, where the student's lie.
+# 4. x moves along the difference (DMD, arXiv:2311.18828; on the student's own steps: TDM, arXiv:2503.06674).
+# 5. The fake learns to denoise the same x.
 TAU_MIN, TAU_END = 0.02, 0.98  # share of the T timesteps; outside, the teacher's estimate says little
-MIN_SIZE = 0.05  # of the latents' error, by which the direction is divided
+MIN_ERROR = 0.05  # of the teacher's estimate, by which the direction is divided
 
 
 @dataclass
@@ -1892,7 +1899,7 @@ class Fake:
     optimizer: torch.optim.Optimizer
     lr_schedule: torch.optim.lr_scheduler.LRScheduler
     grids: dict  # step count -> LCMScheduler's timesteps, descending
-    watched: dict = field(default_factory=dict)  # of the last update, on the device
+    watched: dict = field(default_factory=dict)  # numbers of the last update for log.jsonl, on the device
 
 
 @dataclass
@@ -1901,7 +1908,7 @@ class MatchingDraws:
 
     timesteps: list  # of the roll-out; the last one is trained; the same on all processes, so that none waits
     noise: torch.Tensor  # [len(timesteps),B,4,h,w]
-    tau: torch.Tensor  # [1+M,B] int64: of the student's loss, and of the M of the fake
+    tau: torch.Tensor  # [1+M,B] int64; row 0: the student's loss; rows 1 to M: the fake's updates
     tau_eps: torch.Tensor  # [1+M,B,4,h,w]
     w: torch.Tensor  # [B,1,1,1] guidance
     empty: torch.Tensor  # [B] bool, captions to drop; on the CPU
@@ -1911,8 +1918,7 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     """Return the Fake on the weights of a UNet that has no LoRA yet."""
     unet = make_twin(base_unet)
     lr = args.fake_learning_rate or 3 * args.learning_rate
-    options = {"lora_dropout": 0.0, "learning_rate": lr, "seed": args.seed + 1}
-    own = argparse.Namespace(**vars(args) | options)
+    own = argparse.Namespace(**vars(args) | {"lora_dropout": 0.0, "learning_rate": lr, "seed": args.seed + 1})
     parameters = add_lora(unet, own)
     prepare_unet(unet, args)
     optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
@@ -1931,26 +1937,28 @@ def student_grids(scheduler_config, args):
 
 def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
     """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
-    common = make_generator(args.seed, global_step, micro_step, 2**32 - 1)  # of no process
+    common = make_generator(
+        args.seed, global_step, micro_step, 2**32 - 1
+    )  # the same on all processes: none has this index
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
     timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
     generator = make_generator(args.seed, global_step, micro_step, process_index)
     torch.manual_seed(generator.initial_seed())  # for LoRA dropout
-    batch, times = shape[0], 1 + args.fake_updates
+    batch, num_taus = shape[0], 1 + args.fake_updates
     low, high = round(TAU_MIN * num_timesteps), round(TAU_END * num_timesteps)
-    noise = torch.randn(len(timesteps) + times, *shape, generator=generator)
-    tau = torch.randint(num_timesteps, (times, batch), generator=generator)
+    noise = send(torch.randn(len(timesteps) + num_taus, *shape, generator=generator), device)
+    tau = torch.randint(num_timesteps, (num_taus, batch), generator=generator)
     tau[0] = torch.randint(low, high, (batch,), generator=generator)
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
-    noise, tau, w = (send(part, device) for part in (noise, tau, w))
-    return MatchingDraws(timesteps, noise[:-times], tau, noise[-times:], w, empty)
+    tau, w = send(tau, device), send(w, device)
+    return MatchingDraws(timesteps, noise[:-num_taus], tau, noise[-num_taus:], w, empty)
 
 
 def roll_out(unet, schedule, timesteps, noise, eta, conditioning, dtype):
-    """Return z at the last of the timesteps [len,B], drawn from pure noise; eta of the noise between steps is fresh.
+    """Return z at the last of the timesteps [len,B], drawn from pure noise; the share eta of later noise is fresh.
 
-    At eta 1 as LCMScheduler draws; below, near to DDIM of that eta (arXiv:2010.02502, eq. 16).
+    Eta 1 is LCMScheduler, less is near to DDIM of that eta (arXiv:2010.02502, eq. 16).
     """
     z_t = noise[0]
     for t, next_t, fresh in zip(timesteps, timesteps[1:], noise[1:], strict=False):
@@ -1964,15 +1972,15 @@ def roll_out(unet, schedule, timesteps, noise, eta, conditioning, dtype):
 def two_estimates(teacher, fake, schedule, x, tau, eps, conditioning, uncond, w, dtype):
     """Return (the guided teacher's, the fake's) clean estimate of x [B,4,h,w] noised to tau."""
     z_tau = add_noise(schedule, x, eps, tau)
-    real_z0, _ = guided_estimate(teacher, schedule, z_tau, tau, conditioning, uncond, w, dtype)
+    teacher_z0, _ = guided_estimate(teacher, schedule, z_tau, tau, conditioning, uncond, w, dtype)
     fake_z0, _ = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
-    return real_z0, fake_z0
+    return teacher_z0, fake_z0
 
 
-def matching_loss(x, real_z0, fake_z0):
+def matching_loss(x, teacher_z0, fake_z0):
     """Return a loss whose gradient moves x from the fake's estimate towards the teacher's (DMD, eq. 7 and 8)."""
-    size = (x - real_z0).abs().mean((1, 2, 3), keepdim=True).clamp(min=MIN_SIZE)
-    target = (x + (real_z0 - fake_z0) / size).detach()
+    error = (x - teacher_z0).abs().mean((1, 2, 3), keepdim=True).clamp(min=MIN_ERROR)
+    target = (x + (teacher_z0 - fake_z0) / error).detach()
     return (x - target).square().mean() / 2
 
 
@@ -1992,32 +2000,28 @@ def matching_inputs(job, batch, micro_step):
         sides, (_, embeds) = batch["moments"].shape[2:], encode(job, batch)
     else:
         sides, embeds = [args.resolution // job.pipe.vae_scale_factor] * 2, encode_ids(job.pipe, batch["ids"])
-    draws = draw_matching(
-        args, job.fake.grids, (len(batch["caption"]), unet.config.in_channels, *sides), len(job.schedule.alphas),
-        job.state.global_step, micro_step, accelerator.process_index, accelerator.device,
-    )  # fmt: skip
+    shape = (len(batch["caption"]), unet.config.in_channels, *sides)
+    key = job.state.global_step, micro_step, accelerator.process_index
+    draws = draw_matching(args, job.fake.grids, shape, len(job.schedule.alphas), *key, accelerator.device)
     conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
-    timesteps = draws.tau.new_tensor(draws.timesteps)[:, None].expand(-1, len(batch["caption"]))
-    unet.eval()  # pictures are drawn without dropout
+    timesteps = send(torch.tensor(draws.timesteps), accelerator.device)[:, None].expand(-1, len(batch["caption"]))
+    if args.lora_dropout:  # switching modes walks the whole UNet
+        unet.eval()
     z_t = roll_out(unet, job.schedule, timesteps, draws.noise, args.student_eta, conditioning, job.dtype)
-    unet.train(args.lora_dropout > 0)
+    if args.lora_dropout:
+        unet.train()
     return z_t, timesteps[-1], conditioning, uncond, draws
 
 
 def student_loss(job, x, conditioning, uncond, draws):
     """Return the matching loss of the student's clean latents x, noting what tells a fake that lags."""
     with torch.no_grad():
-        real_z0, fake_z0 = two_estimates(
-            job.teacher_unet, job.fake.unet, job.schedule, x, draws.tau[0], draws.tau_eps[0], conditioning, uncond,
-            draws.w, job.dtype,
-        )  # fmt: skip
-        cosine = functional.cosine_similarity(real_z0.flatten(1), fake_z0.flatten(1)).mean()
-        job.fake.watched = {
-            "fake_norm_ratio": fake_z0.norm() / real_z0.norm(),
-            "fake_cosine": cosine,
-            "x_std": x.std(),
-        }
-    return matching_loss(x, real_z0, fake_z0)
+        unets, noise = (job.teacher_unet, job.fake.unet), (draws.tau[0], draws.tau_eps[0])
+        teacher_z0, fake_z0 = two_estimates(*unets, job.schedule, x, *noise, conditioning, uncond, draws.w, job.dtype)
+        cosine = functional.cosine_similarity(teacher_z0.flatten(1), fake_z0.flatten(1)).mean()
+        ratio = fake_z0.norm() / teacher_z0.norm()
+        job.fake.watched = {"fake_norm_ratio": ratio, "fake_cosine": cosine, "x_std": x.std()}
+    return matching_loss(x, teacher_z0, fake_z0)
 
 
 def update_matching(job, batches):
@@ -2032,9 +2036,8 @@ def update_matching(job, batches):
         inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
         z_t, timesteps, conditioning, uncond, draws = inputs
         with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
-            student = job.student if is_trained else job.student_unet  # DDP would expect a backward pass
-            x = consistency(student, job.schedule, z_t, timesteps, conditioning, job.dtype)
-            drawn.append((x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone()))  # not all its noise
+            x = consistency(job.student, job.schedule, z_t, timesteps, conditioning, job.dtype)
+            drawn.append((x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone()))  # frees its other noise
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
@@ -2045,7 +2048,7 @@ def update_matching(job, batches):
                 loss = fake_loss(fake.model, job.schedule, x, tau[number], eps[number], conditioning, job.dtype)
                 fake_losses.append(loss.detach())
                 fake_norm = descend(job, fake.optimizer, loss)
-        fake_norms.append(fake_norm)  # at the last micro step
+        fake_norms.append(fake_norm)  # `descend` returns one at the last micro step alone
     if is_trained:
         job.lr_schedule.step()
         fake.watched["fake_loss"] = torch.stack(fake_losses).mean()
@@ -2347,7 +2350,8 @@ class Log:
 def sampler_of(args):
     """Return (scheduler class, its options, eta) with which the LoRA is drawn."""
     if args.objective == "matching":
-        return DDIMScheduler, {"timestep_spacing": "trailing", "clip_sample": False}, args.student_eta
+        options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+        return DDIMScheduler, options, args.student_eta
     options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
     return LCMScheduler, options, 0.0
 

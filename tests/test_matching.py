@@ -165,7 +165,7 @@ def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
     torch.testing.assert_close(x.grad, torch.full_like(x, -(2.0 - 1.0) / 2.0 / x.numel()))
     x.grad = None
     script.matching_loss(x, fake.detach() * 1e-3, fake.detach() * 2e-3).backward()  # an error below the least size
-    torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_SIZE / x.numel()))
+    torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_ERROR / x.numel()))
 
 
 def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(script, job):
@@ -313,7 +313,8 @@ def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompt
 @cases(
     "changes,named",
     [
-        ({"init_lora": None}, "--init_lora"), ({"student_steps": [4, 99]}, "--student_steps 99"),
+        ({"init_lora": None}, "--init_lora"), ({"objective": None}, "--objective matching"),
+        ({"student_steps": [4, 99]}, "--student_steps 99"),
         ({"lr_scheduler": "polynomial", "fake_learning_rate": 5e-8}, "--fake_learning_rate 5e-08"),
     ],
 )  # fmt: skip
@@ -392,7 +393,7 @@ def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, s
 @one_family
 @cases("objective,flag", [("consistency", "student_eta"), ("matching", "loss_space")])
 def test_flags_of_the_other_objective_are_said_to_do_nothing(script, prompts, start_lora, objective, flag):
-    changes = {"student_eta": 0.5, "loss_space": "epsilon", "objective": objective}
+    changes = {"student_eta": 0.5, "loss_space": "epsilon", "objective": objective, "train_shards_path_or_url": "x"}
     args = script.parse_args(matching_flags("owner/name", prompts, start_lora, "out", **changes))
     named = [line.split()[0] for line in script.without_effect(args) if "objective" in line]
     assert f"--{flag}" in named and all(name[2:] not in script.READ_BY[objective] for name in named)
