@@ -45,13 +45,14 @@ fi
 
 say "4/5 pictures: $out/grid.png, $out/strip/strip.png"
 if [ ! -e "$out/grid.png" ]; then
-  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out/matching" --output_dir "$out" --prompts \
+  python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out/matching" --output_dir "$out" \
+    --samplers ddim dpmsolver++ lcm-lora-ddim --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house"
 fi
 if [ ! -e "$out/strip/strip.png" ]; then
   python scripts/sample.py --pretrained_teacher_model "$teacher" --lora "$out/matching" --output_dir "$out/strip" --strip \
-    --samplers ddim lcm-lora --base_steps 50 4 --steps 4 --prompts \
+    --samplers ddim lcm-lora-ddim --base_steps 50 4 --steps 4 --prompts \
     "mountains at sunset with clouds and a balloon" "sea at night with a clear sky and a lighthouse" \
     "forest at noon with snow and a house" "desert at dawn with a clear sky and a tent" \
     "hills at noon with clouds and a windmill" "sea at dawn with clouds and a lighthouse" \
@@ -63,7 +64,8 @@ if [ ! -e "$out/evaluation/results.json" ]; then
   torchrun --nproc_per_node 2 scripts/evaluate.py --pretrained_teacher_model "$teacher" \
     --lora "$out" "$out/matching" --yardstick "$teacher/reference.safetensors" \
     --features assets/demo-teacher-sd15/judge.safetensors --clip_model none --num_images 128 --batch_size 64 \
-    --guidance_scale 7.5 2 3 5 --samplers dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim --output_dir "$out/evaluation"
+    --guidance_scale 7.5 2 3 5 --samplers dpmsolver++ lcm-without-lora lcm-lora lcm-lora-ddim \
+    --output_dir "$out/evaluation"
 else
   sed '/^Teacher/q' "$out/evaluation/table.md"
 fi
