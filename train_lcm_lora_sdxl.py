@@ -1937,9 +1937,7 @@ def student_grids(scheduler_config, args):
 
 def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
     """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
-    common = make_generator(
-        args.seed, global_step, micro_step, 2**32 - 1
-    )  # the same on all processes: none has this index
+    common = make_generator(args.seed, global_step, micro_step)  # the same on all processes
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
     timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
     generator = make_generator(args.seed, global_step, micro_step, process_index)

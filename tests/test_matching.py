@@ -301,9 +301,8 @@ def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints
     assert "fake" not in files and [name for name in files if "safetensors" in name] == [script.WEIGHTS_NAME]
 
 
-@cases("source", ["shards", "prompts"])
-def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path, source):
-    changes = {"train_shards_path_or_url": shards} if source == "shards" else {}
+def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path):
+    changes = {"train_shards_path_or_url": shards} if script.FAMILY == "SDXL" else {}
     line = matching_flags(teacher, prompts, start_lora, tmp_path, max_train_steps=2, use_8bit_adam=True, **changes)
     done = launch(line, script=f"{script.__name__}.py", processes=2)
     assert done.returncode == 0, done.stderr
