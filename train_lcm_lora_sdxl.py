@@ -2651,7 +2651,7 @@ def count_updates(args, accelerator):
             f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the run's {updates} updates"
         )
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= of_lora:  # it would divide by zero
-        raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the LoRA's {of_lora} updates")
+        raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the run's {of_lora} updates")
     return updates
 
 
