@@ -34,6 +34,7 @@ import io
 import json
 import logging
 import math
+import multiprocessing
 import operator
 import os
 import random
@@ -1257,6 +1258,8 @@ def start_worker(_worker):
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
     end_with_parent(signal.SIGKILL)
+    if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():  # it ended before the line above
+        os._exit(1)
     # A run that stops closes the connection on which a batch is handed over: multiprocessing would print a traceback.
     shown = sys.excepthook
     sys.excepthook = lambda kind, *rest: issubclass(kind, (ConnectionError, EOFError)) or shown(kind, *rest)

@@ -366,6 +366,29 @@ def test_4_sigkill_of_the_main_process(out_of, tmp_path, data, workers):
     assert codes == [-signal.SIGKILL]
 
 
+def test_4_a_loader_process_that_starts_after_its_run_was_killed_ends(script, tmp_path):
+    context = multiprocessing.get_context("fork")
+
+    def worker(run):
+        while os.getppid() == run:
+            time.sleep(0.01)
+        script.start_worker(0)
+        (tmp_path / "alive").touch()
+
+    def run():
+        process = context.Process(target=worker, args=(os.getpid(),))
+        process.start()
+        (tmp_path / "pid").write_text(str(process.pid))
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    process = context.Process(target=run)
+    process.start()
+    process.join()
+    pid = int((tmp_path / "pid").read_text())
+    until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    assert process.exitcode == -signal.SIGKILL and not (tmp_path / "alive").exists()
+
+
 def test_4_a_loader_worker_is_killed(out_of, tmp_path):
     def act(run):
         until(lambda: (tmp_path / "out" / "log.jsonl").exists() and read_log(tmp_path / "out"))

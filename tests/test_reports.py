@@ -420,7 +420,7 @@ def test_8_the_flag_alone_sets_gradient_accumulation(script, teacher, shards, tm
     assert [row["step"] for row in read_log(tmp_path / "a")] == [1, 2]
 
 
-@pytest.mark.parametrize(
+@cases(
     "variables",
     [
         {"ACCELERATE_DYNAMO_BACKEND": "EAGER"}, {"ACCELERATE_USE_DEEPSPEED": "true"},
