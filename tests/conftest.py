@@ -12,6 +12,7 @@ import socket
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -23,6 +24,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import tqdm.auto
 import webdataset as wds
 from accelerate.state import AcceleratorState, GradientState, PartialState
 from diffusers import (
@@ -321,6 +323,8 @@ class Run:
             sys.stdout = sys.stderr = os.fdopen(2, "w", buffering=1)
             for state in (AcceleratorState, GradientState, PartialState):
                 state._shared_state.clear()
+            for kind in (tqdm.std.tqdm, tqdm.auto.tqdm):  # the lock of all forks may be held by one that was killed
+                kind.set_lock(threading.RLock())
             if hook:
                 hook(script)
             code = script.run(script.parse_args(arguments))
