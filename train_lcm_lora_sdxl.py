@@ -388,7 +388,8 @@ def check_args(args, error):
 
 def check_objective(args, error):
     if args.objective == "consistency":
-        if any(value.endswith(".txt") for value in args.train_shards_path_or_url):
+        values = [value for value in args.train_shards_path_or_url if not re.match(r"pipe:|\w+://", value)]
+        if any(value.endswith(".txt") for value in values):
             error("--prompts_file: prompts without pictures are for --objective matching")
     elif not args.init_lora:
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")

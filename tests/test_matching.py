@@ -321,6 +321,8 @@ def test_wrong_flags_are_named(script, prompts, start_lora, capsys, changes, nam
     with pytest.raises(SystemExit):
         script.parse_args(matching_flags("owner/name", prompts, start_lora, "out", **changes))
     assert named in capsys.readouterr().err
+    line = matching_flags("owner/name", "pipe:xargs cat < list.txt", start_lora, "out", objective=None)
+    assert script.parse_args(line).objective == "consistency"  # a command may end so
 
 
 @one_family
