@@ -254,7 +254,7 @@ def add_matching_args(parser):
     add("--student_eta", type=SHARE, default=0.3,
         help="share of fresh noise between the student's steps, DDIM's eta: 0 is DDIM, 1 nearly LCMScheduler")
     add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times the LoRA's")
-    add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA")
+    add("--fake_updates", type=COUNT, default=2, help="parts of a batch, each for an update of the fake score")
     add("--fake_warmup_steps", type=WHOLE, default=50, help="updates of --max_train_steps before the LoRA's")
 
 
@@ -508,7 +508,7 @@ import psutil
 import torch
 import webdataset as wds
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
-from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device
+from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device, slice_tensors
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -2046,8 +2046,10 @@ def update_matching(job, batches):
                 grad_norm = descend(job, job.optimizer, loss)
     for number in range(args.fake_updates):
         for x, conditioning, tau, eps in drawn:
+            part = slice(number % len(x), None, args.fake_updates)  # fewer samples than updates serve in turns
+            x, conditioning, tau, eps = slice_tensors((x, conditioning, tau[number], eps[number]), part)
             with job.accelerator.accumulate(fake.model):
-                loss = fake_loss(fake.model, job.schedule, x, tau[number], eps[number], conditioning, job.dtype)
+                loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
                 fake_losses.append(loss.detach())
                 fake_norm = descend(job, fake.optimizer, loss)
         fake_norms.append(fake_norm)  # `descend` returns one at the last micro step alone

@@ -269,6 +269,28 @@ def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, 
     assert calls[-1] == (False, True)  # the fake learns last
 
 
+@one_family
+def test_the_fakes_updates_share_a_batch_and_a_single_sample_serves_in_each(script, job, monkeypatch):
+    seen = []
+    plain = script.fake_loss
+
+    def spied(fake, schedule, x, tau, eps, conditioning, dtype):
+        assert len(x) == len(tau) == len(eps) == len(conditioning["encoder_hidden_states"])
+        seen.append(list(zip(x.sum((1, 2, 3)).tolist(), tau.tolist(), strict=True)))
+        return plain(fake, schedule, x, tau, eps, conditioning, dtype)
+
+    monkeypatch.setattr(script, "fake_loss", spied)
+    job.job.state.global_step = 5
+    script.update(job.job, job.batches)
+    first, second = seen
+    assert len(first) == len(second) == 1 and first[0][0] != second[0][0]  # two samples, each in one update
+    seen.clear()
+    job.args.train_batch_size = 1
+    script.update(job.job, job.batches)
+    (first,), (second,) = seen
+    assert first[0] == second[0] and first[1] != second[1]  # the same picture, noised anew
+
+
 SETTINGS = {
     "max_train_steps": 6,
     "lora_dropout": 0.2,
