@@ -254,7 +254,7 @@ def add_matching_args(parser):
     add("--student_eta", type=SHARE, default=0.3,
         help="share of fresh noise between the student's steps, DDIM's eta: 0 is DDIM, 1 nearly LCMScheduler")
     add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times the LoRA's")
-    add("--fake_updates", type=COUNT, default=2, help="parts of a batch, each for an update of the fake score")
+    add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA, sharing a batch")
     add("--fake_warmup_steps", type=WHOLE, default=50, help="updates of --max_train_steps before the LoRA's")
 
 
@@ -2318,10 +2318,10 @@ class Log:
         samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
         speed, lines, error = samples / (time.monotonic() - self.started), [], None
         for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
-            if error := self.fault(step, loss, sum([norm, *watched])):  # not finite if one of them is not
-                break
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
             line |= dict(zip(names, watched, strict=True)) if more else {}
+            if error := self.fault(line):
+                break
             lines.append({name: value if math.isfinite(value) else None for name, value in line.items()})
         if self.accelerator.is_main_process:
             with self.path.open("a", encoding="utf-8") as file:
@@ -2337,18 +2337,20 @@ class Log:
         self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
         self.rows = []
 
-    def fault(self, step, loss, norm):
+    def fault(self, line):
         """Return why training must end after an update, or None."""
-        self.skipped_updates = 0 if math.isfinite(norm) else self.skipped_updates + 1
+        broken = [f"{name} {value}" for name, value in line.items() if not math.isfinite(value)]
+        self.skipped_updates = self.skipped_updates + 1 if broken else 0
         # The loss scaler of fp16 skips updates that overflow; without a scaler they ruin the weights.
-        if not math.isfinite(loss) or self.skipped_updates and self.accelerator.scaler is None:
-            cause = f"loss {loss}, gradient norm {norm}"
+        if broken and not (math.isfinite(line["loss"]) and self.accelerator.scaler):
+            cause = ", ".join(broken)
         elif self.skipped_updates >= self.MAX_SKIPPED_UPDATES:
             cause = f"the fp16 loss scale collapsed: {self.skipped_updates} updates in a row overflowed"
         else:
             return None
-        remedy = "Lower --learning_rate or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
-        return f"{cause} at update {step}; the last checkpoint is untouched. {remedy}"
+        rates = "--learning_rate" + " or --fake_learning_rate" * (self.job.args.objective == "matching")
+        remedy = f"Lower {rates} or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
+        return f"{cause} at update {line['step']}; the last checkpoint is untouched. {remedy}"
 
 
 def sampler_of(args):
@@ -2513,7 +2515,7 @@ MEMORY_SAVERS = {  # in the order of what they save for what they cost
     "--gradient_checkpointing": lambda args: args.gradient_checkpointing,
     "--use_8bit_adam": lambda args: args.use_8bit_adam,
     "a smaller --train_batch_size with more --gradient_accumulation_steps": lambda args: args.train_batch_size == 1,
-    "--vae_encode_batch_size 1": lambda args: args.vae_encode_batch_size == 1,
+    "--vae_encode_batch_size 1": lambda args: args.vae_encode_batch_size == 1 or args.objective == "matching",
     "shards cached by scripts/cache_latents.py": lambda _args: False,
     "--use_4bit_base": lambda args: args.use_4bit_base,
 }
