@@ -400,7 +400,7 @@ def test_a_fake_that_is_ruined_stops_the_run_before_it_is_saved(script, prompts,
         numbers = {"fake_loss": torch.tensor(0.1), "fake_grad_norm": torch.tensor(0.1)}
         log.add(1, torch.tensor(0.5), torch.tensor(1.0), 1e-4, numbers)
         log.add(2, torch.tensor(0.5), torch.tensor(1.0), 1e-4, numbers | {ruined: torch.tensor(float("nan"))})
-        with pytest.raises(script.NonFiniteLoss, match="update 2"):
+        with pytest.raises(script.NonFiniteLoss, match=f"{ruined} nan at update 2.*--fake_learning_rate"):
             log.flush()
 
 
