@@ -2287,12 +2287,13 @@ class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
     MAX_SKIPPED_UPDATES = 20  # in a row; the loss scaler of fp16 has then shrunk the scale a million-fold
+    FAKE_IS_LOST, MAX_LOST_UPDATES = 0.9, 20  # a fake that predicts no noise at all has a loss of 1
 
     def __init__(self, job):
         self.job, self.accelerator = job, job.accelerator
         self.path = Path(job.args.output_dir) / "log.jsonl"
         self.rows = []  # (step, loss, gradient norm, learning rate, more by name) of updates since the last flush
-        self.skipped_updates = 0
+        self.skipped_updates = self.lost_updates = 0
         self.started = time.monotonic()  # the clock of training alone
         last, is_main = job.state.global_step, self.accelerator.is_main_process
         options = {"unit": "update", "desc": "distilling", "mininterval": 1.0, "disable": not is_main}
@@ -2341,6 +2342,12 @@ class Log:
         """Return why training must end after an update, or None."""
         broken = [f"{name} {value}" for name, value in line.items() if not math.isfinite(value)]
         self.skipped_updates = self.skipped_updates + 1 if broken else 0
+        self.lost_updates = self.lost_updates + 1 if line.get("fake_loss", 0.0) > self.FAKE_IS_LOST else 0
+        if self.lost_updates == self.MAX_LOST_UPDATES:
+            cause = (
+                f"the fake score diverged: {self.lost_updates} updates up to {line['step']} have a fake_loss near 1"
+            )
+            return f"{cause}; take a new --output_dir, and lower --fake_learning_rate and --learning_rate"
         # The loss scaler of fp16 skips updates that overflow; without a scaler they ruin the weights.
         if broken and not (math.isfinite(line["loss"]) and self.accelerator.scaler):
             cause = ", ".join(broken)
@@ -2349,7 +2356,8 @@ class Log:
         else:
             return None
         rates = "--learning_rate" + " or --fake_learning_rate" * (self.job.args.objective == "matching")
-        remedy = f"Lower {rates} or use --mixed_precision bf16 or no; a VAE may overflow in fp16"
+        vae = "" if self.job.args.objective == "matching" else "; a VAE may overflow in fp16"
+        remedy = f"Lower {rates} or use --mixed_precision bf16 or no{vae}"
         return f"{cause} at update {line['step']}; the last checkpoint is untouched. {remedy}"
 
 

@@ -405,6 +405,18 @@ def test_a_fake_that_is_ruined_stops_the_run_before_it_is_saved(script, prompts,
 
 
 @one_family
+def test_a_fake_that_predicts_nothing_stops_the_run(script, prompts, start_lora, teacher, tmp_path):
+    log = script.Log(job_of(script, matching_flags(teacher, prompts, start_lora, tmp_path)).job)
+    for step, fake_loss in enumerate([*[1.0] * 19, 0.5, *[1.0] * 20], 1):  # one that recovers goes on
+        numbers = {"fake_loss": torch.tensor(fake_loss)}
+        log.add(step, torch.tensor(0.5), torch.tensor(1.0), 1e-4, numbers)
+        if step < 40:
+            log.flush()
+    with pytest.raises(script.NonFiniteLoss, match="diverged: 20 updates up to 40 .*lower --fake_learning_rate"):
+        log.flush()
+
+
+@one_family
 def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, shards, tmp_path):
     args = script.parse_args(flags(teacher, shards, tmp_path))
     settings = script.settings_of(args, Accelerator(cpu=True), 4, 1, 0)
