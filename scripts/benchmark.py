@@ -39,8 +39,7 @@ Rates are pictures per CPU second, so that other work on the machine counts for 
 
 
 def add_train(commands):
-    parser = commands.add_parser("train", description=TRAIN_HELP)
-    add = parser.add_argument
+    add = commands.add_parser("train", description=TRAIN_HELP).add_argument
     add("--model", default="demo", help=f"{', '.join(KNOWN_MODELS)}, or a diffusers folder (default: demo)")
     add("--recipe", nargs="+", choices=RECIPES, default=RECIPES, help="what to measure (default: both)")
     add("--cached", action="store_true", help="`ours` trains from cached latents and text")
@@ -55,8 +54,7 @@ def add_train(commands):
 
 
 def add_loader(commands):
-    parser = commands.add_parser("loader", description=LOADER_HELP)
-    add = parser.add_argument
+    add = commands.add_parser("loader", description=LOADER_HELP).add_argument
     add("--output_dir", required=True, type=Path, metavar="DIR", help="folder for loader.json")
     cases = [(512, 512), (768, 512), (1024, 512), (1024, 1024)]
     text = "side of the pictures and training resolution, px (default: 512:512 768:512 1024:512 1024:1024)"

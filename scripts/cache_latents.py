@@ -72,9 +72,12 @@ def parse_trainer_args(trainer, words):
     trainer.add_data_args(parser)
     for name in PASSED_ON:
         parser.add_argument(f"--{name}")
-    _, unknown = parser.parse_known_args(words)
+    given, unknown = parser.parse_known_args(words)
     if unknown:
         parser.error(trainer.unknown_flag(unknown[0], parser))
+    for name in ("max_train_samples", "shuffle_buffer_samples", "dataloader_num_workers"):
+        if getattr(given, name) != parser.get_default(name):
+            parser.error(f"--{name}: every sample is cached, in order, by --decode_threads; leave it out")
     return trainer.parse_args([*words, "--max_train_steps", "1", "--report_to", "none"])
 
 

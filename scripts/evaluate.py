@@ -29,8 +29,6 @@ def parse_args(argv=None):
     add = cli.add_model_flags(parser)
     text = "LCM-LoRAs to compare: files, folders with one, PEFT folders or Hub ids (default: none)"
     add("--lora", nargs="+", action="extend", default=[], metavar="PATH", help=text)
-    text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
-    add("--offload", action="store_true", help=text)
     add_picture_flags(parser.add_argument_group("pictures"))
     add_figure_flags(parser.add_argument_group("figures"))
     add = parser.add_argument_group("output").add_argument

@@ -58,10 +58,7 @@ def parse_args(argv=None):
         (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
         (args.output.exists(), f"--output {args.output}: exists; name a new one"),
-        (
-            args.format and args.output.suffix != ".safetensors",
-            f"--output {args.output}: name a file that ends in .safetensors",
-        ),
+        (args.format and args.output.suffix != ".safetensors", f"--output {args.output}: must end in .safetensors"),
         (args.bare_header and args.format != "kohya", "--bare_header: only with --format kohya"),
         (of_model and not args.merge_into, "--teacher_config, --variant, --prediction_type: only with --merge_into"),
     ]

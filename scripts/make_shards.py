@@ -81,7 +81,6 @@ def parse_args(argv=None):
         args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
     args.shuffle_seed = None if args.shuffle_seed < 0 else args.shuffle_seed
-    args.offload = False
     return args
 
 
@@ -201,8 +200,7 @@ def check_output(folder, run):
 def finished(target, digest):
     stats = target.with_name(f"{target.stem}_stats.json")
     record = json.loads(stats.read_text(encoding="utf-8")) if stats.exists() else {}
-    is_whole = record.get("run") == digest and target.exists() == bool(record["samples"])
-    return record if is_whole else None
+    return record if record.get("run") == digest and target.exists() == bool(record["samples"]) else None
 
 
 def main(args):

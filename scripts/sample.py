@@ -7,9 +7,7 @@
     --lora outputs/lcm-lora=1.0 --lora path/to/style=0.8           with a style, which is on in every row
     --lora outputs/lcm-lora/checkpoint-1000/unet                   a checkpoint's PEFT folder
     --steps 1 2 3 4 5 6 7 8 --base_steps 1 4 8 15 20 25 30 50      LCM rows, and the teacher's
-    --lora_strengths 0.25 0.5 0.75 1.0                             a row for each strength of the LCM-LoRA
     --samplers lcm-lora lcm-lora-ddim                              LCMScheduler, and DDIM with eta 0.3
-    --lcm_guidance_scale 1.0 1.5 2.0 --negative_prompt "blurry"    a row for each guidance
     --image photo.png --strength 0.6                               image-to-image
     --image photo.png --mask mask.png                              inpainting: white is drawn anew
     --controlnet MODEL --control_image edges.png                   ControlNet, alone or with --image
@@ -18,7 +16,7 @@ The grid has a row per sampler, all from the same noise. So that the teacher is 
 the DPM-Solvers (second order, multistep) use "trailing" timesteps, which start where there is only noise
 (arXiv:2305.08891; the "leading" ones of most model folders start at timestep 1 if there is one step), and
 like LCM sampling they end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
-Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of each prompt), samples.json.
+Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of the first 16 prompts), samples.json.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
@@ -41,8 +39,6 @@ def parse_args(argv=None):
     add("--lora", action="append", default=[], metavar="PATH[=WEIGHT]", help=text)
     add("--controlnet", metavar="MODEL", help="folder or Hub id of a ControlNet (default: none)")
     add("--device", default="auto", help="auto, cpu, cuda, cuda:1, mps (default: %(default)s)")
-    text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
-    add("--offload", action="store_true", help=text)
     add_sampling_flags(parser.add_argument_group("sampling"))
     add = parser.add_argument_group("pictures to start from").add_argument
     add("--image", type=cli.a_file, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
@@ -80,14 +76,13 @@ def add_sampling_flags(group):
     text = "image i of a prompt starts from seed + i (default: %(default)s)"
     add("--seed", type=cli.within(int, 0, 2**62), default=0, help=text)
     add("--num_images", type=cli.COUNT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
-    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
+    add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side, a multiple of 8 (default: model's or picture's)")
 
 
 def fill_in(args):
     if args.image and not args.strength:
         args.strength = 1.0 if args.mask else 0.8
-    share = args.strength if args.image else 1.0
-    args.steps = args.steps or [n for n in (1, 2, 4, 8) if n * share >= 1] or [8]
+    args.steps = args.steps or [n for n in (1, 2, 4, 8) if n * (args.strength if args.image else 1) >= 1] or [8]
     args.samplers = args.samplers or ["ddim", "dpmsolver++"] + ["lcm-lora"] * bool(args.lora)
     for name in ("samplers", "steps", "base_steps", "lcm_guidance_scale", "lora_strengths"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or args.steps)))
@@ -155,9 +150,10 @@ def sample_rows(args):
 
 
 def fitted_picture(path, side):
-    """Return a picture file scaled to side x side px, or where no side is given to multiples of 8 px."""
+    """Return a picture file, its smaller side scaled to `side` px if given, with sides that are multiples of 8 px."""
     picture = pipelines.read_picture(path)
-    width, height = (side, side) if side else (max(8, length - length % 8) for length in picture.size)
+    factor = side / min(picture.size) if side else 1
+    width, height = (max(8, round(length * factor) // 8 * 8) for length in picture.size)
     return picture.resize((width, height), Image.Resampling.LANCZOS)
 
 
@@ -191,12 +187,12 @@ def task_pipeline(pipe, args):
     if args.controlnet:
         options = {"torch_dtype": pipe.unet.dtype, "cache_dir": args.cache_dir}
         try:
-            net = diffusers.ControlNetModel.from_pretrained(args.controlnet, **options)
+            net, info = diffusers.ControlNetModel.from_pretrained(args.controlnet, output_loading_info=True, **options)
         except pipelines.LOAD_ERRORS as error:
             why = textwrap.shorten(str(error), 240)
             raise UnusableInput(f"--controlnet {args.controlnet} does not load ({why})") from error
         widths = [(part.config.cross_attention_dim, *part.config.block_out_channels) for part in (net, pipe.unet)]
-        if widths[0] != widths[1]:
+        if widths[0] != widths[1] or info["missing_keys"] or info["unexpected_keys"]:
             raise UnusableInput(f"--controlnet {args.controlnet}: is for another kind of model; take another")
         parts["controlnet"] = net.to(pipe.device).eval()
     if args.image or parts:
@@ -221,7 +217,8 @@ def draw_all(pipe, args, rows, extra):
             if len(args.loras) > 1 or len(args.lora_strengths) > 1:
                 record["lora_weights"] = row.weights
             records.append(record | {"seed": seed, "image": path.as_posix(), "seconds": round(seconds, 4)})
-            pictures.setdefault((index, row.name, steps), picture)
+            if index < pipelines.GRID_PROMPTS:  # all would fill the memory
+                pictures.setdefault((index, row.name, steps), picture)
     return records, pictures
 
 
@@ -237,13 +234,14 @@ def main(args):
     pipelines.start_offload(pipe, args, device)
     with pipelines.writing_to(args.output_dir):
         records, pictures = draw_all(pipe, args, rows, extra)
-        steps = sorted({count for row in rows for count in row.steps})
-        labels = {row.name: row.label for row in rows}
-        pipelines.make_grid(args.prompts, labels, steps, pictures).save(args.output_dir / "grid.png")
-        if args.strip:
-            pipelines.make_strip(labels, pictures).save(args.output_dir / "strip.png")
         text = json.dumps(records, indent=1, ensure_ascii=False)
         (args.output_dir / "samples.json").write_text(text, "utf-8")
+        steps = sorted({count for row in rows for count in row.steps})
+        labels = {row.name: row.label for row in rows}
+        grid = pipelines.make_grid(args.prompts[: pipelines.GRID_PROMPTS], labels, steps, pictures)
+        grid.save(args.output_dir / "grid.png")
+        if args.strip:
+            pipelines.make_strip(labels, pictures).save(args.output_dir / "strip.png")
     print(f"{len(records)} pictures, grid.png and samples.json in {args.output_dir}")
 
 

@@ -89,6 +89,28 @@ def test_style_and_lcm_lora_equal_weights_merged_by_hand(teacher, loras):
     torch.testing.assert_close(off, latents_of(plain, "ddim"), rtol=1e-4, atol=1e-5)
 
 
+@one_family
+def test_a_kohya_file_with_alphas_that_differ_is_drawn_as_it_says(teacher, loras, tmp_path):
+    _, weights = loras
+    pipe, merged, state = load(teacher), load(teacher), {}
+    trainer = pipelines.sdxl if hasattr(pipe, "text_encoder_2") else pipelines.sd15
+    for number, down in enumerate(name for name in weights["style"] if name.endswith("lora_A.weight")):
+        module, up = down.removesuffix(".lora_A.weight"), down.replace("lora_A", "lora_B")
+        key, rank = trainer.kohya_name(module, pipe.unet.config.layers_per_block), 1 + number % 2
+        a, b = weights["style"][down][:rank], weights["style"][up][:, :rank]
+        alpha = rank * (0.5 + number % 3)
+        state |= {f"{key}.lora_down.weight": a.contiguous(), f"{key}.lora_up.weight": b.contiguous()}
+        state[f"{key}.alpha"] = torch.tensor(alpha)
+        merge(merged.unet, [(alpha / rank, {down: a, up: b})])
+    save_file(state, tmp_path / "style.safetensors")
+    pipelines.load_lora(pipe, tmp_path / "style.safetensors", "style1")
+    drawn = latents_of(pipe, "ddim", {"style1": 1.0})
+    torch.testing.assert_close(drawn, latents_of(merged, "ddim"), rtol=1e-3, atol=1e-4)
+    save_file(state | {f"{key}.dora_scale": torch.ones(4, 1)}, tmp_path / "dora.safetensors")
+    with pytest.raises(UnusableInput, match="DoRA"):
+        pipelines.load_lora(pipe, tmp_path / "dora.safetensors", "style2")
+
+
 def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras):
     folder, _ = loras
     pipe, by_peft = load(teacher), load(teacher)

@@ -29,8 +29,7 @@ class Judge(nn.Module):
 
     def forward(self, pixels):
         """Return (features [B, FEATURES], logits of each attribute) of pixels [B,3,H,W] in [-1,1]."""
-        hidden = nn.functional.adaptive_avg_pool2d(self.body(pixels), 2).flatten(1)
-        features = self.features(hidden)
+        features = self.features(nn.functional.adaptive_avg_pool2d(self.body(pixels), 2).flatten(1))
         logits = self.head(nn.functional.silu(features))
         return features, logits.split([len(names) for names in ATTRIBUTES], dim=1)
 

@@ -191,8 +191,7 @@ class Scene:
     def draw_sea(self):
         far, middle, near = self.colours()
         ramp = np.linspace(0, 1, self.side - int(self.horizon * self.side))[:, None]
-        water = np.array(far) + (np.array(near) - np.array(far)) * ramp
-        for row, colour in enumerate(water):
+        for row, colour in enumerate(np.array(far) + (np.array(near) - np.array(far)) * ramp):
             y = int(self.horizon * self.side) + row
             self.canvas.line([(0, y), (self.side, y)], tuple(int(c) for c in colour))
         crest = tuple(int(c) for c in np.clip(np.array(middle) * 1.25 + 14, 0, 255))
@@ -204,8 +203,7 @@ class Scene:
 
     def draw_forest(self):
         for depth, colour in enumerate(self.colours()):
-            base = self.horizon + 0.02 + 0.13 * depth
-            heights = self.layer(base, 0.04, 0.3, colour)
+            heights = self.layer(self.horizon + 0.02 + 0.13 * depth, 0.04, 0.3, colour)
             for x in np.arange(self.rng.uniform(0, 0.08), 1, 0.085 + 0.02 * depth):
                 x = x + self.rng.uniform(-0.02, 0.02)
                 foot = heights[int(np.clip(x, 0, 0.999) * self.side)] + 0.03

@@ -76,8 +76,7 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for step in range(1, updates + 1):
-        indices = torch.randint(num_samples, (batch_size // accelerator.num_processes,))
-        loss = batch_loss(wrapped, indices)
+        loss = batch_loss(wrapped, torch.randint(num_samples, (batch_size // accelerator.num_processes,)))
         accelerator.backward(loss)
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

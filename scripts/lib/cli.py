@@ -98,6 +98,8 @@ def add_model_flags(cli, required=True):
     add("--cache_dir", metavar="DIR", help="folder for files from the Hub (default: the Hub's own cache)")
     text = "compute precision; no is float32 (default: fp16 on CUDA, else no)"
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help=text)
+    text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
+    add("--offload", action="store_true", help=text)
     return add
 
 

@@ -25,7 +25,7 @@ import fsspec
 import huggingface_hub
 import webdataset as wds
 
-from lib.pipelines import choose_device, draw, load_teacher, set_sampler
+from lib.pipelines import choose_device, draw, load_teacher, set_sampler, start_offload
 from lib.trainers import UnusableInput, sd15
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # suffix: builder of datasets
@@ -162,7 +162,7 @@ def cell_entry(number, cell, caption, is_remote):
     """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
     place = cell if isinstance(cell, dict) else {"bytes": cell}
     path = place.get("path") or ""
-    is_wrong = place.get("bytes") is None and bool(HUB_FILE.fullmatch(path)) != is_remote
+    is_wrong = place.get("bytes") is None and (not path or bool(HUB_FILE.fullmatch(path)) != is_remote)
     name = sd15.masked(f"row {number} {path.rpartition('/')[2]}".strip())
     return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
 
@@ -286,7 +286,9 @@ def draw_prompts(args):
 
     def read(wanted):
         if not pipes:
-            pipes.append(load_teacher(args, choose_device(args.device)))
+            device = choose_device(args.device)
+            pipes.append(load_teacher(args, device))
+            start_offload(pipes[0], args, device)
             set_sampler(pipes[0], args.sampler)
         wanted = iter(wanted)
         while batch := list(itertools.islice(wanted, args.batch_size)):

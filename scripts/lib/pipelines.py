@@ -24,6 +24,7 @@ from lib.cli import LORA_SAMPLERS, PEFT_FILES
 from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
+GRID_PROMPTS = 16  # that sample.py shows in grid.png
 MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own limit
 # What the libraries raise for a file that is missing, damaged or made for something else.
 LOAD_ERRORS = (
@@ -140,9 +141,12 @@ def load_lora(pipe, lora, name="lcm"):
         if all((Path(lora) / file).exists() for file in PEFT_FILES):
             found = add_peft_adapter(pipe.unet, lora, name)
         else:
-            weights = pipe.lora_state_dict(str(lora), unet_config=pipe.unet.config)[0]
+            if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(lora))):
+                raise ValueError("it is a DoRA, whose scales diffusers leaves out")
+            weights, alphas = pipe.lora_state_dict(str(lora), unet_config=pipe.unet.config)
             found = sum(key.startswith("unet.") and weight.ndim > 1 for key, weight in weights.items())
-            pipe.load_lora_weights(str(lora), adapter_name=name)
+            is_uneven = len(set((alphas or {}).values())) > 1
+            pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(lora), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
         remedy = "give one made for this model"
@@ -156,6 +160,15 @@ def load_lora(pipe, lora, name="lcm"):
         raise UnusableInput(f"LoRA {lora}: {len(fitted)} of {found} UNet tensors fit; give one made for this model")
     # New layers come in training mode, where a LoRA trained with dropout would still drop.
     pipe.unet.eval()
+
+
+def fold_alphas(weights, alphas):
+    """Return a LoRA's weights with its alphas in them, because diffusers misreads alphas that differ by layer."""
+    for key, alpha in alphas.items():
+        stem = key.removesuffix(".alpha")
+        down = stem if stem in weights else f"{stem}.lora.down.weight"
+        weights[down] = weights[down] * (alpha / len(weights[down]))
+    return weights
 
 
 def add_peft_adapter(unet, folder, name):
@@ -238,7 +251,7 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
         result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
     except torch.OutOfMemoryError as error:
         if len(prompts) == 1:
-            remedy = "give --offload, --mixed_precision fp16 or a smaller --resolution"
+            remedy = "give --mixed_precision fp16, a smaller --resolution or --offload"
             raise UnusableInput(f"one picture does not fit into the GPU's memory; {remedy}") from error
     else:
         synchronize(pipe.device)
@@ -280,8 +293,7 @@ def make_grid(prompts, labels, steps, pictures):
             pen.multiline_text((gap, top + height // 2), text, "black", font, anchor="lm")
             for left, column in zip(lefts, columns, strict=False):
                 if picture := pictures.get((index, name, column)):
-                    resized = picture.resize((width, height), Image.Resampling.NEAREST)
-                    grid.paste(resized, (left, top))
+                    grid.paste(picture.resize((width, height), Image.Resampling.NEAREST), (left, top))
             top += height + gap
     return grid
 

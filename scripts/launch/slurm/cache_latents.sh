@@ -6,7 +6,7 @@
 #         sbatch --array=0-15 scripts/launch/slurm/cache_latents.sh --resolution 1024
 #
 # Submit it from the repository's folder. Job i of n encodes every n-th shard from the i-th on and writes
-# OUTPUT_DIR/part-i; then train with --train_shards_path_or_url OUTPUT_DIR/part-*. Variables:
+# OUTPUT_DIR/part-i; then train with SHARDS='OUTPUT_DIR/part-*/*.tar'. Variables:
 #   SHARDS      folder of .tar files              TEACHER     Hub id, folder or file
 #   OUTPUT_DIR  folder for the cached shards      OFFLINE=1   nodes without network
 #   VENV        virtual environment to activate (default .venv, where it exists)

@@ -76,6 +76,8 @@ fi
 if [[ ${OFFLINE:-0} == 1 ]]; then
     export HF_HUB_OFFLINE=1 WANDB_MODE=offline
 fi
+# torchrun kills processes that do not end within it, and they need an update or more and a checkpoint's time.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
 # One run in wandb, however often the job is requeued.
 export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID} WANDB_RESUME=allow
 

@@ -127,8 +127,7 @@ class ClipScore(TransformerFeatures):
         options = {"padding": True, "truncation": True, "max_length": self.limit, "return_tensors": "pt"}
         tokens = self.tokenizer(list(prompts), **options).to(self.device)
         texts = self.model.get_text_features(**tokens).pooler_output.cpu().double()
-        seen = super().__call__(pictures)
-        return 100 * torch.cosine_similarity(seen, texts).clamp(min=0)
+        return 100 * torch.cosine_similarity(super().__call__(pictures), texts).clamp(min=0)
 
 
 class DemoJudge(OnDevice):
@@ -152,8 +151,7 @@ class DemoJudge(OnDevice):
             labels = torch.tensor([self.labels_of(prompt) for prompt in prompts])
         except StopIteration:  # a prompt that names no value of an attribute
             return None
-        found = self.model.read(torch.as_tensor(pictures).to(self.device))[1]
-        return (found == labels).double().mean(1)
+        return (self.model.read(torch.as_tensor(pictures).to(self.device))[1] == labels).double().mean(1)
 
 
 def describe_model(spec):
@@ -161,5 +159,4 @@ def describe_model(spec):
     if name in ("inception", *HUB_MODELS):
         return name
     config = Path(spec) / "config.json"
-    kind = json.loads(config.read_text()).get("model_type") if config.exists() else None
-    return kind or Path(spec).stem
+    return (json.loads(config.read_text()).get("model_type") if config.exists() else None) or Path(spec).stem

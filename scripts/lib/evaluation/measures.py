@@ -61,7 +61,8 @@ class Measures:
                 values["accuracy"] = shares
         if self.clip_score:
             values["clip_score"] = self.clip_score(pictures, prompts)
-        return {key: dict(zip(indices, found, strict=True)) for key, found in values.items()}
+        copies = {key: [row.clone() for row in found] for key, found in values.items()}  # pickle sends a view whole
+        return {key: dict(zip(indices, found, strict=True)) for key, found in copies.items()}
 
     def row(self, gallery, row):
         """Return {measure: values in order of pictures} of a row, from the shares of all processes."""
@@ -159,5 +160,4 @@ def score_row(values, distances, took):
 
 def titles(features, references):
     pairs = {f"FD/{m}/{r}": f"FD, {m}, to {r}" for r in references for m in features}
-    spreads = {f"spread/{m}": f"spread, {m}" for m in features}
-    return pairs | spreads | SCORES | {"seconds": "seconds a picture"}
+    return pairs | {f"spread/{m}": f"spread, {m}" for m in features} | SCORES | {"seconds": "seconds a picture"}

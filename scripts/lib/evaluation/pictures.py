@@ -132,7 +132,7 @@ class Gallery:
     def draw(self, pipe, missing, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
         calls = []
-        hook = pipe.unet.register_forward_pre_hook(lambda _module, inputs: calls.append(len(inputs[0])))
+        hook = pipe.unet.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
         for row, blocks in missing.items():
             given = set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
