@@ -760,13 +760,13 @@ def check_shard(path):
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes}.
 
-    A broken shard is read again, up to `attempts` times, then counted in `skipped` and left. Where `cache` is
-    the head of the first shard of a cache, shards cached in another way are counted and left.
+    A broken shard is read again, up to `attempts` times in which no sample is new, then counted in `skipped` and
+    left. Where `cache` is the head of the first shard of a cache, shards cached in another way are counted and left.
     """
-    done, name = 0, masked(str(shard))
-    for attempt in range(attempts):
-        time.sleep(attempt)
-        lost = Counter()
+    done, failures, name = 0, 0, masked(str(shard))
+    while failures < attempts:
+        time.sleep(failures if done or not is_remote(shard) else 5 * failures**2)  # a network may be away for minutes
+        lost, before = Counter(), done
         try:
             for sample in islice(group_members(shard_members(shard), lost), done, None):
                 done += 1
@@ -780,6 +780,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
             return
         except STREAM_ERRORS as error:
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
+            failures = 1 if done > before else failures + 1
     skipped[f"shard {name} broke off ({cause})"] += 1
     is_dead = is_remote(shard) and not done  # the network, not one file
     skipped.dead_shards = skipped.dead_shards + 1 if is_dead else 0
@@ -1103,6 +1104,8 @@ class ShardStream(torch.utils.data.IterableDataset):
             mine = {part % parts_per_shard for part in of_shard}
             for number, sample in enumerate(read_shard(self.shards[shard], skipped, cache=self.cache)):
                 if number % parts_per_shard in mine:
+                    if self.args.objective == "matching":  # pictures would fill the buffer, and nothing reads them
+                        sample = {name: value for name, value in sample.items() if name not in IMAGE_SUFFIXES}
                     yield sample
 
     def __iter__(self):
@@ -1384,6 +1387,8 @@ def weight_names(path):
 
 def set_prediction(pipe, args):
     """Give the pipeline's scheduler the prediction type of --prediction_type or of a file's marker tensors."""
+    if "beta_start" not in pipe.scheduler.config:
+        raise UnusableInput(f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model")
     names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
     if args.prediction_type or "v_pred" in names:
         changes["prediction_type"] = args.prediction_type or "v_prediction"
@@ -1405,8 +1410,6 @@ def check_parts(pipe):
     for name in TEXT_PARTS:
         if getattr(getattr(pipe, name), "model_max_length", 0) > 10**6:
             raise UnusableInput(f"the teacher's {name} has no maximum length: its folder is missing or cut")
-    if "beta_start" not in pipe.scheduler.config:
-        raise UnusableInput(f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model")
 
 
 def quantize_4bit(unet):
@@ -1648,7 +1651,7 @@ class RunState:
     stop_signal: str | None = None  # the first signal that asked the run to stop
     is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
-    waits_at: int | None = None  # the update whose data it waits for
+    waits_at: float | None = None  # since when it waits for data
     is_alone: bool = True  # the only process; several have to agree before they save
     is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
@@ -1835,7 +1838,7 @@ def descend(job, optimizer, loss):
 def next_batch(job, batches, positions):
     """Return the next batch, noting in `positions` how far the data has been read, and what was skipped."""
     state = job.state
-    state.waits_at = state.global_step
+    state.waits_at = time.monotonic()  # tells this wait from the next one
     if state.stop_signal and state.is_alone:  # it came between two waits; a half-done update is given up
         state.waits_at = None  # a further signal must not raise where the loop saves
         raise StopWaiting
@@ -2287,12 +2290,13 @@ class Log:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
                 numbers = [pair for pair in line.items() if pair[0] != "step" and pair[1] is not None]
-                self.accelerator.log({f"train/{name}": value for name, value in numbers}, step=line["step"])
+                values = {f"train/{name}": value for name, value in numbers}
+                to_trackers(self.accelerator, operator.methodcaller("log", values, step=line["step"]))
         if error:
             raise NonFiniteLoss(error)
         if torch.cuda.is_available():
-            peak_gib = torch.cuda.max_memory_allocated() / 2**30
-            self.accelerator.log({"train/peak_memory_gib": peak_gib}, step=lines[-1]["step"])
+            values = {"train/peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
+            to_trackers(self.accelerator, operator.methodcaller("log", values, step=lines[-1]["step"]))
         self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
         self.rows = []
 
@@ -2330,28 +2334,35 @@ def sampler_of(args):
 
 @torch.no_grad()
 def validate(job):
-    """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`."""
-    args, pipe = job.args, job.pipe
-    if not pipe.vae:  # a run on cached latents needs it only here
-        parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
-        pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-    kind, options, eta = sampler_of(args)
-    scheduler, was_training = pipe.scheduler, pipe.unet.training
-    pipe.scheduler = kind.from_config(scheduler.config, **options)
-    pipe.unet.eval()
+    """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`.
+
+    It is empty where the GPU's memory does not suffice, because the updates are worth more than pictures.
+    """
+    args, pipe, scheduler, was_training = job.args, job.pipe, job.pipe.scheduler, job.pipe.unet.training
+    kind, of_kind, eta = sampler_of(args)
     options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
     drawn = {steps: [] for steps in VALIDATION_STEPS}
     pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
-    for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
-        embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
-        generator = torch.Generator().manual_seed(args.seed + number)
-        settings = {"num_inference_steps": steps, "guidance_scale": 1.0, "eta": eta, "generator": generator}
-        latents = pipe(**embeds, **settings, **options).images
-        # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
-        decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-        drawn[steps] += pipe.image_processor.postprocess(decoded.float())
-    pipe.scheduler = scheduler
-    pipe.unet.train(was_training)
+    try:
+        if not pipe.vae:  # a run on cached latents needs it only here
+            parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
+            pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
+        pipe.scheduler = kind.from_config(scheduler.config, **of_kind)
+        pipe.unet.eval()
+        for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
+            embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
+            generator = torch.Generator().manual_seed(args.seed + number)
+            settings = {"num_inference_steps": steps, "guidance_scale": 1.0, "eta": eta, "generator": generator}
+            latents = pipe(**embeds, **settings, **options).images
+            # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            drawn[steps] += pipe.image_processor.postprocess(decoded.float())
+    except torch.OutOfMemoryError:
+        tqdm.write("no pictures: too little GPU memory; --validation_steps -1 leaves them out", file=sys.stderr)
+        return {}
+    finally:
+        job.pipe.scheduler = scheduler
+        job.pipe.unet.train(was_training)
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
     rows = list(zip(*drawn.values(), strict=True))  # a row a prompt, a column a step count
@@ -2360,9 +2371,20 @@ def validate(job):
         place = (column * grid.width // len(drawn) + 4, 3)
         ImageDraw.Draw(grid).text(place, f"steps: {steps}", fill="black", font=ImageFont.load_default(12))
     grid.save(folder / f"step-{job.state.global_step:07d}.png")
-    for tracker in job.accelerator.trackers:
-        log_pictures(tracker, drawn, job.prompts, job.state.global_step)
+    where = {"prompts": job.prompts, "global_step": job.state.global_step}
+    to_trackers(job.accelerator, partial(log_pictures, drawn=drawn, **where))
     return drawn
+
+
+def to_trackers(accelerator, log):
+    """Call `log` with each tracker; one that fails is named and left, because updates are worth more."""
+    for tracker in list(accelerator.trackers):
+        try:
+            log(tracker)
+        except Exception as error:  # each tracker has errors of its own
+            accelerator.trackers.remove(tracker)
+            message = f"{tracker.name} failed and gets nothing more; log.jsonl has the numbers"
+            tqdm.write(f"{message} ({one_line(error)[:200]})", file=sys.stderr)
 
 
 def log_pictures(tracker, drawn, prompts, global_step):
@@ -2726,7 +2748,8 @@ def listen(state):
             leave(name, number)
         if not state.stop_signal and int(os.environ.get("RANK", 0)) == 0:
             # Not by `print`, which may not be entered twice.
-            os.write(2, f"\n{name}: a checkpoint is saved after this update; a second Ctrl-C does not wait\n".encode())
+            when = "after this update" if state.is_alone else "within --logging_steps updates"
+            os.write(2, f"\n{name}: a checkpoint is saved {when}; a second Ctrl-C does not wait\n".encode())
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader process that ends must not raise while one saves

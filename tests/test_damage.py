@@ -72,11 +72,19 @@ def test_an_end_between_any_two_members_is_noticed(script, shard, sleeps, member
     assert len(captions) >= (member - 1) // 3 and len(sleeps) == script.READ_ATTEMPTS
 
 
-def test_a_command_that_fails_after_a_whole_shard_is_noticed(script, shard, sleeps):
+def test_a_command_that_fails_is_noticed_and_read_again(script, shard, sleeps, tmp_path):
     captions, skipped = read(script, f"pipe:cat {shard}; exit 3")
     ((cause, count),) = skipped.items()
     assert "exit code 3" in cause and count == 1
     assert captions == [f"sea {i}" for i in range(len(captions))] and len(sleeps) == script.READ_ATTEMPTS
+    # A connection that breaks again and again loses nothing as long as samples come.
+    sleeps.clear()
+    ends = [*offsets(shard)[3::3], shard.stat().st_size]  # each attempt gets a sample more than the one before
+    (tmp_path / "ends").write_text("".join(f"{end}\n" for end in ends))
+    read_one_more = f"tail -n +$(wc -l < {tmp_path}/tries) {tmp_path}/ends | head -n 1"
+    captions, skipped = read(script, f"pipe:echo >> {tmp_path}/tries; head -c $({read_one_more}) {shard}")
+    assert captions == [f"sea {i}" for i in range(SAMPLES)] and not skipped
+    assert len(sleeps) == len(ends) > script.READ_ATTEMPTS and max(sleeps) == 1
 
 
 @pytest.mark.usefixtures("sleeps")

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import bitsandbytes
 import numpy as np
@@ -567,7 +568,7 @@ def test_a_pipeline_loaded_around_the_student_leaves_it_trainable(script, args, 
     assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == before
 
 
-def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path):
+def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path, capsys):
     args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
     with torch.no_grad():
         embeds = script.encode_prompts(pipe, prompts, CPU)
@@ -587,6 +588,15 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
     difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
+    # Too little memory, or a tracker that fails, ends no run.
+    accelerator.trackers += [SimpleNamespace(name="broken", log_images=None), SimpleNamespace(name="silent")]
+    assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent"]
+    pipe.unet.train()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipe.vae, "decode", Mock(side_effect=torch.OutOfMemoryError))
+        assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
+    assert "leaves them out" in capsys.readouterr().err
+    pipe.unet.eval()
 
 
 @pytest.mark.parametrize(("name", "count", "shape"), [("tensorboard", 1, 4), ("swanlab", 1, 4), ("aim", 2, 3)])
