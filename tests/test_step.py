@@ -639,8 +639,7 @@ def test_updates_that_the_fp16_scaler_skips_stop_the_run_only_when_its_scale_col
 def log_of(script, args, folder, scaler):
     args.output_dir = str(folder)
     accelerator = SimpleNamespace(
-        is_main_process=True, num_processes=1, scaler=scaler, log=lambda *_given, **_named: None,
-        reduce=lambda values, _how: values,
+        is_main_process=True, num_processes=1, scaler=scaler, trackers=[], reduce=lambda values, _how: values
     )  # fmt: skip
     return script.Log(SimpleNamespace(args=args, accelerator=accelerator, max_train_steps=99, state=script.RunState()))
 
