@@ -2348,9 +2348,7 @@ class Log:
         self.skipped_updates = self.skipped_updates + 1 if broken else 0
         self.lost_updates = self.lost_updates + 1 if line.get("fake_loss", 0.0) > self.FAKE_IS_LOST else 0
         if self.lost_updates == self.MAX_LOST_UPDATES:
-            cause = (
-                f"the fake score diverged: {self.lost_updates} updates up to {line['step']} have a fake_loss near 1"
-            )
+            cause = f"the fake score diverged: {self.lost_updates} updates up to {line['step']} have a loss near 1"
             return f"{cause}; take a new --output_dir, and lower --fake_learning_rate and --learning_rate"
         # The loss scaler of fp16 skips updates that overflow; without a scaler they ruin the weights.
         if broken and not (math.isfinite(line["loss"]) and self.accelerator.scaler):
