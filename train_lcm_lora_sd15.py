@@ -34,7 +34,7 @@ import io
 import json
 import logging
 import math
-import multiprocessing
+import multiprocessing.connection
 import operator
 import os
 import random
@@ -104,7 +104,7 @@ TRACKERS = (
 )  # fmt: skip
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
-STALL_S = 30  # a server that sends nothing for so long is given up
+STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that may differ when a run is resumed; every other one must stay the same.
@@ -822,6 +822,21 @@ def shard_members(shard):
                 yield member.name, data
 
 
+class CommandOutput(io.RawIOBase):
+    """The output of a command, as a stream whose reads end with an error where the command stalls."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def readable(self):
+        return True
+
+    def readinto(self, buffer):
+        if os.name == "posix" and not multiprocessing.connection.wait([self.stream], COMMAND_STALL_S):
+            raise OSError(f"the command sent nothing for {COMMAND_STALL_S} s")
+        return self.stream.readinto(buffer)
+
+
 @contextmanager
 def open_shard(shard):
     """Yield the byte stream of a shard: a file, or the output of a command (curl for http)."""
@@ -838,12 +853,13 @@ def open_shard(shard):
         options["process_group"] = 0
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
     with tempfile.TemporaryFile() as words:
-        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words}
+        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words, "bufsize": 0}
         process, failure = subprocess.Popen(command, shell=True, **options), None
+        output = io.BufferedReader(CommandOutput(process.stdout))
         try:
             try:
-                yield process.stdout
-                while process.stdout.read(2**20):
+                yield output
+                while output.read(2**20):
                     pass  # a command whose output nobody reads would fail
             except STREAM_ERRORS as error:
                 failure = error

@@ -113,16 +113,16 @@ def prepared(trainer, pool, shard, args, own, skipped):
         yield from take()
 
 
-def encode(trainer, pipe, samples, args):
-    """Return the cached tensors of prepared samples, a dict for each; raises UnusableInput where the VAE overflows."""
-    device = pipe.vae.device
+def encode(trainer, pipe, batch, args):
+    """Return the cached tensors of a batch, a dict for each; raises UnusableInput where the VAE overflows."""
+    device, samples = pipe.vae.device, [sample for _, _, sample in batch]
     pixels = torch.from_numpy(np.stack([sample["pixels"] for sample in samples])).to(device)
     tensors = {"moments": trainer.encode_moments(pipe.vae, pixels, args)}
     tensors |= trainer.encode_prompts(pipe, [sample["caption"] for sample in samples], device)
     halves = {name: value.half().cpu() for name, value in tensors.items()}
     for name, value in halves.items():
-        if not value.isfinite().all():
-            raise trainer.UnusableInput(f"{name} overflow; use --mixed_precision no, or SDXL's fp16-fix VAE")
+        if bad := [key for row, (key, _, _) in zip(value, batch, strict=True) if not row.isfinite().all()]:
+            raise trainer.UnusableInput(f"{name} of {bad[0]} overflow; use --mixed_precision no or the fp16-fix VAE")
     inputs = ({"time_ids": s["time_ids"]} if "time_ids" in s else {} for s in samples)  # SDXL alone has them
     return [{name: value[i].contiguous() for name, value in halves.items()} | more for i, more in enumerate(inputs)]
 
@@ -157,7 +157,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
         tar.write(head)
         samples, written = prepared(trainer, pool, shard, args, own, skipped), None
         while batch := list(islice(samples, own.batch_size)):
-            encoded = encode(trainer, pipe, [sample for _, _, sample in batch], args)
+            encoded = encode(trainer, pipe, batch, args)
             if written:
                 written.result()  # at most one batch waits; raises what the writing raised
             written = writer.submit(write_batch, trainer, tar, batch, encoded)

@@ -459,10 +459,16 @@ def test_one_thread_writes_while_the_next_batch_is_encoded(cache, shards, tmp_pa
 
 
 @one_family
-def test_a_full_disk_ends_with_2_and_one_line(cache, shards, tmp_path):
+def test_a_full_disk_and_latents_that_overflow_end_with_2_and_one_line(cache, shards, tmp_path):
     def limit(_script):
         resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
 
+    def overflow(script):
+        encode = script.encode_moments
+        script.encode_moments = lambda *args: encode(*args).index_fill(0, torch.tensor(2), torch.inf)
+
+    said = cache(shards, tmp_path / "out", 2, hook=overflow)
+    assert "moments of 00000-00002 overflow" in said[-1] and not any("Traceback" in line for line in said)
     said = cache(shards, tmp_path / "out", 2, hook=limit)
     assert said[-1].startswith("error: ") and str(tmp_path / "out") in said[-1] and "cannot be written" in said[-1]
     assert not list((tmp_path / "out").glob("[!.]*.tar")) and not any("Traceback" in line for line in said)

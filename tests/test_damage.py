@@ -72,11 +72,17 @@ def test_an_end_between_any_two_members_is_noticed(script, shard, sleeps, member
     assert len(captions) >= (member - 1) // 3 and len(sleeps) == script.READ_ATTEMPTS
 
 
-def test_a_command_that_fails_is_noticed_and_read_again(script, shard, sleeps, tmp_path):
+def test_a_command_that_fails_is_noticed_and_read_again(script, shard, sleeps, tmp_path, monkeypatch):
     captions, skipped = read(script, f"pipe:cat {shard}; exit 3")
     ((cause, count),) = skipped.items()
     assert "exit code 3" in cause and count == 1
     assert captions == [f"sea {i}" for i in range(len(captions))] and len(sleeps) == script.READ_ATTEMPTS
+    skipped = Counter()
+    with monkeypatch.context() as patch:
+        patch.setattr(script, "COMMAND_STALL_S", 0.3)
+        stall = f"pipe:head -c {offsets(shard)[6] + 700} {shard}; sleep 3333"
+        assert len(list(script.read_shard(stall, skipped, attempts=1))) == 1
+    assert sum(skipped.values()) == 1 and "sent nothing for 0.3 s" in str(skipped)
     # A connection that breaks again and again loses nothing as long as samples come.
     sleeps.clear()
     ends = [*offsets(shard)[6::3], shard.stat().st_size]  # each attempt gets a sample more than the one before
