@@ -124,8 +124,8 @@ FOREIGN_FLAGS = {
     "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
     "network_dim": "--lora_rank", "network_alpha": "--lora_alpha", "validation_prompt": "--validation_prompts",
     "max_train_epochs": "--num_train_epochs", "save_every_n_steps": "--checkpointing_steps",
-    "num_inference_steps": "--num_ddim_timesteps", "instance_data_dir": "--train_data_dir",
-    "batch_size": "--train_batch_size", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
+    "instance_data_dir": "--train_data_dir", "batch_size": "--train_batch_size",
+    "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 
@@ -171,7 +171,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action):
-        tells_nothing = action.default is None or action.default is False  # 0 equals False, and tells something
+        tells_nothing = action.default is None or action.default is False  # but 0, which equals False, is shown
         return action.help if tells_nothing else super()._get_help_string(action)
 
 
@@ -254,8 +254,8 @@ def add_matching_args(parser):
     add("--student_eta", type=SHARE, default=0.3,
         help="share of fresh noise between the student's steps, DDIM's eta: 0 is DDIM, 1 nearly LCMScheduler")
     add("--fake_learning_rate", type=POSITIVE, help="peak rate of the fake score; default: 3 times the LoRA's")
-    add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA, sharing a batch")
-    add("--fake_warmup_steps", type=WHOLE, default=50, help="updates of --max_train_steps before the LoRA's")
+    add("--fake_updates", type=COUNT, default=2, help="updates of the fake score for one of the LoRA, on its batch")
+    add("--fake_warmup_steps", type=WHOLE, default=50, help="first updates, in which the fake score alone learns")
 
 
 def add_data_args(parser):
@@ -304,7 +304,7 @@ def add_output_args(parser):
     add = parser.add_argument_group("output").add_argument
     add("--output_dir", default="lcm-lora", help="folder for everything the run leaves")
     add("--resume_from_checkpoint", default="latest",
-        help="'latest': the complete one of most updates, if any; a checkpoint's name or path; 'none': must be none")
+        help="'latest': the newest complete one, if any; NAME or PATH: that one; 'none': refuse a folder with some")
     add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
@@ -312,7 +312,7 @@ def add_output_args(parser):
     add("--validation_prompts", nargs="+", metavar="PROMPT",
         help="prompts to draw; default: four captions of the data, or neutral ones with --push_to_hub")
     add("--logging_steps", type=COUNT, default=10,
-        help="updates between two reads of the loss; several processes act on signals then")
+        help="updates between log lines; several processes notice a signal only then")
     add("--logging_dir", default="logs", help="folder of the TensorBoard files, inside --output_dir")
     add("--report_to", choices=TRACKERS, default="tensorboard", help="tracker; all: every one that is installed")
     add("--tracker_project_name", default="lcm-lora", help="project in the tracker")
@@ -374,7 +374,9 @@ def check_args(args, error):
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
-        error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least {max(VALIDATION_STEPS)}")
+        error(
+            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, the steps that validation draws with"
+        )
     for flag in ("learning_rate", "fake_learning_rate"):
         if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
             error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
@@ -765,7 +767,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     """
     done, failures, name = 0, 0, masked(str(shard))
     while failures < attempts:
-        time.sleep(failures if done or not is_remote(shard) else 5 * failures**2)  # a network may be away for minutes
+        time.sleep(failures if done or not is_remote(shard) else 5 * failures**2)  # 0, 5 and 20 s where nothing came
         lost, before = Counter(), done
         try:
             for sample in islice(group_members(shard_members(shard), lost), done, None):
@@ -1224,7 +1226,7 @@ def differences(old, new):
 
 
 def cache_identity(args):
-    """Return what the tensors of a cache depend on, by flag; local models count by their weights' headers."""
+    """Return what the tensors of a cache depend on, by flag; local models count by their `fingerprint`."""
     flags = (
         "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
         "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
@@ -1239,7 +1241,7 @@ def cache_identity(args):
 
 
 def fingerprint(model):
-    """Return a checksum of a model file's, or of a folder's VAE's and text encoders', sizes, heads and tails."""
+    """Return a checksum of sizes, first and last MiB: of a model file, or of a folder's VAE and text encoders."""
     parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     files, checksum = sorted(path for path in paths if path.is_file()), 0
@@ -1327,14 +1329,15 @@ def load_teacher(args, dtype, device, check=True, **parts):
     `parts` take the place of the teacher's own and stay as they are; one that is None is not loaded. Without
     `check`, models that can draw and not be distilled are taken too.
     """
-    given = frozenset(parts)
+    given, flag = frozenset(parts), "pretrained_teacher_model"
     if "://" in args.pretrained_teacher_model and not args.prediction_type:
         remedy = "download the file and name it, or give --prediction_type"
         raise UnusableInput(f"{masked(args.pretrained_teacher_model)}: its prediction type is unknown; {remedy}")
     try:
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
-            options = {"dtype": dtype, "cache_dir": args.cache_dir}
+            options, flag = {"dtype": dtype, "cache_dir": args.cache_dir}, "pretrained_vae_model_name_or_path"
             parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
+        flag = "pretrained_teacher_model"
         pipe = load_pipeline(args, dtype, **parts)
         set_prediction(pipe, args)
         if check:
@@ -1347,7 +1350,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
     except (UnusableInput, torch.OutOfMemoryError):
         raise
     except Exception as error:  # libraries raise almost anything for a missing, cut or foreign model
-        raise UnusableInput(loading_error(args, error)) from error
+        raise UnusableInput(loading_error(args, error, flag)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
@@ -1363,11 +1366,11 @@ def check_teacher(args):
         raise UnusableInput(loading_error(args, error)) from error
 
 
-def loading_error(args, error):
-    path, reason, each = Path(args.pretrained_teacher_model), "", error
+def loading_error(args, error, flag="pretrained_teacher_model"):
+    model, reason, each = getattr(args, flag), "", error
+    path, name = Path(model), f"--{flag} {masked(model)}"
     while each:  # the first cause is often the telling one
         reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
-    name = f"--pretrained_teacher_model {masked(args.pretrained_teacher_model)}"
     keys = weight_names(path / WEIGHTS_NAME if path.is_dir() else path)
     if any("lora" in key for key in keys):
         return f"{name}: this is a LoRA; name the model that it was made for"
@@ -1376,12 +1379,12 @@ def loading_error(args, error):
     halves = sorted(path.glob("unet/*.fp16.*")) if path.is_dir() else []
     if halves and not args.variant:
         return f"{name}: has only weight files of a variant ({halves[0].name}); give --variant fp16"
-    remedy = ""
-    if path.is_file():
+    remedy = "" if flag == "pretrained_teacher_model" else "; name a VAE's own folder or Hub id"
+    if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
-            remedy = "; give --teacher_config FOLDER, a local diffusers model of the same architecture"
-    is_elsewhere = "://" not in args.pretrained_teacher_model and not path.exists()
+            remedy = "; give --teacher_config, a local diffusers model of the same architecture or its Hub id"
+    is_elsewhere = "://" not in model and not path.exists()
     where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
     if is_elsewhere:
         remedy = "; check the id and the network, or name a local folder or file"
@@ -1393,8 +1396,9 @@ def weight_names(path):
     with suppress(Exception):  # what cannot be read here fails, with its reason, when it is loaded
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
-                kind = (file.metadata() or {}).get("modelspec.prediction_type", "")
-                return {*file.keys(), *(["v_pred"] if kind.startswith("v") else [])}
+                header = file.metadata() or {}  # sd-scripts' and ComfyUI's spelling
+                kinds = [header.get(f"modelspec.{name}", "") for name in ("prediction_type", "predict_key")]
+                return {*file.keys(), *(["v_pred"] if any(kind.startswith("v") for kind in kinds) else [])}
         if path.is_file():
             state = torch.load(path, map_location="meta", weights_only=True)
             return set(state.get("state_dict", state))
@@ -1406,12 +1410,20 @@ def set_prediction(pipe, args):
     if "beta_start" not in pipe.scheduler.config:
         raise UnusableInput(f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model")
     names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
+    if any(name.startswith("edm_") for name in names):
+        raise UnusableInput("the teacher is an EDM model, such as CosXL, whose noise has no betas; name another one")
     if args.prediction_type or "v_pred" in names:
         changes["prediction_type"] = args.prediction_type or "v_prediction"
     if "ztsnr" in names:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
-    if changes:
-        pipe.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config, **changes)
+    is_sd2 = pipe.unet and pipe.unet.config.cross_attention_dim == 1024
+    if is_sd2 and names and not (changes or args.teacher_config):
+        remedy = "give --prediction_type epsilon (a base model, 512 px) or v_prediction (768 px)"
+        raise UnusableInput(
+            f"{args.pretrained_teacher_model}: a file of SD 2.x does not tell what it predicts; {remedy}"
+        )
+    if changes:  # PNDMScheduler would drop one of them
+        pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
 
 
 def check_parts(pipe):
@@ -1450,7 +1462,7 @@ def quantize_4bit(unet):
 
 def make_twin(unet):
     """Return the teacher: a frozen UNet on the very weights of `unet`, free of what is added to `unet` later."""
-    # The twin takes no memory, and its passes are spared PEFT's work in every layer for a LoRA that is off.
+    # The twin takes no memory, and without adapter layers its passes skip PEFT's dispatch.
     shared = {id(tensor): tensor for tensor in chain(unet.parameters(), unet.buffers())}
     for module in unet.modules():  # the scales of packed weights are no buffers
         if getattr(module, "quant_state", None) is not None:
@@ -1470,7 +1482,7 @@ class LoraForward:
         down, up, scaling = (part["default"] for part in (self.lora_A, self.lora_B, self.scaling))
         up = up.weight if scaling == 1 else up.weight * scaling
         apply, base, options = functional.linear, self.base_layer, ()
-        if isinstance(base, torch.nn.Conv2d):  # A has the kernel, B a kernel of one pixel
+        if isinstance(base, torch.nn.Conv2d):  # A has the base's kernel size, B is 1 x 1
             apply, options = functional.conv2d, (None, base.stride, base.padding)
         hidden = apply(self.lora_dropout["default"](x), down.weight.to(x.dtype), *options)
         return base(x) + apply(hidden, up.to(x.dtype))
@@ -1530,7 +1542,7 @@ def encode_moments(vae, pixels, args):
     pixels = pixels.permute(0, 3, 1, 2)
     if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
         pixels = pixels.contiguous()
-    # An SDXL VAE of its own, in float32, takes 2.5 GiB a picture of 1024 px.
+    # SDXL's own VAE, in float32, takes 2.5 GiB for a picture of 1024 px.
     at_once = 1 if vae.dtype == torch.float32 and pixels.is_cuda else args.vae_encode_batch_size
     parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
     return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
@@ -1593,7 +1605,7 @@ def read_lora(path, layers_per_block=None):
         beside, state = path.with_name("adapter_config.json"), load_file(path)
         text = text or (beside.read_text("utf-8") if beside.is_file() else "{}")
         config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
-        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # the end of each block
+        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # downsamplers
         unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
         number = sum(not name.endswith(".alpha") for name in state)
         found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
@@ -2028,14 +2040,16 @@ def update_matching(job, batches):
         z_t, timesteps, conditioning, uncond, draws = inputs
         with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
             x = consistency(job.student, job.schedule, z_t, timesteps, conditioning, job.dtype)
-            drawn.append((x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone()))  # frees its other noise
+            drawn.append(
+                (x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone())
+            )  # a view would keep all noise
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
                 grad_norm = descend(job, job.optimizer, loss)
     for number in range(args.fake_updates):
         for x, conditioning, tau, eps in drawn:
-            part = slice(number % len(x), None, args.fake_updates)  # fewer samples than updates serve in turns
+            part = slice(number % len(x), None, args.fake_updates)  # where samples are fewer, each serves several
             x, conditioning, tau, eps = slice_tensors((x, conditioning, tau[number], eps[number]), part)
             with job.accelerator.accumulate(fake.model):
                 loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
@@ -2183,6 +2197,8 @@ def stateful_parts(job):
 
 
 def load_checkpoint(job, folder, manifest):
+    if not folder.is_dir():  # rank 0 has read its manifest
+        raise UnusableInput(f"{folder} is not on this machine; put --output_dir on a disk that all nodes see")
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
     for name, unet in trained_unets(job).items():
         set_peft_model_state_dict(unet, load_file(folder / name / "adapter_model.safetensors"))
@@ -2264,7 +2280,8 @@ class Log:
     """Progress bar, `log.jsonl`, trackers; losses stay on the device until `flush`, the only sync point."""
 
     MAX_SKIPPED_UPDATES = 20  # in a row; the loss scaler of fp16 has then shrunk the scale a million-fold
-    FAKE_IS_LOST, MAX_LOST_UPDATES = 0.9, 20  # a fake that predicts no noise at all has a loss of 1
+    FAKE_IS_LOST = 0.9  # a fake that predicts no noise at all has a loss of 1
+    MAX_LOST_UPDATES = 20
 
     def __init__(self, job):
         self.job, self.accelerator = job, job.accelerator
@@ -2350,7 +2367,7 @@ def sampler_of(args):
 def validate(job):
     """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`.
 
-    It is empty where the GPU's memory does not suffice, because the updates are worth more than pictures.
+    It is empty where memory or the VAE of a cached run is missing, because the updates are worth more than pictures.
     """
     args, pipe, scheduler, was_training = job.args, job.pipe, job.pipe.scheduler, job.pipe.unet.training
     kind, of_kind, eta = sampler_of(args)
@@ -2371,8 +2388,8 @@ def validate(job):
             # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
             drawn[steps] += pipe.image_processor.postprocess(decoded.float())
-    except torch.OutOfMemoryError:
-        tqdm.write("no pictures: too little GPU memory; --validation_steps -1 leaves them out", file=sys.stderr)
+    except (torch.OutOfMemoryError, UnusableInput) as error:
+        tqdm.write(f"no pictures: {one_line(error)[:300]}; --validation_steps -1 leaves them out", file=sys.stderr)
         return {}
     finally:
         job.pipe.scheduler = scheduler
@@ -2426,8 +2443,7 @@ def write_card(job, drawn):
     from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     scheduler, options, eta = sampler_of(args)
-    if args.prediction_type:
-        options["prediction_type"] = args.prediction_type
+    options["prediction_type"] = job.schedule.prediction_type
     usual, sampler = scheduler().config, "LCM" if scheduler is LCMScheduler else f"DDIM with eta {eta:g}"
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
@@ -2546,6 +2562,8 @@ def start(args):
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
+    if args.use_8bit_adam and accelerator.device.type == "mps":
+        raise UnusableInput("--use_8bit_adam: bitsandbytes has no kernels for MPS; leave it out")
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -2629,10 +2647,10 @@ def describe_data(shards, report, args, accelerator, workers):
 
 def describe_models(job, samples):
     config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
-    ends = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
+    betas = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
     teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
     trainable = job.student_unet.num_parameters(only_trainable=True)
-    lines = [f"teacher: {teacher} {ends}; LoRA: {trainable:,} trainable parameters"]
+    lines = [f"teacher: {teacher} {betas}; LoRA: {trainable:,} trainable parameters"]
     if tokenizer:
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
@@ -2642,8 +2660,8 @@ def describe_models(job, samples):
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
         lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        remedy = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix does not"
-        lines.append(f"this VAE overflows in fp16 and computes in float32, slowly; {remedy}")
+        remedy = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        lines.append(f"this VAE overflows in fp16, so it computes in float32; faster: {remedy}")
     return "\n".join(lines)
 
 
@@ -2905,11 +2923,6 @@ def make_stream(job, shards, workers, cache):
     return stream
 
 
-def push_finished(args, accelerator):
-    if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-        push(args, args.output_dir)
-
-
 def how_to_go_on(args, folder):
     if args.lr_scheduler in SCHEDULES_WITHOUT_END:
         return "a greater --max_train_steps goes on"
@@ -2946,7 +2959,9 @@ def main(args, state):
         agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
-            return push_finished(args, accelerator)
+            if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
+                push(args, args.output_dir)
+            return
         say(f"resuming from {folder}")
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
@@ -2969,7 +2984,7 @@ def main(args, state):
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
     del job
     accelerator.free_memory()
-    accelerator.end_training()
+    to_trackers(accelerator, operator.methodcaller("finish"))
 
 
 def run(args):

@@ -378,15 +378,17 @@ def test_an_unwritable_output_folder_is_named_before_any_model_loads(script, tea
     assert not any("Traceback" in line or "loading the models" in line for line in said)
 
 
-def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch):
+def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch, tmp_path):
     """Else each GPU would hold the optimizer's state twice at the start."""
     places, load = [], torch.load
     monkeypatch.setattr(script.torch, "load", lambda *given, **named: places.append(named) or load(*given, **named))
     for name in ("load_file", "set_peft_model_state_dict", "cast_training_params"):
         monkeypatch.setattr(script, name, lambda *_given, **_named: {})
+    job, manifest = mock.MagicMock(student_unet=torch.nn.Identity()), {"global_step": 1, "positions": {}}
     with pytest.raises(FileNotFoundError):
-        manifest = {"global_step": 1, "positions": {}}
-        script.load_checkpoint(mock.MagicMock(student_unet=torch.nn.Identity()), Path("/nowhere"), manifest)
+        script.load_checkpoint(job, tmp_path, manifest)
+    with pytest.raises(script.UnusableInput, match="/nowhere is not on this machine"):  # but on rank 0's
+        script.load_checkpoint(job, Path("/nowhere"), manifest)
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True
 
 

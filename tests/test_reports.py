@@ -20,10 +20,12 @@ from collections import Counter
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
+from accelerate.tracking import TensorBoardTracker
 from conftest import SCRIPTS, cases, finish, flags, load_script, picture_bytes, read_log, write_shards, write_tar
 from PIL import Image, PngImagePlugin
 
@@ -282,6 +284,7 @@ def test_2_no_file_of_a_run_has_a_secret(script, teacher, shards, server, tmp_pa
             return load(SimpleNamespace(**vars(args) | {"pretrained_teacher_model": str(teacher)}), *rest, **options)
 
         script.load_pipeline, script.time.sleep = local, lambda _: None
+        TensorBoardTracker.finish = Mock(side_effect=ConnectionError("gone"))
 
     out = tmp_path / "out"
     line = flags(
@@ -296,6 +299,7 @@ def test_2_no_file_of_a_run_has_a_secret(script, teacher, shards, server, tmp_pa
     )
     said = finish(script, line, tmp_path / "said", hook=hook)
     assert any("exit code 3" in text for text in said), "the shard that fails is named"
+    assert any("tensorboard failed" in text for text in said), "and a tracker, which costs the run nothing"
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert {"args.json", "checkpoint.json", "README.md", "log.jsonl", "hparams.yml"} <= {path.name for path in files}
     assert [str(path) for path in files if SECRET.encode() in path.read_bytes()] == []

@@ -4,11 +4,18 @@ import copy
 import json
 import re
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import flags, load_script, tiny_text
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    PNDMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import load_file, save_file
 
 UNET, VAE, TEXT = "model.diffusion_model.", "first_stage_model.", "cond_stage_model.transformer.text_model."
@@ -249,8 +256,11 @@ def test_trainer_takes_weights_of_the_file_and_settings_of_the_folder(
 
 
 def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards):
-    changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher / "vae"}
+    changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher}
     args = trainer.parse_args(flags(file, shards, "unused", **changes))
+    with pytest.raises(trainer.UnusableInput, match=f"--pretrained_vae_model_name_or_path {teacher} .* a VAE's own"):
+        trainer.load_teacher(args, torch.float32, torch.device("cpu"))
+    args.pretrained_vae_model_name_or_path = str(teacher / "vae")
     pipe = trainer.load_teacher(args, torch.bfloat16, torch.device("cpu"))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}
@@ -273,13 +283,28 @@ def test_a_files_markers_and_the_flag_tell_what_it_predicts(trainer, file, teach
     for markers, flag, expected in (
         ((), None, ("epsilon", False)), (("v_pred",), None, ("v_prediction", False)),
         (("v_pred", "ztsnr"), None, ("v_prediction", True)), ((), "v_prediction", ("v_prediction", False)),
-        (("v_pred",), "epsilon", ("epsilon", False)),
+        (("v_pred",), "epsilon", ("epsilon", False)), (("edm_vpred.sigma_max",), None, "is an EDM model"),
     ):  # fmt: skip
         save_file(weights | {name: torch.zeros(1) for name in markers}, path)
         args = trainer.parse_args(flags(path, shards, "unused", teacher_config=teacher, prediction_type=flag))
+        if isinstance(expected, str):
+            with pytest.raises(trainer.UnusableInput, match=expected):
+                trainer.load_teacher(args, torch.float32, torch.device("cpu"), vae=None)
+            continue
         config = trainer.load_teacher(args, torch.float32, torch.device("cpu"), vae=None).scheduler.config
         assert (config.prediction_type, config.get("rescale_betas_zero_snr", False)) == expected
         assert trainer.make_schedule(config, args, torch.device("cpu")).prediction_type == expected[0]
+    # PNDMScheduler, which SD 1.5 names, has no zero terminal SNR. A file of SD 2.x does not tell what it predicts.
+    save_file(weights | {name: torch.zeros(1) for name in ("v_pred", "ztsnr")}, path)
+    args = trainer.parse_args(flags(path, shards, "unused", teacher_config=teacher))
+    unet = SimpleNamespace(config=SimpleNamespace(cross_attention_dim=1024))
+    pipe = SimpleNamespace(scheduler=PNDMScheduler(), unet=unet)
+    trainer.set_prediction(pipe, args)
+    assert trainer.make_schedule(pipe.scheduler.config, args, torch.device("cpu")).alphas[-1] < 1e-3
+    save_file(weights, path)
+    args.teacher_config = None
+    with pytest.raises(trainer.UnusableInput, match="give --prediction_type epsilon .* or v_prediction"):
+        trainer.set_prediction(pipe, args)
 
 
 @pytest.mark.parametrize("config", ["teacher", "bare_config"])
@@ -368,5 +393,6 @@ def test_the_prediction_type_is_read_from_pickled_files_and_headers_too(script, 
     torch.save({"state_dict": weights | {"v_pred": torch.zeros(0)}}, tmp_path / "a.ckpt")
     save_file(weights, tmp_path / "a.SAFETENSORS", {"modelspec.prediction_type": "v"})
     save_file(weights, tmp_path / "b.safetensors", {"modelspec.prediction_type": "epsilon"})
+    save_file(weights, tmp_path / "c.safetensors", {"modelspec.predict_key": "v"})  # ComfyUI's
     found = {path.name: "v_pred" in script.weight_names(path) for path in tmp_path.iterdir()}
-    assert found == {"a.ckpt": True, "a.SAFETENSORS": True, "b.safetensors": False}
+    assert found == {"a.ckpt": True, "a.SAFETENSORS": True, "b.safetensors": False, "c.safetensors": True}
