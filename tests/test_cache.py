@@ -213,9 +213,19 @@ def test_other_flags_than_the_caches_are_named(script, teacher, cached, changes,
 
 
 def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, teacher, cached, tmp_path):
+    file, seen = tmp_path / "model.safetensors", set()
+    for place, value in ((0, 0), (0, 1), (-1, 1)):  # a large file counts by its head and its tail
+        data = bytearray(3 * 2**20)
+        data[place] = value
+        file.write_bytes(data)
+        seen.add(script.fingerprint(file))
+    assert len(seen) == 3
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     assert audit(script, cached, other)[0]
+    for name, value in (("teacher_revision", "v2"), ("pretrained_vae_model_name_or_path", str(teacher / "vae"))):
+        with pytest.raises(script.UnusableInput, match=f"{name} was None, is '"):
+            audit(script, cached, other, **{name: value})
     for part, refused in ((f"unet/{VAE_FILE}", False), (f"vae/{VAE_FILE}", True)):
         state = load_file(other / part)
         save_file({name: value + 0.1 for name, value in state.items()}, other / part)
@@ -259,7 +269,8 @@ def test_views_are_crops_of_their_own(script, cache, teacher, tmp_path):
     views = [samples[f"0-00000-{view}"][1]["moments"] for view in range(3)]
     assert {view.dtype for view in views} == {torch.float16} and views[0].shape == (8, 8, 8)
     mirrored = [samples[f"0-{i:05d}-{view}"][1]["moments"] for i in range(4) for view in range(3)]
-    assert len({tuple(moments.flatten().tolist()) for moments in mirrored}) > 4, "flips of four pictures"
+    far = [(mirrored[3 * i] - mirrored[3 * i + view]).abs().max() > 0.02 for i in range(4) for view in (1, 2)]
+    assert any(far) and not all(far), "flips of four pictures, beyond the rounding of float16"
     changes = {"resolution": 16, "random_flip": True}
     args = script.parse_args(flags(teacher, tmp_path / "out", "unused", **changes))
     usable, report, _ = script.audit(script.list_shards([str(tmp_path / "out")]), args)
@@ -341,7 +352,7 @@ def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path
 
 
 FILTERED = [
-    {"png": picture_bytes(0), "txt": "fine", "json": {"pwatermark": 0.1}},
+    {"png": picture_bytes(0), "json": {"pwatermark": 0.1, "caption": " fine"}},
     {"png": picture_bytes(1), "txt": "marked", "json": {"pwatermark": 0.9}},
     {"png": picture_bytes(2, side=16), "txt": "small"},
     {"png": b"garbage", "txt": "damaged"},

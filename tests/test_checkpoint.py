@@ -90,6 +90,7 @@ def again(script, teacher, shards, tmp_path):
 
 def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, unbroken, tmp_path):
     out, log = tmp_path / "out", read_log(unbroken)
+    assert [row["lr"] for row in log] == pytest.approx([1e-3 * left / 6 for left in range(6, 0, -1)])
 
     def losses_agree(last_step):
         ours = read_log(out)
@@ -176,6 +177,9 @@ def test_other_settings_are_refused_by_name_and_nothing_is_touched(again, unbrok
 def test_a_damaged_checkpoint_is_passed_over(again, unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
+    sizes = json.loads((out / "checkpoint-6" / "checkpoint.json").read_text())["sizes"]
+    files = {path.relative_to(out / "checkpoint-6").as_posix() for path in (out / "checkpoint-6").rglob("*.*")}
+    assert sizes.keys() == files - {"checkpoint.json"} and "unet/adapter_model.safetensors" in sizes
     file = out / "checkpoint-6" / "training_state.pt"
     file.write_bytes(file.read_bytes()[:-1])
     said = again()
@@ -328,6 +332,8 @@ def test_a_second_signal_while_the_first_ones_checkpoint_is_written(script, teac
     line = flags(teacher, shards, tmp_path / "out", gradient_accumulation_steps=2, checkpointing_steps=50)
     said = finish(script, line, tmp_path / "said", 3, hook=hook)
     assert "SIGUSR1" in said[-1] and "checkpoint-1 is saved" in said[-1]
+    positions = json.loads((tmp_path / "out" / "checkpoint-1" / "checkpoint.json").read_text())["positions"]
+    assert positions == {"0": [0, 4]}, "the samples of the update that is given up come again"
     assert checkpoints(tmp_path / "out") == {"checkpoint-1"}
 
 
@@ -338,6 +344,8 @@ def test_a_run_stopped_after_its_last_update_writes_what_is_missing(again, unbro
     again()
     assert_same(tmp_path / "out", unbroken)
     assert (tmp_path / "out" / "README.md").exists()
+    os.utime(tmp_path / "out" / WEIGHTS, (0, 0))  # the file of a shorter run, before more updates
+    assert not any("this run is finished" in line for line in again())
 
 
 def test_two_runs_in_one_folder_are_refused(script, teacher, shards, tmp_path):
@@ -347,8 +355,10 @@ def test_two_runs_in_one_folder_are_refused(script, teacher, shards, tmp_path):
     ends = time.monotonic() + DEADLINE_S
     while not (out / "log.jsonl").exists() and time.monotonic() < ends:
         time.sleep(0.02)
+    before = (out / "args.json").read_bytes()
     said = finish(script, flags(teacher, shards, out, max_train_steps=1), tmp_path / "second", 2)
     assert said[-1].startswith("error: ") and str(out) in said[-1] and "another run" in said[-1]
+    assert (out / "args.json").read_bytes() == before
     first.signal(signal.SIGKILL)
     first.wait()
     finish(script, flags(teacher, shards, out, max_train_steps=1), tmp_path / "third")  # a dead run holds no lock
@@ -361,11 +371,12 @@ def test_a_folder_of_pictures_is_trained_on_as_it_is_and_resumed_exactly(script,
         folder.mkdir(parents=True, exist_ok=True)
         (folder / f"{number}.png").write_bytes(picture_bytes(number))
         (folder / f"{number}.txt").write_text(f"sea {number}")
-    changes = {"max_train_steps": 7, "checkpointing_steps": 3, "dataloader_num_workers": 2, "random_flip": True}
+    changes = {"max_train_steps": 5, "checkpointing_steps": 3, "dataloader_num_workers": 2, "random_flip": True}
+    changes["gradient_accumulation_steps"] = 2
     lines = [flags(teacher, tmp_path / "pictures", tmp_path / name, **changes) for name in ("whole", "broken")]
     said = finish(script, lines[0], tmp_path / "said")
     assert any(line.startswith("data: 12 samples") for line in said)
-    finish(script, lines[1], tmp_path / "said", -9, hook=at_call("draw", 5, send(signal.SIGKILL)))
+    finish(script, lines[1], tmp_path / "said", -9, hook=at_call("draw", 8, send(signal.SIGKILL)))
     assert checkpoints(tmp_path / "broken") == {"checkpoint-3"}
     finish(script, lines[1], tmp_path / "said")
     assert_same(tmp_path / "whole", tmp_path / "broken")

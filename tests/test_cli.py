@@ -336,6 +336,10 @@ def compare(script, first, second, process=ONE, shards=(1, 1), workers=(0, 0)):
 
 
 def test_each_changed_setting_is_named(script):
+    assert not script.FREE_FLAGS & set(
+        "pretrained_teacher_model train_shards_path_or_url lora_rank lora_alpha lora_target_modules seed w_min w_max "
+        "learning_rate loss_type resolution train_batch_size gradient_accumulation_steps".split()
+    )
     for name in set(actions(script)) - {"mixed_precision", "dataloader_num_workers"}:
         changed = parse(script)
         is_list = isinstance(getattr(changed, name), list)

@@ -17,6 +17,7 @@ import types
 import numpy as np
 import pytest
 import scipy.linalg
+import scipy.stats
 import torch
 from conftest import ROOT, cases, load_script, write_shard
 from diffusers import StableDiffusionPipeline
@@ -96,7 +97,7 @@ def flags(teacher, judges, output_dir, *more):
     return [
         "--pretrained_teacher_model", str(teacher), "--prompts_file", str(judges / "prompts.txt"),
         "--lora", str(judges / "lora"), "--output_dir", str(output_dir), "--num_images", str(COUNT),
-        "--steps", "1", "2", "--teacher_steps", "3", "--batch_size", "3", "--shown", "2",
+        "--steps", "1", "2", "--teacher_steps", "3", "--batch_size", "2", "--shown", "2",
         "--features", str(judges / "mean.py"), "--clip_model", str(judges / "clip.py"),
         *more,
     ]  # fmt: skip
@@ -141,7 +142,9 @@ def test_frechet_distance_is_the_textbooks(n, m, width):
 
 
 def test_interval_of_the_distance_is_as_wide_as_its_spread_and_holds_it():
-    from lib.evaluation.statistics import T_95, frechet_distance, jackknife
+    from lib.evaluation.statistics import GROUPS, T_95, frechet_distance, jackknife
+
+    assert pytest.approx(scipy.stats.t.ppf(0.975, GROUPS - 1), abs=1e-3) == T_95
 
     generator = torch.Generator().manual_seed(0)
     found = [jackknife(frechet_distance, *torch.randn(2, 100, 6, generator=generator).double()) for _ in range(40)]
@@ -268,10 +271,12 @@ def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges,
 def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, judges, tmp_path, capsys):
     folder, _ = evaluated
     shutil.copytree(folder / "pictures", tmp_path / "pictures")
-    changed = flags(teacher, judges, tmp_path, "--resolution", "16", "--seed", "1")
+    shutil.copytree(teacher, tmp_path / "other")
+    (tmp_path / "other" / "model_index.json").write_text((teacher / "model_index.json").read_text() + " ")
+    changed = flags(tmp_path / "other", judges, tmp_path, "--resolution", "16", "--seed", "1")
     assert run(evaluate, changed) == 2
     message = capsys.readouterr().err
-    assert "resolution, seed" in message and "delete" in message and message.count("\n") == 1
+    assert "resolution, seed, teacher;" in message and "delete" in message and message.count("\n") == 1
 
 
 def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
@@ -648,7 +653,8 @@ def test_spread_in_the_report(evaluate, evaluated, teacher, judges, tmp_path):
 
 def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora, tmp_path, capsys):
     """The kept features give the distance to the pictures that they are of, in noise of their own."""
-    from lib.evaluation.statistics import frechet_distance
+    from lib.evaluation.measures import frechet_to
+    from lib.evaluation.statistics import frechet_distance, jackknife, pairwise_distances
 
     assert lora.is_dir()
     kept = tmp_path / "reference.safetensors"
@@ -671,7 +677,11 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora
     mine = model["load"]("cpu")(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
     expected = frechet_distance(mine, features.flatten(0, 1))
     assert row["figures"]["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-9)
-    assert row["figures"]["spread/mean"]["value"] > 0
+    by_prompt = [pairwise_distances(x, 3).mean() for x in (mine, features.transpose(0, 1).flatten(0, 1))]
+    assert row["figures"]["spread/mean"]["value"] == pytest.approx(float(by_prompt[0] / by_prompt[1]), rel=1e-9)
+    many = torch.randn(40, 2, 5, dtype=torch.float64)  # by prompt; a row's pictures have the prompts in turn
+    own = jackknife(frechet_distance, many + 1, many)
+    assert frechet_to(many, (many + 1).transpose(0, 1).flatten(0, 1)) == pytest.approx(own)
     assert run(evaluate, [*line, "--features", str(judges / "clip.py")]) == 2
     assert "--features" in capsys.readouterr().err.splitlines()[-1]
     before = kept.read_bytes()

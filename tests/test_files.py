@@ -241,14 +241,15 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     script.Path(args.output_dir).mkdir(exist_ok=True)
     state = SimpleNamespace(repository="")
     job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
-    script.write_card(job, {1: pictures, 4: pictures} if drawn else {})
+    job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
+    script.write_card(job, {1: [], 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
 
 
 @both_families
 def test_card_of_a_hub_teacher(script, args):
-    args.pretrained_teacher_model, args.hub_token = "owner/teacher", TOKEN
+    args.pretrained_teacher_model, args.hub_token, args.prediction_type = "owner/teacher", TOKEN, "v_prediction"
     front, text = write_card(script, args)
     assert front["base_model"] == "owner/teacher" and front["library_name"] == "diffusers"
     assert front["pipeline_tag"] == "text-to-image"
@@ -257,6 +258,7 @@ def test_card_of_a_hub_teacher(script, args):
     assert [entry["output"]["url"] for entry in front["widget"]] == ["image_0.png", "image_1.png"]
     assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
     assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
+    assert "config, prediction_type='v_prediction')" in text
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
 

@@ -198,6 +198,7 @@ def observe(folder):
 
 
 TWO = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": -1}
+TWO |= {"scale_lr": True, "learning_rate": 1e-3 / 8}  # 8 samples an update
 
 
 @pytest.fixture(scope="module")
@@ -235,6 +236,7 @@ def test_processes_differ_in_all_they_draw_and_agree_in_weights(two_processes):
         part = slice(2 * row["step"] - 2, 2 * row["step"])
         losses = [noted["loss"] for noted in first[part] + second[part]]
         assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5), "the mean over all processes"
+        assert row["lr"] == pytest.approx(1e-3), "--scale_lr"
 
 
 def test_a_checkpoint_of_two_processes_knows_both(two_processes):
@@ -326,8 +328,16 @@ def test_what_only_one_process_meets_is_said(script, teacher, tmp_path, rank):
 
 def test_a_v_prediction_teacher_trains(script, shards, tmp_path):
     teacher = build_teacher(tmp_path / "teacher", "v_prediction", rescale_betas_zero_snr=True)
-    said = finish(script, flags(teacher, shards, tmp_path / "out", max_train_steps=2), tmp_path / "said")
-    assert len(read_log(tmp_path / "out")) == 2
+    shift, monotonic = [0.0], time.monotonic
+
+    def draw_for_long(script):
+        script.time.monotonic = lambda: monotonic() + shift[0]
+        at_call("validate", 1, lambda: shift.append(shift.pop() + 1e6))(script)
+
+    line = flags(teacher, shards, tmp_path / "out", max_train_steps=2, validation_steps=1)
+    said = finish(script, line, tmp_path / "said", hook=draw_for_long)
+    rows = read_log(tmp_path / "out")
+    assert len(rows) == 2 and rows[1]["samples_per_second"] > 1e-3, "the time of pictures is no training"
     assert any("v_prediction" in line and "zero terminal SNR" in line for line in said)
 
 
@@ -518,6 +528,7 @@ def test_loader_workers_fit_the_machine(script, monkeypatch, cores, local, kind,
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
     args = script.parse_args(flags("owner/name", "pipe:cat 0.tar", "unused"))
     assert script.count_workers(args, machine(kind), None) == workers
+    assert script.count_workers(args, machine(kind), {"settings": {"dataloader_num_workers": 3}}) == 3
     args.dataloader_num_workers = 7
     assert script.count_workers(args, machine(kind), None) == 7
 
@@ -565,7 +576,7 @@ def test_the_data_line_tells_samples_epochs_and_what_may_be_wrong(script, teache
         {"png": picture_bytes(n, 24 if n < 3 else 32), "txt": f"sea {n}" + " far" * 90 * (n < 5)} for n in range(12)
     ]
     for number in range(2):
-        write_shard(tmp_path / "data" / f"{number:05d}.tar", samples)
+        write_shard(tmp_path / "data" / f"{number:05d}.tar", [*samples, {"png": b"garbage", "txt": "sea"}])
         (tmp_path / "data" / f"{number:05d}_stats.json").write_text('{"successes": 12}')
     line = flags(
         teacher, tmp_path / "data", tmp_path / "out", train_batch_size=26, max_train_steps=2, validation_prompts=None
@@ -577,6 +588,7 @@ def test_the_data_line_tells_samples_epochs_and_what_may_be_wrong(script, teache
     assert "smaller than --resolution, enlarged: 6" in text
     assert re.search(r"captions cut at 24 tokens: 10 of the first 24", text)
     assert "made for" not in text, "the teacher's own size"
+    assert re.search(r"^skipped samples: picture cannot be decoded: [34]$", text, re.MULTILINE), "of both updates"
 
 
 def test_a_resolution_that_is_not_the_teachers_is_said(script, teacher, shards, tmp_path):

@@ -1,12 +1,13 @@
 """The matching stage: the direction of its gradient, the fake's loss, the roll-out, the update, the resume."""
 
+import dataclasses
 import math
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import cases, flags, launch, one_family, read_log
+from conftest import cases, finish, flags, launch, one_family, read_log
 from diffusers import DDIMScheduler, LCMScheduler
 from safetensors.torch import load_file
 
@@ -44,7 +45,8 @@ def matching_flags(teacher, prompts, start_lora, output_dir, **changes):
 
 @pytest.fixture
 def job(script, teacher, prompts, start_lora, tmp_path):
-    return job_of(script, matching_flags(teacher, prompts, start_lora, tmp_path))
+    changes = {"lr_scheduler": "linear", "lora_dropout": 0.5}
+    return job_of(script, matching_flags(teacher, prompts, start_lora, tmp_path, **changes))
 
 
 def job_of(script, line):
@@ -149,6 +151,14 @@ def test_estimates_and_the_fakes_loss_are_their_definitions(script, teacher, job
     implied = (z_tau - alpha * estimates[1]) / (1 - alpha**2).sqrt()  # the eps of the fake's clean estimate
     loss = script.fake_loss(unets[1], schedule, x, tau, eps, given, F32)
     torch.testing.assert_close(loss, (implied - eps).square().mean(), rtol=1e-3, atol=1e-5)
+    for parameter in job.fake.unet.parameters():
+        parameter.data += 0.05 * parameter.requires_grad  # a fake that has learned
+    noise = draws.tau[0], draws.tau_eps[0]
+    unets = job.teacher_unet, job.fake.unet
+    estimates = script.two_estimates(*unets, job.schedule, x, *noise, given, free, draws.w, F32)
+    loss = script.student_loss(job, x, given, free, draws)
+    torch.testing.assert_close(loss, script.matching_loss(x, *estimates))
+    torch.testing.assert_close(job.fake.watched["fake_norm_ratio"], estimates[1].norm() / estimates[0].norm())
 
 
 def batch_for(script, job):
@@ -159,11 +169,12 @@ def batch_for(script, job):
 
 @one_family
 def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
-    x = torch.zeros(1, 4, 2, 2, requires_grad=True)
-    real, fake = torch.full_like(x, 2.0), torch.full_like(x, 1.0)
-    script.matching_loss(x, real.detach(), fake.detach()).backward()
-    torch.testing.assert_close(x.grad, torch.full_like(x, -(2.0 - 1.0) / 2.0 / x.numel()))
-    x.grad = None
+    x = torch.zeros(2, 4, 2, 2, requires_grad=True)
+    real = torch.tensor([2.0, 8.0]).view(2, 1, 1, 1).expand(x.shape)
+    fake = real - 1.0
+    script.matching_loss(x, real, fake).backward()
+    torch.testing.assert_close(x.grad, -1.0 / real / x.numel())  # each sample by its own error
+    x.grad, fake = None, torch.ones(x.shape)
     script.matching_loss(x, fake.detach() * 1e-3, fake.detach() * 2e-3).backward()  # an error below the least size
     torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_ERROR / x.numel()))
 
@@ -198,8 +209,29 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
             z_ddim = ddim.add_noise(ddim.step(eps, t, z_ddim).pred_original_sample, eps, next_t[None])
     torch.testing.assert_close(drawn, z, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(without_noise, z_ddim, rtol=1e-3, atol=1e-3)
-    z_t, timestep, *_ = script.matching_inputs(job, batch, 0)
-    assert not z_t.requires_grad and timestep.shape == (2,)
+    with torch.no_grad():  # without fresh noise, DDIM's direction is left in the share that eta gives it
+        still = torch.stack([first, torch.zeros_like(first)])
+        ends = [script.roll_out(unet, job.schedule, timesteps[:2], still, eta, given, F32) for eta in (0.0, 0.6, 1.0)]
+    torch.testing.assert_close(ends[1], ends[2] + 0.8 * (ends[0] - ends[2]), rtol=1e-4, atol=1e-4)
+    few = SimpleNamespace(student_steps=[4], num_ddim_timesteps=20)
+    scheduler.set_timesteps(4, original_inference_steps=20)
+    assert script.student_grids(job.pipe.scheduler.config, few)[4] == scheduler.timesteps.tolist()
+    unet.train()
+    z_t, timestep, conditioning, _, draws = script.matching_inputs(job, batch, 0)
+    assert not z_t.requires_grad and timestep.shape == (2,) and unet.training
+    with torch.no_grad():  # as a pipeline draws: without the LoRA's dropout
+        timesteps = torch.tensor(draws.timesteps)[:, None].expand(-1, 2)
+        eta, unet = job.args.student_eta, unet.eval()
+        drawn = script.roll_out(unet, job.schedule, timesteps, draws.noise, eta, conditioning, F32)
+    assert torch.equal(drawn, z_t) and len(draws.timesteps) > 1
+    assert job.fake.unet.peft_config["default"].lora_dropout == 0
+    second = dataclasses.replace(job, accelerator=SimpleNamespace(device=CPU, process_index=1))
+    assert not torch.equal(script.matching_inputs(second, batch, 0)[-1].w, draws.w)
+    cached = batch | embeds | {"moments": torch.zeros(2, 8, 12, 20)}
+    assert script.matching_inputs(job, cached, 0)[0].shape == (2, 4, 12, 20)
+    job.args.proportion_empty_prompts = 1.0
+    _, _, conditioning, uncond, _ = script.matching_inputs(job, batch, 0)
+    assert torch.equal(conditioning["encoder_hidden_states"], uncond["encoder_hidden_states"])
     drawn = []
     job.args.student_steps = [4]
     for job.args.student_eta in (0.0, 1.0):
@@ -239,13 +271,27 @@ def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
     batches, job = job.batches, job.job
     base = {name: value.clone() for name, value in job.teacher_unet.state_dict().items()}
     unets = job.student_unet, job.fake.unet
-    before = [lora_of(unet) for unet in unets]
+    before, rates, norms = [lora_of(unet) for unet in unets], [], []
+
+    def note(*_given):
+        parts = [p.grad.norm() for p in job.fake.unet.parameters() if p.requires_grad]
+        norms.append(torch.stack(parts).norm().item())
+        rates.append([o.param_groups[0]["lr"] for o in (job.optimizer, job.fake.optimizer)])
+
+    assert type(job.fake.optimizer) is type(job.optimizer), "both prepared by accelerate"
+    job.fake.optimizer.optimizer.register_step_pre_hook(note)
+    job.args.max_grad_norm = 1e-4
     loss, _ = script.update(job, batches)
     after = [lora_of(unet) for unet in unets]
     assert math.isfinite(loss)
     assert all(torch.equal(value, before[0][name]) for name, value in after[0].items())  # the fake's head start
     assert any(not torch.equal(value, before[1][name]) for name, value in after[1].items())
     script.update(job, batches)
+    ends = [schedule.get_last_lr()[0] for schedule in (job.lr_schedule, job.fake.lr_schedule)]
+    # Of 4 updates the student has the last 3.
+    expected = [[1e-3, 3e-3], [1e-3, 3e-3 * 3 / 4], [1e-3 * 2 / 3, 3e-3 * 2 / 4]]
+    assert [*rates[::2], ends] == [pytest.approx(pair) for pair in expected]
+    assert max(norms) < 1.001e-4, "the fake's own gradient is clipped"
     final = [lora_of(unet) for unet in unets]
     assert all(any(not torch.equal(f[name], a[name]) for name in a) for f, a in zip(final, after, strict=True))
     assert all(torch.equal(value, base[name]) for name, value in job.teacher_unet.state_dict().items())
@@ -271,8 +317,9 @@ def test_the_student_gets_its_gradient_through_the_last_step_alone(script, job, 
 
 @one_family
 def test_the_fakes_updates_share_a_batch_and_a_single_sample_serves_in_each(script, job, monkeypatch):
-    seen = []
-    plain = script.fake_loss
+    seen, drawn = [], []
+    plain, draw = script.fake_loss, script.draw_matching
+    monkeypatch.setattr(script, "draw_matching", lambda *given: drawn.append(draw(*given)) or drawn[-1])
 
     def spied(fake, schedule, x, tau, eps, conditioning, dtype):
         assert len(x) == len(tau) == len(eps) == len(conditioning["encoder_hidden_states"])
@@ -284,6 +331,7 @@ def test_the_fakes_updates_share_a_batch_and_a_single_sample_serves_in_each(scri
     script.update(job.job, job.batches)
     first, second = seen
     assert len(first) == len(second) == 1 and first[0][0] != second[0][0]  # two samples, each in one update
+    assert [first[0][1], second[0][1]] == drawn[0].tau[[1, 2], [0, 1]].tolist()  # row 0 is the student's
     seen.clear()
     job.args.train_batch_size = 1
     script.update(job.job, job.batches)
@@ -307,9 +355,10 @@ def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints
     for name in ("whole", "broken"):
         steps = 6 if name == "whole" else 4
         line = matching_flags(teacher, prompts, start_lora, tmp_path / name, **SETTINGS)
-        done = launch([*line, "--lr_scheduler", "constant", "--max_train_steps", steps])
+        line += ["--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", "9"]
+        done = launch([*line, "--max_train_steps", steps])
         assert done.returncode == 0, done.stderr
-    done = launch([*line, "--lr_scheduler", "constant"])
+    done = launch(line)
     assert done.returncode == 0 and "resuming from" in done.stderr, done.stderr
     adapters = [f"checkpoint-6/{name}/adapter_model.safetensors" for name in ("unet", "fake")]
     for path in (script.WEIGHTS_NAME, *adapters):
@@ -326,8 +375,23 @@ def test_a_resumed_run_ends_as_an_unbroken_one_and_the_fake_stays_in_checkpoints
 def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompts, start_lora, tmp_path):
     changes = {"train_shards_path_or_url": shards} if script.FAMILY == "SDXL" else {}
     line = matching_flags(teacher, prompts, start_lora, tmp_path, max_train_steps=2, use_8bit_adam=True, **changes)
-    done = launch(line, script=f"{script.__name__}.py", processes=2)
-    assert done.returncode == 0, done.stderr
+
+    def agree(script):
+        ending = script.finish
+
+        def compared(job):
+            sums = [[p.double().sum().item() for p in u.parameters() if p.requires_grad] for u in
+                    (job.student_unet, job.fake.unet)]  # fmt: skip
+            job.state.skipped[f"met by process {job.accelerator.process_index}"] += 2
+            first, second = script.gather_object([sums])
+            assert first == second, "both LoRAs have the mean gradient of the processes"
+            ending(job)
+
+        script.finish = compared
+
+    said = finish(script, line, tmp_path / "said", processes=2, hook=agree)
+    (counts,) = [text for text in said if text.startswith("skipped samples: ")]
+    assert "met by process 0: 2" in counts and "met by process 1: 2" in counts
 
 
 @one_family
@@ -353,6 +417,8 @@ def test_checkpointing_computes_the_same(script, teacher, prompts, start_lora, t
     for changes in ({}, {"gradient_checkpointing": True}):
         line = matching_flags(teacher, prompts, start_lora, tmp_path, **changes)
         job = job_of(script, line)
+        unets = job.job.student_unet, job.job.fake.unet, job.job.teacher_unet
+        assert {unet.is_gradient_checkpointing for unet in unets} == {bool(changes)}
         losses.append([script.update(job.job, job.batches)[0].item() for _ in range(2)])
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 

@@ -13,6 +13,7 @@ from conftest import ROOT, SCRIPTS, SIDE, at_call, build_teacher_xl, finish, fla
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
+from safetensors.torch import save
 from test_checkpoint import assert_same, checkpoints
 
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -91,6 +92,13 @@ def test_time_ids_tell_the_crop_that_was_made(script, pipe, random_flip):
 def test_a_fixed_crop_and_size_is_that_of_a_whole_picture(script, pipe):
     sample = ruler(script, 80, 48, use_fix_crop_and_size=True)
     assert torch.equal(sample["time_ids"], told(pipe, (SIDE, SIDE), (0, 0)))
+    args = make_args(script)
+    args.objective = "matching"  # of a caption alone the same
+    sample = {"txt": b"sea", "__key__": "a", "__url__": "0.tar"}
+    cached = sample | {"safetensors": save({n: torch.zeros(6) for n in ("moments", "prompt_embeds", "time_ids")})}
+    for each, is_cached in ((sample, False), (cached, True)):
+        given = script.prepare_sample(each, args, 0, is_cached)
+        assert torch.equal(given["time_ids"], told(pipe, (SIDE, SIDE), (0, 0)))
 
 
 def test_teacher_and_student_are_told_the_size_and_crop_of_their_sample(script, teacher):

@@ -415,7 +415,7 @@ def test_an_update_on_pictures_waits_for_nothing(script, args, job_of, shards, u
 
 def test_gradients_are_clipped_to_the_flags_norm(script, args, job_of, shards):
     def updated(max_grad_norm):
-        args.max_grad_norm, norms = max_grad_norm, []
+        args.max_grad_norm, norms, args.gradient_accumulation_steps = max_grad_norm, [], 2
         job = job_of()
         parameters = [p for p in job.student_unet.parameters() if p.requires_grad]
         job.optimizer.optimizer.register_step_pre_hook(
@@ -423,7 +423,11 @@ def test_gradients_are_clipped_to_the_flags_norm(script, args, job_of, shards):
         )
         stream = script.make_stream(job, script.list_shards([shards]), 0, None)
         batches = iter(script.make_loader(stream, 0, CPU))
-        _, noted = script.update(job, batches)
+        batches = [next(batches) for _ in range(2)]
+        loss = sum(script.batch_loss(job, batch, number) for number, batch in enumerate(batches)) / 2
+        whole = torch.stack([grad.norm() for grad in torch.autograd.grad(loss, parameters)]).norm()
+        _, noted = script.update(job, iter(batches))
+        assert noted.item() == pytest.approx(whole.item(), rel=1e-4), "the mean over micro steps"
         return norms, noted.item()
 
     (free,), noted = updated(1e9)
@@ -577,24 +581,40 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
         args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
         state=script.RunState(),
     )  # fmt: skip
+    args.num_ddim_timesteps, args.timestep_scaling_factor = 20, 1e-3
     scheduler, drawn = pipe.scheduler, script.validate(job)
     assert pipe.scheduler is scheduler, "the teacher's own is put back"
-    pipe.scheduler = LCMScheduler.from_config(scheduler.config)
+    pipe.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=20, timestep_scaling=1e-3)
     generator = torch.Generator().manual_seed(args.seed + 1)
     expected = pipe(
         "hill", num_inference_steps=4, guidance_scale=1.0, height=32, width=32, generator=generator
     ).images[0]
     pipe.scheduler = scheduler
     assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
+    grid = np.asarray(Image.open(tmp_path / "validation" / "step-0000000.png"))
+    assert np.array_equal(grid[-32:, 64:96], np.asarray(drawn[4][1])), "a row a prompt, a column a step count"
     difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
     # Too little memory, or a tracker that fails, ends no run.
-    accelerator.trackers += [SimpleNamespace(name="broken", log_images=None), SimpleNamespace(name="silent")]
-    assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent"]
+    steps, job.state.global_step = [], 7
+    fine = SimpleNamespace(name="fine", log_images=lambda _values, step: steps.append(step))
+    accelerator.trackers += [SimpleNamespace(name="broken", log_images=None), SimpleNamespace(name="silent"), fine]
+    assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent", "fine"]
+    assert steps == [7] * 4, "every picture, with its step"
+    args.objective = "matching"
+    first, second = (np.asarray(script.validate(job)[4][1]) for args.student_eta in (0.0, 1.0))
+    assert not np.array_equal(first, second), "drawn with the eta that the card names"
+    modes = []
+
+    def raise_it():
+        raise torch.OutOfMemoryError
+
     pipe.unet.train()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipe.vae, "decode", Mock(side_effect=torch.OutOfMemoryError))
+        decode = Mock(side_effect=lambda *_: modes.append(pipe.unet.training) or raise_it())
+        patch.setattr(pipe.vae, "decode", decode)
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
+        assert modes == [False], "drawn without the LoRA's dropout"
         patch.setattr(pipe, "vae", None)  # a cached run loads it here, where the Hub may be out of reach
         patch.setattr(script, "load_teacher", Mock(side_effect=script.UnusableInput("no such VAE")))
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
@@ -629,7 +649,11 @@ def test_updates_that_the_fp16_scaler_skips_stop_the_run_only_when_its_scale_col
         for norm in ["inf"] * number + ["1"]:
             step += 1
             log.add(step, torch.tensor(0.5), torch.tensor(float(norm)), 1e-3)
+    steps = []
+    log.accelerator.trackers = [SimpleNamespace(log=lambda _values, step: steps.append(step))]
     log.flush()
+    assert steps == list(range(1, step + 1)), "a tracker gets each update with its step"
+    log.accelerator.trackers = []
     assert len(read_log(tmp_path)) == step and read_log(tmp_path)[0]["grad_norm"] is None
     with pytest.raises(script.NonFiniteLoss, match="scale collapsed"):
         for number in range(1, 40):
