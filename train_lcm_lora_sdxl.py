@@ -105,6 +105,7 @@ TRACKERS = (
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
 STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
+MAX_CAPTION = 10_000  # characters; megabytes of text would take minutes to cut into tokens
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that may differ when a run is resumed; every other one must stay the same.
@@ -128,6 +129,8 @@ FOREIGN_FLAGS = {
     "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
+if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
+    STOP_SIGNALS.append(signal.SIGHUP)  # a terminal that is closed
 
 
 class UnusableInput(Exception):
@@ -166,7 +169,17 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line, comments=True)
+        return shlex.split(line.removeprefix("\ufeff"), comments=True)  # PowerShell's files begin with this mark
+
+
+class LastOfAll(argparse.Action):
+    """A flag of several names, of which the last one counts; it says which values it takes the place of."""
+
+    def __call__(self, _parser, namespace, values, option_string=None):
+        if before := getattr(namespace, self.dest):
+            given = masked(" ".join(before))
+            print(f"warning: {option_string} takes the place of {given}: one flag names all data", file=sys.stderr)
+        setattr(namespace, self.dest, values)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -261,6 +274,7 @@ def add_matching_args(parser):
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", "--train_data_dir", "--prompts_file", nargs="+", metavar="SHARDS",
+        action=LastOfAll,
         help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, {00000..00099} "
         "expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with --objective matching "
         "also a text file (prompts.txt), a prompt a line; required")
@@ -491,8 +505,8 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
-    if "ACCELERATE_MIXED_PRECISION" in os.environ and "RANK" not in os.environ:
-        # `accelerate launch` of one process does not pass signals on, and would leave the training behind.
+    if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_MIXED_PRECISION") in os.environ:
+        # torchrun may be killed; `accelerate launch` of one process does not pass signals on.
         end_with_parent(signal.SIGTERM)
     print("loading libraries", file=sys.stderr, flush=True)
 
@@ -682,9 +696,13 @@ def list_shards(values):
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
         for name in names:
             shards += [name] if is_remote(value) else find_local(name)
+    kinds = {}
     for shard in shards:
-        if isinstance(shard, str) and not is_remote(shard):
-            check_shard(Path(shard))
+        if not is_remote(shard):
+            kinds.setdefault(check_shard(Path(shard)) if isinstance(shard, str) else b"", shard)
+    if len(kinds) > 1:
+        mixed = "pictures and cached tensors" if b"" in kinds else "shards that were cached in different ways"
+        raise UnusableInput(f"{flag} mixes {mixed}, such as {' and '.join(map(str, kinds.values()))}; name one kind")
     return shards
 
 
@@ -702,6 +720,8 @@ def list_folder(folder):
     """Return the tars in a folder, or else its pictures as virtual shards."""
     tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
+        if number := sum(split_name(path.name)[1] in IMAGE_SUFFIXES for path in folder.glob("*.*")):
+            tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
         return tars
     samples, keys, unread, seen = {}, {}, Counter(), set()
     found = []
@@ -733,13 +753,18 @@ def list_folder(folder):
 
 
 def check_shard(path):
-    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it."""
-    fault = ""
+    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it.
+
+    Return how a shard of cached tensors was made, as its head tells; b"" for another one.
+    """
+    fault, made = "", b""
     if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
         raise UnusableInput(f"shard {path}: is no regular file; name a tar, or give 'pipe:cat {path}' for a stream")
     try:
         with path.open("rb") as file:
             head, size = file.read(512), path.stat().st_size
+            if head.startswith(f"{CACHE_KEY}.json\0".encode()):
+                made = file.read(tarfile.TarInfo.frombuf(head, "utf-8", "replace").size)
             file.seek(max(0, size - 1024))
             tail = file.read()
         if path.suffix == ".txt":
@@ -757,6 +782,7 @@ def check_shard(path):
         raise UnusableInput(f"shard {path}: {error.strerror}; check --train_shards_path_or_url") from error
     if fault:
         raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
+    return made
 
 
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
@@ -847,7 +873,7 @@ def open_shard(shard):
             yield stream
         return
     # curl gives up a server that stalls.
-    limits = f"--connect-timeout {STALL_S} --speed-limit 1 --speed-time {STALL_S}"
+    limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"
     curl = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
@@ -997,7 +1023,7 @@ def caption_of(sample, metadata):
         if caption is None:
             raise SkippedSample("no caption")
         caption.encode()  # json can hold half a character
-        return caption.strip("\ufeff \t\r\n")
+        return caption[:MAX_CAPTION].strip("\ufeff \t\r\n")
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
@@ -1195,8 +1221,8 @@ def audit(shards, args):
         raise UnusableInput(
             f"none of the first {examined} samples of --train_shards_path_or_url can be used "
             f"({describe(skipped) or 'no samples'}); shards and folders hold KEY.jpg|png|webp with KEY.txt or a "
-            "caption in KEY.json; loosen the filters, mend the data, or let scripts/make_shards.py --default_caption "
-            "give captions"
+            "caption in KEY.json; loosen the filters, mend the data, or let scripts/make_shards.py give captions, "
+            "from a table such as metadata.csv or by --default_caption"
         )
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
@@ -1240,9 +1266,9 @@ def cache_identity(args):
     return identity
 
 
-def fingerprint(model):
-    """Return a checksum of sizes, first and last MiB: of a model file, or of a folder's VAE and text encoders."""
-    parts = [*model.glob("vae*"), *model.glob("text_encoder*"), *model.glob("tokenizer*")] or [model]
+def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
+    """Return a checksum of sizes, first and last MiB: of a model file, or of parts of a folder."""
+    parts = [path for name in names for path in model.glob(name)] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     files, checksum = sorted(path for path in paths if path.is_file()), 0
     for path in files:
@@ -1252,6 +1278,17 @@ def fingerprint(model):
             file.seek(max(0, size - 2**20))
             checksum = zlib.crc32(f"{name} {size}".encode() + head + file.read(), checksum)
     return f"crc32 {checksum:08x} of {len(files)} files"
+
+
+def data_checksum(shards):
+    """Return a checksum of names and sizes of local shards and pictures, on which the order of samples depends."""
+    files = []
+    for shard in shards:
+        if isinstance(shard, PictureFolder):
+            files += [(name, (shard.folder / name).stat().st_size) for name in shard.files]
+        elif not is_remote(shard):
+            files.append((Path(shard).name, Path(shard).stat().st_size))
+    return f"crc32 {zlib.crc32(json.dumps(files).encode()):08x} of {len(files)} files"
 
 
 def count_samples(shards):
@@ -1367,6 +1404,7 @@ def load_teacher(args, dtype, device, check=True, **parts):
         if args.pretrained_vae_model_name_or_path and "vae" not in parts:
             options, flag = {"dtype": dtype, "cache_dir": args.cache_dir}, "pretrained_vae_model_name_or_path"
             parts["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **options)
+            check_vae(parts["vae"], args)
         flag = "pretrained_teacher_model"
         pipe = load_pipeline(args, dtype, **parts)
         set_prediction(pipe, args)
@@ -1383,6 +1421,20 @@ def load_teacher(args, dtype, device, check=True, **parts):
         raise UnusableInput(loading_error(args, error, flag)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def check_vae(vae, args):
+    """Raise UnusableInput where another VAE's latents are not those that the teacher was trained on."""
+    is_file = "://" in args.pretrained_teacher_model or Path(args.pretrained_teacher_model).is_file()
+    teacher, own = args.teacher_config if is_file else args.pretrained_teacher_model, {}
+    with suppress(OSError):  # a teacher without a VAE of its own
+        options = {"cache_dir": args.cache_dir, "revision": None if is_file else args.teacher_revision}
+        own = AutoencoderKL.load_config(teacher, subfolder="vae", **options) if teacher else {}
+    for name, usual in {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}.items():
+        if own and own.get(name, usual) != vae.config[name]:
+            fault = f"its {name} is {vae.config[name]}, that of the teacher's own VAE {own.get(name, usual)}"
+            given = masked(args.pretrained_vae_model_name_or_path)
+            raise UnusableInput(f"--pretrained_vae_model_name_or_path {given}: {fault}; name a VAE for this teacher")
 
 
 def check_teacher(args):
@@ -1629,6 +1681,10 @@ def lora_file(path):
 def read_lora(path, layers_per_block=None):
     """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder."""
     path = lora_file(path)
+    if path.is_dir():
+        raise UnusableInput(
+            f"{path}: holds no {WEIGHTS_NAME} nor adapter_model.safetensors; name a LoRA's file or folder"
+        )
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
@@ -1711,6 +1767,7 @@ class RunState:
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     waits_at: float | None = None  # since when it waits for data
     is_alone: bool = True  # the only process; several have to agree before they save
+    bar: object = None  # tqdm's, which would be drawn once more below an error
     is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
     lock: object = None  # on the output folder, for as long as the process lives
@@ -2177,14 +2234,31 @@ def save_for_peft(unet, folder):
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
-def settings_of(args, accelerator, max_train_steps, num_shards, workers):
+def located(settings):
+    """Return settings with full paths, so that one place has one name."""
+    flags = (
+        "pretrained_teacher_model pretrained_vae_model_name_or_path teacher_config train_shards_path_or_url".split()
+    )
+    found = dict(settings)
+    for name in [name for name in flags if settings.get(name)]:
+        values = settings[name] if isinstance(settings[name], list) else [settings[name]]
+        values = [os.path.realpath(value) if os.path.exists(value) else value for value in values]
+        found[name] = values if isinstance(settings[name], list) else values[0]
+    return found
+
+
+def settings_of(args, accelerator, max_train_steps, shards, workers):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
     free = FREE_FLAGS | FLAGS_WITHOUT_EFFECT.keys()
-    settings = {name: value for name, value in public_flags(args).items() if name not in free}
+    settings = located({name: value for name, value in public_flags(args).items() if name not in free})
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in SCHEDULES_WITHOUT_END:
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
-    settings["number of shards"] = num_shards  # one more or less would move every position
+    settings["number of shards"] = len(shards)  # one more or less would move every position
+    settings["files of the data"] = data_checksum(shards)
+    if (teacher := Path(args.pretrained_teacher_model)).exists():
+        parts = "unet*", "vae*", "text_encoder*", "tokenizer*", "scheduler*"
+        settings["files of the teacher"] = fingerprint(teacher, parts)
     settings["number of processes"] = accelerator.num_processes
     settings["mixed_precision"] = accelerator.mixed_precision
     return settings
@@ -2194,6 +2268,7 @@ def save_checkpoint(job, settings):
     """Write `checkpoint-<step>`; one that cannot be written is an error on all processes."""
     manifest = {"global_step": job.state.global_step, "script_version": SCRIPT_VERSION, "settings": settings}
     manifest["positions"] = dict(gather_object(list(job.state.positions.items())))
+    manifest["skipped"] = count_skipped(job)
     agree(job.accelerator, write_checkpoint, job, manifest)
 
 
@@ -2203,7 +2278,8 @@ def write_checkpoint(job, manifest):
     final = output_dir / f"checkpoint-{manifest['global_step']}"
     scratch = output_dir / f".writing-{final.name}"
     try:
-        shutil.rmtree(scratch, ignore_errors=True)
+        for leftover in output_dir.glob(f"{scratch.name}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
         scratch.mkdir(parents=True)
         save_lora(job.student_unet, scratch / WEIGHTS_NAME, args)
         for folder_name, unet in trained_unets(job).items():
@@ -2221,6 +2297,8 @@ def write_checkpoint(job, manifest):
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if str(error).startswith("DataLoader worker"):  # killed meanwhile
+            raise
         remedy = "make room or name another --output_dir, then give the same command again"
         cause = f"{final} cannot be written ({one_line(error)})"
         raise UnusableInput(f"{cause}; earlier checkpoints are whole; {remedy}") from error
@@ -2242,6 +2320,8 @@ def load_checkpoint(job, folder, manifest):
     if not folder.is_dir():  # rank 0 has read its manifest
         raise UnusableInput(f"{folder} is not on this machine; put --output_dir on a disk that all nodes see")
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
+    if job.accelerator.is_main_process:
+        job.state.skipped.update(manifest.get("skipped", {}))
     for name, unet in trained_unets(job).items():
         set_peft_model_state_dict(unet, load_file(folder / name / "adapter_model.safetensors"))
     states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
@@ -2302,8 +2382,9 @@ def find_checkpoint(args, say):
 
 def check_resume(folder, manifest, settings, max_train_steps):
     parser = build_parser()
-    # A checkpoint written before a flag existed behaved as that flag's default does.
-    old = {name: parser.get_default(name) for name in settings} | manifest["settings"]
+    # A checkpoint written before a flag existed behaved as that flag's default does; before a checksum, as today's.
+    old = {name: settings[name] if " " in name else parser.get_default(name) for name in settings}
+    old |= located(manifest["settings"])
     if changed := differences(old, settings):
         remedy = f"give the same ones, or start from its LoRA in another --output_dir with --init_lora {folder}"
         if not manifest["global_step"]:
@@ -2335,10 +2416,15 @@ class Log:
         options = {"unit": "update", "desc": "distilling", "mininterval": 1.0, "disable": not is_main}
         self.bar = tqdm(total=job.max_train_steps, initial=last, **options)
         if is_main and self.path.exists():
-            # Lines after the update that the run resumes from go, and one that a kill cut short.
-            lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("}\n") and json.loads(line)["step"] <= last]
-            write_atomically(self.path, "".join(kept))
+            # Lines after the update that the run resumes from go, and damaged ones, as a kill leaves.
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+            write_atomically(self.path, "".join(line for line in lines if self.step_of(line) <= last))
+
+    @staticmethod
+    def step_of(line):
+        with suppress(ValueError, LookupError, TypeError):
+            return int(json.loads(line)["step"]) if line.endswith("}\n") else math.inf
+        return math.inf
 
     def add(self, step, loss, grad_norm, lr, watched=None):
         self.rows.append((step, loss, grad_norm, lr, watched or {}))
@@ -2479,6 +2565,8 @@ def log_pictures(tracker, drawn, prompts, global_step):
 def write_card(job, drawn):
     """Write the pictures at 4 steps as `image_<i>.png` and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
+    for path in folder.glob("image_*.png"):  # an earlier run may have drawn more
+        path.unlink()
     for number, picture in enumerate(drawn.get(4, [])):
         picture.save(folder / f"image_{number}.png")
     teacher = masked(args.pretrained_teacher_model)
@@ -2823,7 +2911,8 @@ def listen(state):
         if not state.stop_signal and int(os.environ.get("RANK", 0)) == 0:
             # Not by `print`, which may not be entered twice.
             when = "after this update" if state.is_alone else "within --logging_steps updates"
-            os.write(2, f"\n{name}: a checkpoint is saved {when}; a second Ctrl-C does not wait\n".encode())
+            with suppress(OSError):
+                os.write(2, f"\n{name}: a checkpoint is saved {when}; a second Ctrl-C does not wait\n".encode())
         state.stop_signal, state.is_interrupted = state.stop_signal or name, state.is_interrupted or name == "SIGINT"
         if hasattr(signal, "SIGCHLD"):
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # a loader process that ends must not raise while one saves
@@ -2856,6 +2945,7 @@ def kill_children():
 def train(job, loader, save):
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
+    state.bar = log.bar
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
     while state.global_step < job.max_train_steps:
         lr = job.lr_schedule.get_last_lr()[0]
@@ -2872,6 +2962,7 @@ def train(job, loader, save):
             if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
                 if not is_due:
                     save()
+                tell_skipped(job)
                 raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
         if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
             push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -2886,13 +2977,24 @@ def train(job, loader, save):
     log.bar.close()
 
 
+def count_skipped(job):
+    """Return the samples that any process skipped, by cause."""
+    return sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
+
+
+def tell_skipped(job):
+    total = count_skipped(job)
+    if job.accelerator.is_main_process:
+        tqdm.write(f"skipped samples: {describe(total) or 'none'}", file=sys.stderr)
+
+
 def finish(job):
     args, accelerator, path = job.args, job.accelerator, Path(job.args.output_dir) / WEIGHTS_NAME
-    total = sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
+    tell_skipped(job)
     if accelerator.is_main_process:
         save_lora(job.student_unet, path, args)
         write_card(job, validate(job) if args.validation_steps >= 0 else {})
-        tqdm.write(f"skipped samples: {describe(total) or 'none'}\nthe LoRA is {path}", file=sys.stderr)
+        tqdm.write(f"the LoRA is {path}", file=sys.stderr)
         if args.push_to_hub:
             push(args, args.output_dir)
     accelerator.wait_for_everyone()
@@ -2976,6 +3078,7 @@ def is_finished(args, manifest, max_train_steps):
     files = [Path(args.output_dir) / name for name in ("README.md", WEIGHTS_NAME)]
     newest = max((folder.stat().st_mtime for folder in list_checkpoints(args.output_dir)), default=0)
     is_written = all(path.exists() and path.stat().st_mtime >= newest for path in files)
+    is_written = is_written and files[1].stat().st_size == manifest["sizes"][WEIGHTS_NAME]
     return manifest["global_step"] == max_train_steps and is_written
 
 
@@ -2995,7 +3098,7 @@ def main(args, state):
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)
     max_train_steps = count_updates(args, accelerator)
-    settings = settings_of(args, accelerator, max_train_steps, len(shards), workers)
+    settings = agree(accelerator, settings_of, args, accelerator, max_train_steps, shards, workers)
     say(describe_data(shards, report, args, accelerator, workers))
     if manifest:
         agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
@@ -3029,9 +3132,27 @@ def main(args, state):
     to_trackers(accelerator, operator.methodcaller("finish"))
 
 
+class Unbroken:
+    """A stream that drops what it cannot write: `tee` ends at the Ctrl-C that a run still has to save at."""
+
+    def __init__(self, stream):
+        self.stream = stream
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+    def write(self, text):
+        with suppress(OSError):
+            self.stream.write(text)
+
+    def flush(self):
+        with suppress(OSError):
+            self.stream.flush()
+
+
 def run(args):
     """Return the exit code of a run; every way out prints its reason and ends every process of the run."""
-    state = RunState()
+    state, sys.stderr = RunState(), Unbroken(sys.stderr)
     handlers, code, is_agreed, printed = listen(state), 1, False, ""
     try:
         try:
@@ -3055,8 +3176,10 @@ def run(args):
             printed = f"error: a loader process was killed; {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
+    if state.bar is not None:
+        state.bar.close()
     if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
-        tqdm.write(printed, file=sys.stderr)  # clears a progress bar
+        tqdm.write(printed, file=sys.stderr)
     for number, handler in handlers.items():
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.

@@ -28,8 +28,7 @@ sd15, sdxl and ssd1b are random, in the published configurations; the pictures a
 Each measurement is a process of its own, and the recipes take turns. Memory is the peak of the updates: allocated
 and reserved by CUDA's allocator, or resident beyond a process that has imported its packages. FLOPs are those
 of an update, with what checkpointing computes again. Ratios are ours / reference, by round.
---all measures a fixed list of cases, the most telling ones first, within --minutes, and writes every row as soon
-as it is measured."""
+--all measures a fixed list of cases, the most telling first, within --minutes, and writes each row at once."""
 LOADER_HELP = """Measure the loader on one core: pictures a second from shards to batches, beside plain decoding.
 
 The shards hold JPEGs made on the spot (noise at every scale, quality 90). Measured are the trainer's stream with

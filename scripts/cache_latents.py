@@ -57,7 +57,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from lib.pipelines import family_of, writing_to
+from lib.pipelines import family_of, read_stats, writing_alone, writing_to
 from lib.trainers import DTYPES, exit_code
 from PIL import Image
 from safetensors.torch import save
@@ -147,8 +147,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
     """Write the cached form of a shard, whole or not at all; returns skipped samples by cause."""
     skipped, done, source = trainer.Skipped(), 0, source_of(trainer, shard)
     scratch = target.with_name(f".writing-{target.name}")
-    # One thread writes a batch while the next is encoded. A time of whole seconds saves an extended header for
-    # each member.
+    # One thread writes a batch while the next is encoded. A whole time saves each member an extended header.
     with (
         TarWriter(str(scratch), mtime=0) as tar,
         ThreadPoolExecutor(own.decode_threads) as pool,
@@ -191,8 +190,7 @@ def missing_shards(trainer, folder, head, shards):
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     for shard, target in targets:
-        stats = target.with_name(f"{target.stem}_stats.json")
-        source = json.loads(stats.read_text()).get("source") if target.exists() and stats.exists() else None
+        source = read_stats(target).get("source") if target.exists() else None
         is_comparable = source and trainer.is_remote(source) == trainer.is_remote(shard)
         if is_comparable and source != source_of(trainer, shard):
             remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"
@@ -213,7 +211,7 @@ def main(own):
     skipped = Counter()
     with tqdm(unit="picture", desc="encoding", disable=not accelerator.is_main_process) as bar:
         for shard, target in missing[accelerator.process_index :: accelerator.num_processes]:
-            with writing_to(own.output_dir):
+            with writing_to(own.output_dir), writing_alone(target):
                 skipped += cache_shard(trainer, pipe, head, shard, target, args, own, bar)
     skipped = sum((Counter(part) for part in gather_object([dict(skipped)])), Counter())
     broken = [cause for cause in skipped if cause.startswith("shard ")]

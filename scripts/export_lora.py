@@ -112,7 +112,10 @@ def find_trainer(args, loras):
             facts += [path.name for path in record.parent.glob("train_lcm_lora_*.py")]  # the run's own copy
             facts += [config.read_text("utf-8", "replace") if config.is_file() else teacher]
     found = [name for fact in facts for name, mark in FAMILY_MARKS.items() if re.search(mark, fact, re.I)]
-    family = family or ("sdxl" if is_original else next(iter(found), None))
+    found = ["sdxl"] if is_original else found
+    if args.family != "auto" and found and args.family not in found:
+        raise UnusableInput(f"--family {args.family}: the LoRA is one of {found[0]} models; leave the flag out")
+    family = family or next(iter(found), None)
     family = args.family if args.family != "auto" else family
     if not family:
         raise UnusableInput(f"--family auto: text width {width} belongs to no known model; give sd or sdxl")
@@ -192,7 +195,10 @@ def merge(args, loras, path, dtype):
         prediction_type=args.prediction_type, teacher_revision=None, cache_dir=None,
         pretrained_vae_model_name_or_path=None,
     )  # fmt: skip
-    pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
+    try:
+        pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
+    except UnusableInput as error:
+        raise UnusableInput(str(error).replace("--pretrained_teacher_model", "--merge_into")) from error
     modules = dict(pipe.unet.named_modules())
     for name, lora in loras.items():
         delta = lora.alpha / len(lora.down) * (lora.up.flatten(1).float() @ lora.down.flatten(1).float())

@@ -100,7 +100,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below
 
 from lib.image_sources import encode_picture, open_source
-from lib.pipelines import choose_device, writing_to
+from lib.pipelines import choose_device, read_stats, writing_alone, writing_to
 from lib.trainers import UnusableInput, exit_code, sd15
 from PIL import Image
 from tqdm import tqdm
@@ -198,8 +198,7 @@ def check_output(folder, run):
 
 
 def finished(target, digest):
-    stats = target.with_name(f"{target.stem}_stats.json")
-    record = json.loads(stats.read_text(encoding="utf-8")) if stats.exists() else {}
+    record = read_stats(target)
     return record if record.get("run") == digest and target.exists() == bool(record["samples"]) else None
 
 
@@ -222,7 +221,8 @@ def main(args):
             if part % processes != rank:
                 continue
             pairs = zip(count(part * args.samples_per_shard), source.read(entry for _, entry in numbered))
-            samples, left_out = write_shard(target, pairs, args, bar)
+            with writing_alone(target):
+                samples, left_out = write_shard(target, pairs, args, bar)
             record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
             write_text(target.with_name(f"{target.stem}_stats.json"), record)
         records = [finished(target, digest) for target in targets]

@@ -125,10 +125,12 @@ def test_each_row_is_written_as_it_is_measured_and_a_cut_run_keeps_them(tmp_path
         return plain_run(self, worker, case, recipe)
 
     plain_run = sweep.Sweep.run
+    args = argparse.Namespace(minutes=1, steps=1, warmup_steps=1, tiny=False)
+    assert sweep.measure_all(args) == 2 and "--tiny" in capsys.readouterr().err, "without a GPU"
+    monkeypatch.setattr(sweep.shutil, "which", lambda _program: "/usr/bin/nvidia-smi")
     monkeypatch.setattr(sweep, "start_worker", start)
     monkeypatch.setattr(sweep.Sweep, "estimate", estimate)
     monkeypatch.setattr(sweep.Sweep, "run", run)
-    args = argparse.Namespace(minutes=1, steps=1, warmup_steps=1, tiny=False)
     args.json, args.markdown = tmp_path / "new" / "gpu.json", tmp_path / "gpu.md"
     assert sweep.measure_all(args) == 0
     report = json.loads(args.json.read_text())
@@ -161,6 +163,8 @@ def test_the_table_is_written_between_its_markers_or_reads_not_measured(tmp_path
     assert all("ot measured" in file.read_text() and "H100" not in file.read_text() for file in files)
     files[0].write_text("no place\n")
     assert table.write_tables(None, tmp_path) == 2
+    (tmp_path / "gpu.json").write_text(json.dumps(report | {"rows": []}))
+    assert table.write_tables(tmp_path / "gpu.json", tmp_path) == 2
 
 
 def test_the_documents_have_a_place_for_the_table():

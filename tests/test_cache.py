@@ -13,6 +13,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import filelock
 import pytest
 import torch
 import transformers
@@ -293,6 +294,10 @@ def test_a_killed_run_leaves_no_half_shard_and_the_next_makes_the_missing(script
     everything = contents(out)
     cache(tmp_path / "shards", out, hook=at_call("encode_moments", 1, send(signal.SIGKILL)))
     assert contents(out) == everything, "a third run has nothing to do"
+    (tmp_path / "busy").mkdir()
+    with filelock.FileLock(tmp_path / "busy" / ".writing-00000.tar.lock"):  # as another process has it
+        said = cache(tmp_path / "shards", tmp_path / "busy", 2)
+    assert "00000.tar: another process is making it" in said[-1] and not list((tmp_path / "busy").glob("*.tar"))
 
 
 @one_family
@@ -570,9 +575,12 @@ def test_a_damaged_head_is_named(script, teacher, cached, tmp_path):
         audit(script, tmp_path / "cache", teacher)
 
 
-def test_pictures_among_cached_shards_are_counted(script, teacher, cached, shards, tmp_path):
+def test_pictures_among_cached_shards_are_refused_or_counted(script, teacher, cached, shards, tmp_path, monkeypatch):
     for name, source in (("0.tar", cached / "00000.tar"), ("1.tar", Path(shards) / "00001.tar")):
         shutil.copy(source, tmp_path / name)
+    with pytest.raises(script.UnusableInput, match="mixes pictures and cached tensors, such as .*0.tar and .*1.tar"):
+        audit(script, tmp_path, teacher)
+    monkeypatch.setattr(script, "check_shard", lambda _path: b"")  # remote ones are not looked at before
     captions, report = audit(script, tmp_path, teacher)
     assert captions == [f"sea {i}" for i in range(4)] and "no cached tensors: 12" in report
     captions, counts = skips(script, tmp_path, teacher, num_batches=6)
@@ -581,10 +589,15 @@ def test_pictures_among_cached_shards_are_counted(script, teacher, cached, shard
 
 
 @one_family
-def test_a_shard_cached_in_another_way_is_counted(script, cache, teacher, cached, shards, tmp_path):
+def test_a_shard_cached_in_another_way_is_refused_or_counted(
+    script, cache, teacher, cached, shards, tmp_path, monkeypatch
+):
     cache(shards, tmp_path / "other", center_crop=None)
     (tmp_path / "both").mkdir()
     for name, folder in (("0.tar", cached), ("1.tar", tmp_path / "other")):
         shutil.copy(folder / "00000.tar", tmp_path / "both" / name)
+    with pytest.raises(script.UnusableInput, match="mixes shards that were cached in different ways"):
+        audit(script, tmp_path / "both", teacher)
+    monkeypatch.setattr(script, "check_shard", lambda _path: b"")  # remote ones are not looked at before
     captions, report = audit(script, tmp_path / "both", teacher)
     assert captions == [f"sea {i}" for i in range(4)] and "1.tar was cached in another way" in report

@@ -107,7 +107,7 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     assert any(line.endswith("checkpoint-2") and "resuming" in line for line in said)
     assert len(read_log(out)) == 3, "update 3 is lost, and its line has to go"
     with (out / "log.jsonl").open("a") as file:
-        file.write('{"step": 4, "loss": 0.0')  # a line that a kill cut short
+        file.write('\0\0\n{"loss": 1.0}\n{"step": 4, "loss": 0.0')  # as a crash leaves, and a kill that cut one short
     # checkpoint-4 lacks only its manifest
     again(-9, at_call("write_atomically", lambda path, _data: path.match(".writing-checkpoint-4/*.json"), kill))
     assert (out / ".writing-checkpoint-4").exists() and checkpoints(out) == {"checkpoint-2"}
@@ -119,6 +119,8 @@ def test_a_run_killed_and_stopped_at_bad_moments_ends_as_an_unbroken_one(again, 
     said = again(3, at_call("draw", 2, send(signal.SIGUSR1)))
     assert said[-1].startswith("stopped: ") and "SIGUSR1" in said[-1] and "checkpoint-5" in said[-1]
     losses_agree(5)
+    (out / ".writing-checkpoint-6-old").mkdir()
+    (out / ".writing-checkpoint-6-old" / "of a kill").touch()
     again()
     assert_same(out, unbroken)
     assert checkpoints(out) == {"checkpoint-5", "checkpoint-6"}, "--checkpoints_total_limit 2"
@@ -141,7 +143,7 @@ def test_a_kill_from_outside_at_any_moment(script, teacher, shards, unbroken, tm
     assert_same(out, unbroken)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGHUP, signal.SIGUSR1])
 def test_a_signal_to_loader_workers_too_saves_a_checkpoint(script, teacher, shards, tmp_path, number):
     """torchrun signals the process group of each rank, Slurm every process of a step."""
     out = tmp_path / "out"
@@ -225,13 +227,19 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     out, teacher = tmp_path / "out", build_teacher(tmp_path / "teacher")
     finish(script, flags(teacher, shards, out, max_train_steps=2), tmp_path / "said")
     before = contents(out / "checkpoint-2")
-    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
-    state = load_file(weights)
-    state["conv_out.bias"][0] = torch.nan
-    save_file(state, weights)
-    said = finish(
-        script, flags(teacher, shards, out, max_train_steps=6, logging_steps=3), tmp_path / "nan", expected=1
-    )
+
+    def poison(script):
+        load = script.load_teacher
+
+        def poisoned(*args, **kwargs):
+            pipe = load(*args, **kwargs)
+            pipe.unet.conv_out.bias[0] = torch.nan
+            return pipe
+
+        script.load_teacher = poisoned
+
+    line = flags(teacher, shards, out, max_train_steps=6, logging_steps=3)
+    said = finish(script, line, tmp_path / "nan", expected=1, hook=poison)
     assert (
         said[-1].startswith("error: ")
         and "loss nan" in said[-1]
@@ -241,6 +249,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(script, shards, tmp_path):
     assert not any("Traceback" in line for line in said)
     assert checkpoints(out) == {"checkpoint-2"} and contents(out / "checkpoint-2") == before
     assert [row["step"] for row in read_log(out)] == [1, 2]
+    # Another teacher under the same name is no teacher to go on with; a place has many names.
+    line[line.index(str(teacher))] = f"{teacher}/../teacher/"
+    finish(script, [*line, "--dry_run"], tmp_path / "said-again")
+    weights = teacher / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file(load_file(weights) | {"conv_out.bias": torch.ones(4)}, weights)
+    said = finish(script, line, tmp_path / "other", expected=2)
+    assert "made with other settings (files of the teacher was" in said[-1] and "train_shards" not in said[-1]
 
 
 def test_a_gradient_that_is_not_finite_does_not_reach_a_checkpoint(script, teacher, shards, tmp_path):
@@ -328,7 +343,10 @@ def test_a_second_signal_while_the_first_ones_checkpoint_is_written(script, teac
     def hook(script):
         at_call("draw", 3, send(signal.SIGUSR1))(script)
         at_call("write_checkpoint", 1, send(signal.SIGTERM))(script)
+        os.write = gone  # Ctrl-C ends `tee`, too, and with it the stream that the run writes to
 
+    gone = mock.Mock(side_effect=BrokenPipeError)
+    print("lost", file=script.Unbroken(mock.Mock(write=gone, flush=gone)), flush=True)
     line = flags(teacher, shards, tmp_path / "out", gradient_accumulation_steps=2, checkpointing_steps=50)
     said = finish(script, line, tmp_path / "said", 3, hook=hook)
     assert "SIGUSR1" in said[-1] and "checkpoint-1 is saved" in said[-1]
@@ -344,6 +362,9 @@ def test_a_run_stopped_after_its_last_update_writes_what_is_missing(again, unbro
     again()
     assert_same(tmp_path / "out", unbroken)
     assert (tmp_path / "out" / "README.md").exists()
+    (tmp_path / "out" / WEIGHTS).write_bytes(b"cut")
+    again()
+    assert_same(tmp_path / "out", unbroken)
     os.utime(tmp_path / "out" / WEIGHTS, (0, 0))  # the file of a shorter run, before more updates
     assert not any("this run is finished" in line for line in again())
 
@@ -395,9 +416,11 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch, tmp_path):
     monkeypatch.setattr(script.torch, "load", lambda *given, **named: places.append(named) or load(*given, **named))
     for name in ("load_file", "set_peft_model_state_dict", "cast_training_params"):
         monkeypatch.setattr(script, name, lambda *_given, **_named: {})
-    job, manifest = mock.MagicMock(student_unet=torch.nn.Identity()), {"global_step": 1, "positions": {}}
+    manifest = {"global_step": 1, "positions": {}, "skipped": {"no caption": 2}}
+    job = mock.MagicMock(student_unet=torch.nn.Identity(), state=script.RunState())
     with pytest.raises(FileNotFoundError):
         script.load_checkpoint(job, tmp_path, manifest)
+    assert job.state.skipped == {"no caption": 2}, "counts go on from the checkpoint's"
     with pytest.raises(script.UnusableInput, match="/nowhere is not on this machine"):  # but on rank 0's
         script.load_checkpoint(job, Path("/nowhere"), manifest)
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True

@@ -220,7 +220,7 @@ def test_train_data_dir_is_train_shards_path_or_url(script):
 def test_flags_come_from_files_too(script, tmp_path):
     """Several words a line, comments, quotes; what comes later wins."""
     (tmp_path / "card.txt").write_text(
-        "# for a card of 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
+        "\ufeff# for 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
         "--validation_prompts \"sea at dawn\" 'a # in a prompt'\n"
     )
     line = flags("owner/name", "pipe:cat 0.tar", "unused", train_batch_size=None, mixed_precision=None)
@@ -330,8 +330,8 @@ ONE = SimpleNamespace(num_processes=1, mixed_precision="no")
 
 def compare(script, first, second, process=ONE, shards=(1, 1), workers=(0, 0)):
     """Resume the run of the first flags with the second."""
-    old = script.settings_of(first, ONE, first.max_train_steps, shards[0], workers[0])
-    new = script.settings_of(second, process, second.max_train_steps, shards[1], workers[1])
+    old = script.settings_of(first, ONE, first.max_train_steps, ["pipe:"] * shards[0], workers[0])
+    new = script.settings_of(second, process, second.max_train_steps, ["pipe:"] * shards[1], workers[1])
     script.check_resume(Path("checkpoint-2"), {"settings": old, "global_step": 2}, new, second.max_train_steps)
 
 

@@ -148,7 +148,8 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     variables = dict(line.split("=", 1) for line in noted(tmp_path, "env") if "=" in line)
     assert variables["ACTIVATED"] == variables["HF_HUB_OFFLINE"] == "1" and "USER" not in variables
     assert variables["SRUN_CPUS_PER_TASK"] == "32", "srun gives its step no more than this says"
-    copied = tmp_path / "local" / f"lcm-lora-{os.getuid()}" / "shards"
+    local = tmp_path / "local" / f"lcm-lora-{os.getuid()}"
+    (copied,) = local.glob("shards-*")
     assert {path.name for path in copied.iterdir()} == {f"{number:05d}.tar" for number in range(4)}
     args = load_script(words[number]).parse_args(words[number + 1 :])
     assert args.max_train_steps == 7 and args.resume_from_checkpoint == "latest"
@@ -156,6 +157,13 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     assert (variables["WANDB_RUN_ID"], variables["WANDB_RESUME"]) == ("lcm-lora-77", "allow")
     assert variables["TRITON_CACHE_DIR"].startswith(str(tmp_path / "local"))
     assert args.dataloader_num_workers == 3 and args.mixed_precision == "fp16"
+    # The same files lie in the same place, as a resume needs; others, or half a copy, are not taken for them.
+    (local / f"{copied.name}.76").mkdir()
+    assert job(TRAIN, STAGE=1, **options)[0] == 0 and copied in set(local.glob("shards-*"))
+    (tmp_path / "shards" / "00001.tar").write_bytes(b"another")
+    assert job(TRAIN, STAGE=1, **options)[0] == 0
+    found = [(path / "00001.tar").read_bytes() for path in local.glob("shards-*") if path.name.count(".") == 0]
+    assert sorted(found) == [b"another", b"tar"]
 
 
 @pytest.mark.parametrize(

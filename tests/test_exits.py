@@ -158,6 +158,10 @@ def test_4_a_full_disk_at_the_log(out_of, tmp_path):
 
     codes, said = out_of(at_call("update", 2, fill), **WORKERS)
     assert codes == [2] and "Traceback" not in said and os.strerror(errno.ENOSPC) in said.splitlines()[-1]
+    killed = fail(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))  # PyTorch raises it anywhere
+    (tmp_path / "out" / "log.jsonl").unlink()
+    codes, said = out_of(at_call("save_for_peft", 1, killed), **WORKERS)
+    assert codes == [1] and said.splitlines()[-1].startswith("error: a loader process was killed")
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -425,6 +429,13 @@ def test_18_5_sigterm_to_accelerate_launch_reaches_the_training(teacher, shards,
     assert_all_end([process.pid], 60 if moment == "imports" else SECONDS)
     if moment == "training":
         assert list(out.glob("checkpoint-*")) and "stopped: " in said.read_text()
+        # torchrun, whose end by SIGKILL nobody passes on
+        process = start(["-m", "torch.distributed.run", "--standalone", ROOT / SCRIPTS[0], *line], said)
+        until(lambda: "resuming from" in said.read_text() and "distilling" in said.read_text())
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.kill()
+        process.wait(SECONDS)
+        assert children and not psutil.wait_procs(children, SECONDS)[1]
     else:
         assert not list(out.glob("checkpoint-*"))
 

@@ -536,6 +536,9 @@ def test_family_by_width_header_names_and_args_json(tool, tmp_path):
             if expected:
                 found = tool.find_trainer(args, loras)
                 assert found.FAMILY == expected.FAMILY, (header, record)
+                args.family = "sd" if expected is sdxl else "sdxl"
+                with pytest.raises(tool.UnusableInput, match=f"--family {args.family}: the LoRA"):
+                    tool.find_trainer(args, loras)
             else:
                 with pytest.raises(tool.UnusableInput, match="give sd or sdxl"):
                     tool.find_trainer(args, loras)

@@ -241,6 +241,7 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     script.Path(args.output_dir).mkdir(exist_ok=True)
     state = SimpleNamespace(repository="")
     job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
+    (script.Path(args.output_dir) / "image_7.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
     script.write_card(job, {1: [], 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
@@ -258,6 +259,7 @@ def test_card_of_a_hub_teacher(script, args):
     assert [entry["output"]["url"] for entry in front["widget"]] == ["image_0.png", "image_1.png"]
     assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
     assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
+    assert len(list(script.Path(args.output_dir).glob("image_*"))) == 2
     assert "config, prediction_type='v_prediction')" in text
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
@@ -303,7 +305,7 @@ def test_the_token_is_in_no_record(script, args, trained):
     assert record["learning_rate"] == config["learning_rate"] == 1e-3
     assert all(isinstance(value, (int, float, str, bool)) for value in config.values())
     assert TOKEN not in json.dumps(config)
-    settings = script.settings_of(args, SimpleNamespace(num_processes=1, mixed_precision="no"), 4, 1, 0)
+    settings = script.settings_of(args, SimpleNamespace(num_processes=1, mixed_precision="no"), 4, [], 0)
     assert TOKEN not in json.dumps(settings)
     for path in trained[1].rglob("*"):
         assert path.is_dir() or TOKEN.encode() not in path.read_bytes(), path

@@ -715,6 +715,7 @@ def test_17_captions_cut_and_pictures_enlarged_are_counted(script, teacher, tmp_
     line = flags(teacher, write_tar(tmp_path / "0.tar", files), tmp_path / "out", resolution=64, max_train_steps=1)
     said = "\n".join(finish(script, line + ["--validation_steps", "-1"], tmp_path / "said"))
     assert "enlarged: 9" in said and "tokens: 1 of the first 10" in said
+    assert len(script.caption_of({"txt": b"sea " * 10**6}, {})) < 10_001, "or tokens would take minutes"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -255,12 +255,18 @@ def test_trainer_takes_weights_of_the_file_and_settings_of_the_folder(
     assert not any(weight.requires_grad for weight in pipe.unet.parameters()) and not pipe.unet.training
 
 
-def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards):
+def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards, tmp_path):
     changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher}
     args = trainer.parse_args(flags(file, shards, "unused", **changes))
     with pytest.raises(trainer.UnusableInput, match=f"--pretrained_vae_model_name_or_path {teacher} .* a VAE's own"):
         trainer.load_teacher(args, torch.float32, torch.device("cpu"))
-    args.pretrained_vae_model_name_or_path = str(teacher / "vae")
+    shutil.copytree(teacher / "vae", tmp_path / "vae")
+    args.pretrained_vae_model_name_or_path = str(tmp_path / "vae")
+    for name in ("scaling_factor", "shift_factor"):  # another family's latents
+        change(tmp_path / "vae" / "config.json", **{name: 0.7})
+        with pytest.raises(trainer.UnusableInput, match=f"its {name} is 0.7, that of the teacher's own VAE"):
+            trainer.load_teacher(args, torch.float32, torch.device("cpu"))
+        shutil.copy(teacher / "vae" / "config.json", tmp_path / "vae")
     pipe = trainer.load_teacher(args, torch.bfloat16, torch.device("cpu"))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}

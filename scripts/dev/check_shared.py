@@ -92,11 +92,6 @@ def compare(first, second):
     return found
 
 
-def copy_regions(source, target):
-    regions, text = split_regions(source), target.read_text(encoding="utf-8")
-    target.write_text(REGION.sub(lambda region: regions.get(region[1], region[0]), text), encoding="utf-8")
-
-
 def main():
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cli.add_argument("--folder", type=Path, default=Path(__file__).resolve().parents[2], help="where the scripts are")
@@ -105,7 +100,9 @@ def main():
     first, second = (args.folder / name for name in SCRIPTS)
     try:
         if args.copy_from:
-            copy_regions(*((first, second) if args.copy_from == SCRIPTS[0] else (second, first)))
+            source, target = (first, second) if args.copy_from == SCRIPTS[0] else (second, first)
+            regions, text = split_regions(source), target.read_text(encoding="utf-8")
+            target.write_text(REGION.sub(lambda region: regions.get(region[1], region[0]), text), encoding="utf-8")
         found = compare(first, second)
     except Difference as error:
         found = [str(error)]

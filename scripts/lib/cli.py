@@ -74,11 +74,12 @@ def a_file(text):
 
 
 def prompts_in(text):
+    """Return the prompts of a text file, one a line, without blank lines."""
     try:
-        prompts = read_prompts(Path(text))
+        lines = Path(text).read_text("utf-8-sig").splitlines() if Path(text).is_file() else []
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
-    if not prompts:
+    if not (prompts := [line.strip() for line in lines if line.strip()]):
         raise argparse.ArgumentTypeError(f"{text}: not there or empty; write a prompt a line")
     return prompts
 
@@ -108,12 +109,6 @@ def add_prompt_flags(group, required=True):
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
     text = "UTF-8 text, one prompt a line"
     prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help=text)
-
-
-def read_prompts(path):
-    """Return the prompts of a text file, one a line without blank lines; [] where there is no file."""
-    text = path.read_text("utf-8-sig") if path.is_file() else ""
-    return [line.strip() for line in text.splitlines() if line.strip()]
 
 
 def is_source(name):

@@ -25,15 +25,13 @@ import fsspec
 import huggingface_hub
 import webdataset as wds
 
-from lib.pipelines import choose_device, draw, load_teacher, set_sampler, start_offload
+from lib.pipelines import LOAD_ERRORS, choose_device, draw, load_teacher, set_sampler, start_offload
 from lib.trainers import UnusableInput, sd15
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # suffix: builder of datasets
 CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
-# What datasets, pyarrow, pandas and huggingface_hub raise for data that are damaged or cannot be reached.
-ROW_ERRORS = (OSError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
 CONVERTERS = {
     "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
@@ -121,7 +119,7 @@ def read_rows(path, args):
             cell, texts = (json.loads(c) if c and isinstance(kind, datasets.Json) else c for c, kind in cells)
             texts = texts if isinstance(texts, list) else [texts]
             yield cell, next((text for text in texts if isinstance(text, str)), None)
-    except ROW_ERRORS as error:
+    except LOAD_ERRORS as error:
         why = " ".join(str(error).split())[:240] or type(error).__name__
         raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error
 

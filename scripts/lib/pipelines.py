@@ -5,20 +5,21 @@ import argparse
 import contextlib
 import errno
 import itertools
+import json
 import os
 import pickle
-import re
 import textwrap
 import time
 from pathlib import Path
 
 import diffusers
+import filelock
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 
 from lib.cli import LORA_SAMPLERS, PEFT_FILES
 from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
@@ -55,6 +56,25 @@ def writing_to(folder):
         raise UnusableInput(f"{folder}: cannot be written to ({os.strerror(error.errno)})") from error
 
 
+@contextlib.contextmanager
+def writing_alone(target):
+    """Hold a lock while a file is made under another name; raises UnusableInput where another process makes it."""
+    path = target.with_name(f".writing-{target.name}.lock")
+    try:
+        with filelock.FileLock(path).acquire(timeout=0):
+            yield
+            path.unlink()
+    except filelock.Timeout as error:
+        raise UnusableInput(f"{target}: another process is making it; wait or choose another folder") from error
+
+
+def read_stats(shard):
+    """Return what the stats file beside a shard tells; {} where it is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text(encoding="utf-8"))
+    return {}
+
+
 def choose_device(name):
     """Return the torch device of --device; auto is the GPU of this process, by LOCAL_RANK, or the CPU."""
     try:
@@ -74,27 +94,12 @@ def device_name(device):
     return torch.cuda.get_device_name(device) if is_cuda else f"{device}, {torch.get_num_threads()} threads"
 
 
-def file_keys(path):
-    """Return the names of a single file's tensors; [] for a damaged file, which the loader names."""
-    try:
-        if Path(path).suffix == ".safetensors":
-            with safe_open(path, "pt") as file:
-                return list(file.keys())
-        state = torch.load(path, map_location="meta", mmap=True, weights_only=True)
-        return list(state.get("state_dict", state))
-    except (*LOAD_ERRORS, AttributeError) as error:
-        if not re.search(r"(?i)unsupported global|call reduce", str(error)):
-            return []
-        remedy = "which could run code; convert the file to .safetensors"
-        raise UnusableInput(f"{path}: holds more than tensors, {remedy}") from error
-
-
 def family_of(args):
     """Return the training script whose load_teacher loads the model, from the model's keys or its config."""
     model = str(args.pretrained_teacher_model)
     if Path(model).is_file():
         # The text encoders of SDXL's files are its conditioner; label_emb takes size and crop.
-        is_xl = any(key.startswith("conditioner.") or ".label_emb." in key for key in file_keys(model))
+        is_xl = any(key.startswith("conditioner.") or ".label_emb." in key for key in sd15.weight_names(Path(model)))
         return sdxl if is_xl else sd15
     try:
         options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
@@ -241,8 +246,7 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     images = {"generator": generators, "output_type": output_type, **extra}
     if resolution:
         images |= {"height": resolution, "width": resolution}
-    # SDXL's own VAE, loaded in float32 because it overflows in float16: diffusers raises it and the latents to float32
-    # while it decodes, if it is in float16 before.
+    # SDXL's own VAE overflows in float16: diffusers itself decodes with it in float32, if it is in float16 before.
     if pipe.vae is not None and pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(pipe.unet.dtype)
     synchronize(pipe.device)

@@ -68,10 +68,15 @@ flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)
 # the shards' path.
 LOCAL=${LOCAL_DISK:-/tmp}/lcm-lora-$(id -u)
 export TRITON_CACHE_DIR=$LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$LOCAL/inductor WANDB_CACHE_DIR=$LOCAL/wandb
-srun mkdir -p "$LOCAL/shards" || fail "LOCAL_DISK: $LOCAL/shards cannot be made on every node"
+srun mkdir -p "$LOCAL" || fail "LOCAL_DISK: $LOCAL cannot be made on every node"
 if [[ ${STAGE:-0} == 1 ]]; then
-    srun cp --update --recursive "$SHARDS/." "$LOCAL/shards/" || fail "SHARDS=$SHARDS: cannot be copied"
-    SHARDS=$LOCAL/shards
+    # A folder for each set of files, which has its name once it is whole: no job reads another's shards or half a copy.
+    [[ -d $SHARDS ]] || fail "SHARDS=$SHARDS: STAGE=1 copies a folder; name one"
+    STAGED=$LOCAL/shards-$( (echo "$SHARDS" && find "$SHARDS/" -type f -printf '%P %s\n' | sort) | cksum | cut -d' ' -f1)
+    # shellcheck disable=SC2016 # expanded by the inner shell
+    srun bash -c '[[ -d $2 ]] || { cp -r "$1" "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
+        stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
+    SHARDS=$STAGED
 fi
 if [[ ${OFFLINE:-0} == 1 ]]; then
     export HF_HUB_OFFLINE=1 WANDB_MODE=offline

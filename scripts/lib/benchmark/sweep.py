@@ -3,6 +3,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -139,6 +140,9 @@ class Sweep:
 
 def measure_all(args):
     """Measure the list of cases until the time is over; the next process imports while one measures."""
+    if not (args.tiny or shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()):
+        print("error: --all measures a CUDA GPU, and no driver is found; --tiny tries it on a CPU", file=sys.stderr)
+        return 2
     sweep = Sweep(args)
     worker = start_worker(stderr=subprocess.PIPE)
     for case in list_cases():

@@ -80,6 +80,9 @@ def write_tables(figures, root=ROOT):
     tables = {"short": f"{NOT_MEASURED}\n", "full": f"{NOT_MEASURED}\n"}
     if figures:
         report = json.loads(figures.read_text(encoding="utf-8"))
+        if not report["rows"]:
+            print(f"error: {figures}: holds no row; measure again", file=sys.stderr)
+            return 2
         tables = {"short": gpu_table(report, is_short=True), "full": gpu_table(report)}
     code = 0
     for path in (root / "README.md", root / "docs" / "performance.md"):

@@ -39,11 +39,6 @@ def frechet_distance(a, b):
     return float((mean_a - mean_b).square().sum() + spread - 2 * cross)
 
 
-def split_groups(count, seed=0):
-    """Return the group of each of `count` pictures, 0 to GROUPS - 1, [count] int64; a function of both."""
-    return torch.randperm(count, generator=torch.Generator().manual_seed(seed)) % GROUPS
-
-
 def jackknife(distance, a, b):
     """Return {value, low, high} of a distance of two sets: the delete-a-group jackknife, 95%.
 
@@ -51,7 +46,8 @@ def jackknife(distance, a, b):
     the same group, so pictures of one prompt stay together. Without 2 items in each group there is no
     interval: low and high are None.
     """
-    value, groups = distance(a, b), [split_groups(len(x)) for x in (a, b)]
+    groups = [torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % GROUPS for x in (a, b)]
+    value = distance(a, b)
     if min(len(a), len(b)) < 2 * GROUPS:
         return {"value": value, "low": None, "high": None}
     left_out = [distance(a[groups[0] != g], b[groups[1] != g]) for g in range(GROUPS)]
