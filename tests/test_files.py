@@ -7,6 +7,7 @@ import logging
 import os
 import stat
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -262,6 +263,7 @@ def test_card_of_a_hub_teacher(script, args):
     assert len(list(script.Path(args.output_dir).glob("image_*"))) == 2
     assert "config, prediction_type='v_prediction')" in text
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
+    assert "| loss_type | huber |" in text
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
 
 
@@ -356,6 +358,9 @@ def test_push_uploads_lora_pictures_and_card_only(script, args, trained, monkeyp
     args.hub_public_repo = True
     script.make_repository(args)
     assert made[-1] == ("run", False)
+    error = script.HfHubHTTPError("busy", response=mock.Mock(status_code=429))
+    monkeypatch.setattr(script, "create_repo", mock.Mock(side_effect=error))
+    assert script.make_repository(args) == "run", "a Hub that is busy is tried again at the end"
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027])

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import sys
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -560,6 +561,9 @@ def test_latents_are_scaled_samples_of_the_posterior_however_sliced(script, pipe
     latents = script.sample_latents(whole, eps, 0.5)
     torch.testing.assert_close(latents, (posterior.mean + posterior.std * eps) * 0.5)
     torch.testing.assert_close(sliced, whole)
+    half = whole.half()  # as a cache holds them: what follows is float32
+    torch.testing.assert_close(script.sample_latents(half, eps, 0.5), script.sample_latents(half.float(), eps, 0.5))
+    assert script.sample_latents(half, eps, 0.5).dtype == F32
 
 
 def test_a_pipeline_loaded_around_the_student_leaves_it_trainable(script, args, unet):
@@ -628,6 +632,13 @@ def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, coun
     tracker = SimpleNamespace(name=name, log_images=lambda values, **_: taken.append(values))
     script.log_pictures(tracker, {4: [Image.new("RGB", (8, 8))] * 2}, ["sea", "hill"], 1)
     assert len(taken[0]) == count and {value.ndim for value in taken[0].values()} == {shape}
+    logged, stub = [], SimpleNamespace(Image=lambda picture, caption: (picture, caption))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "wandb", stub)
+        tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
+        script.log_pictures(tracker, {1: ["a", "b"], 4: ["c", "d"]}, ["sea", "hill"], 7)
+    rows = [("a", "sea (1 steps)"), ("b", "hill (1 steps)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
+    assert logged == [({"validation": rows}, 7)]
 
 
 @pytest.mark.parametrize(
