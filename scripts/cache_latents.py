@@ -184,9 +184,7 @@ def source_of(trainer, shard):
 
 def missing_shards(trainer, folder, head, shards):
     """Return (shard, path of its cached form) where there is none yet; raises UnusableInput for other shards."""
-    found = sorted(str(path) for path in folder.glob("[!.]*.tar"))
-    heads = (next(trainer.read_shard(path, trainer.Skipped(), attempts=1), {}) for path in found[:1])
-    if any(old.get("json") != head["json"] for old in heads):
+    if any(trainer.check_shard(path) != head["json"] for path in sorted(folder.glob("[!.]*.tar"))):
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     for shard, target in targets:

@@ -349,6 +349,10 @@ def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path
     (tmp_path / "moved" / first.name).unlink()
     said = cache(tmp_path / "moved", tmp_path / "out", 2)
     assert f"00000.tar: was made of {first.name}" in said[-1] and contents(tmp_path / "out") == before
+    (tmp_path / "out" / "00001_stats.json").write_text("{")
+    os.truncate(tmp_path / "out" / "00001.tar", 5000)
+    said = cache(shards, tmp_path / "out", 2)
+    assert "00001.tar: is truncated" in said[-1]
     (tmp_path / "moved" / "no-caption.png").write_bytes(picture_bytes(0))
     for tar in (tmp_path / "moved").glob("*.tar"):
         tar.unlink()

@@ -696,7 +696,11 @@ def test_a_killed_process_is_resumed(tool, tmp_path):
     assert captions(out) == {f"{i:03d}.png": f"sea {i}" for i in range(120)}
     after = {path.name: path.stat().st_mtime_ns for path in out.glob("0*_stats.json")}
     assert {name: after[name] for name in before} == before, "finished shards stay"
-    assert not list(out.glob(".writing-0*.tar"))
+    assert not list(out.glob(".writing-0*"))
+    (out / "00001_stats.json").write_text("{")  # is made again
+    os.truncate(out / "00002.tar", 5000)  # is not taken for whole
+    with pytest.raises(UnusableInput, match="00002.tar: is truncated"):
+        make(tool, tmp_path, folder, samples_per_shard=4)
 
 
 @pytest.mark.parametrize(
