@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, groupby, islice, product
+from itertools import accumulate, chain, count, groupby, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -115,6 +115,8 @@ FREE_FLAGS = frozenset(
     "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
     "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
 )
+# Flags that may name a place on the disk.
+PLACES = "train_shards_path_or_url pretrained_teacher_model pretrained_vae_model_name_or_path teacher_config".split()
 # Flags that one --objective alone reads.
 READ_BY = {
     "consistency": "loss_type huber_c loss_space".split(),
@@ -701,7 +703,7 @@ def list_shards(values):
         if not is_remote(shard):
             kinds.setdefault(check_shard(Path(shard)) if isinstance(shard, str) else b"", shard)
     if len(kinds) > 1:
-        mixed = "pictures and cached tensors" if b"" in kinds else "shards that were cached in different ways"
+        mixed = "cached shards and others" if b"" in kinds else "shards that were cached in different ways"
         raise UnusableInput(f"{flag} mixes {mixed}, such as {' and '.join(map(str, kinds.values()))}; name one kind")
     return shards
 
@@ -1165,7 +1167,10 @@ class ShardStream(torch.utils.data.IterableDataset):
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
             shuffled = wds.shuffle(buffer, initial=buffer, rng=rng)(self.raw_samples(epoch, consumer, skipped))
             try:
-                for number, raw in enumerate(islice(shuffled, start, None), start + 1):
+                if start:
+                    next(islice(shuffled, start - 1, None), None)  # to where the checkpoint was,
+                    skipped.clear()  # whose counts hold what is read once more
+                for number, raw in enumerate(shuffled, start + 1):
                     try:
                         batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
                     except SkippedSample as cause:
@@ -1270,7 +1275,7 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
     """Return a checksum of sizes, first and last MiB: of a model file, or of parts of a folder."""
     parts = [path for name in names for path in model.glob(name)] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
-    files, checksum = sorted(path for path in paths if path.is_file()), 0
+    files, checksum = sorted(path for path in paths if path.is_file() and path.name[0] != "."), 0
     for path in files:
         size, name = path.stat().st_size, "" if path == model else str(path.relative_to(model))
         with path.open("rb") as file:
@@ -1281,12 +1286,14 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
 
 
 def data_checksum(shards):
-    """Return a checksum of names and sizes of local shards and pictures, on which the order of samples depends."""
+    """Return a checksum of names and sizes of local shards and pictures; None where one is remote."""
+    if any(is_remote(shard) for shard in shards):
+        return None
     files = []
     for shard in shards:
         if isinstance(shard, PictureFolder):
             files += [(name, (shard.folder / name).stat().st_size) for name in shard.files]
-        elif not is_remote(shard):
+        else:
             files.append((Path(shard).name, Path(shard).stat().st_size))
     return f"crc32 {zlib.crc32(json.dumps(files).encode()):08x} of {len(files)} files"
 
@@ -1400,11 +1407,12 @@ def check_vae(vae, args):
     with suppress(OSError):  # a teacher without a VAE of its own
         options = {"cache_dir": args.cache_dir, "revision": None if is_file else args.teacher_revision}
         own = AutoencoderKL.load_config(teacher, subfolder="vae", **options) if teacher else {}
+    remedy = "name a VAE for this teacher, or mend the teacher's vae/config.json"
     for name, usual in {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}.items():
-        if own and own.get(name, usual) != vae.config[name]:
+        if own.get("_class_name") == "AutoencoderKL" and own.get(name, usual) != vae.config[name]:
             fault = f"its {name} is {vae.config[name]}, that of the teacher's own VAE {own.get(name, usual)}"
             given = masked(args.pretrained_vae_model_name_or_path)
-            raise UnusableInput(f"--pretrained_vae_model_name_or_path {given}: {fault}; name a VAE for this teacher")
+            raise UnusableInput(f"--pretrained_vae_model_name_or_path {given}: {fault}; {remedy}")
 
 
 def check_teacher(args):
@@ -1444,13 +1452,14 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
 
 
 def weight_names(path):
-    """Return the names of the tensors in a single file; "v_pred" too where its header has that prediction type."""
+    """Return the names of the tensors in a single file; v_pred or eps_pred too where its header tells."""
     with suppress(Exception):  # what cannot be read here fails, with its reason, when it is loaded
         if path.suffix.lower() == ".safetensors":
             with safe_open(path, framework="pt") as file:
                 header = file.metadata() or {}  # sd-scripts' and ComfyUI's spelling
                 kinds = [header.get(f"modelspec.{name}", "") for name in ("prediction_type", "predict_key")]
-                return {*file.keys(), *(["v_pred"] if any(kind.startswith("v") for kind in kinds) else [])}
+                marks = {"v": "v_pred", "e": "eps_pred"}
+                return {*file.keys(), *(marks[kind[0]] for kind in kinds if kind[:1] in marks)}
         if path.is_file():
             state = torch.load(path, map_location="meta", weights_only=True)
             return set(state.get("state_dict", state))
@@ -1466,6 +1475,8 @@ def set_prediction(pipe, args):
         raise UnusableInput("the teacher is an EDM model, such as CosXL, whose noise has no betas; name another one")
     if args.prediction_type or "v_pred" in names:
         changes["prediction_type"] = args.prediction_type or "v_prediction"
+    elif "eps_pred" in names:
+        changes["prediction_type"] = "epsilon"
     if "ztsnr" in names:
         changes |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     is_sd2 = pipe.unet and pipe.unet.config.cross_attention_dim == 1024
@@ -2192,23 +2203,16 @@ def save_for_peft(unet, folder):
     write_atomically(folder / "adapter_model.safetensors", tensors_to_bytes(state))
 
 
-def located(settings):
-    """Return settings with full paths, so that one place has one name."""
-    flags = (
-        "pretrained_teacher_model pretrained_vae_model_name_or_path teacher_config train_shards_path_or_url".split()
-    )
-    found = dict(settings)
-    for name in [name for name in flags if settings.get(name)]:
-        values = settings[name] if isinstance(settings[name], list) else [settings[name]]
-        values = [os.path.realpath(value) if os.path.exists(value) else value for value in values]
-        found[name] = values if isinstance(settings[name], list) else values[0]
-    return found
+def located(value):
+    """Return the values of a flag with full paths, so that one place has one name."""
+    values = value if isinstance(value, list) else [value]
+    return [os.path.realpath(each) if each and os.path.exists(each) else each for each in values]
 
 
 def settings_of(args, accelerator, max_train_steps, shards, workers):
     """Return what must stay the same for a resumed run to go on as an unbroken one would."""
     free = FREE_FLAGS | FLAGS_WITHOUT_EFFECT.keys()
-    settings = located({name: value for name, value in public_flags(args).items() if name not in free})
+    settings = {name: value for name, value in public_flags(args).items() if name not in free}
     settings["dataloader_num_workers"] = max(1, workers)  # the number in effect; 0 and 1 give the same order
     if args.lr_scheduler not in SCHEDULES_WITHOUT_END:
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
@@ -2342,7 +2346,10 @@ def check_resume(folder, manifest, settings, max_train_steps):
     parser = build_parser()
     # A checkpoint written before a flag existed behaved as that flag's default does; before a checksum, as today's.
     old = {name: settings[name] if " " in name else parser.get_default(name) for name in settings}
-    old |= located(manifest["settings"])
+    old |= manifest["settings"]
+    for name in PLACES:
+        if located(old.get(name)) == located(settings.get(name)):
+            old[name] = settings.get(name)
     if changed := differences(old, settings):
         remedy = f"give the same ones, or start from its LoRA in another --output_dir with --init_lora {folder}"
         if not manifest["global_step"]:
@@ -2523,10 +2530,14 @@ def log_pictures(tracker, drawn, prompts, global_step):
 def write_card(job, drawn):
     """Write the pictures at 4 steps as `image_<i>.png` and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    for path in folder.glob("image_*.png"):  # an earlier run may have drawn more
-        path.unlink()
-    for number, picture in enumerate(drawn.get(4, [])):
-        picture.save(folder / f"image_{number}.png")
+    for number in count():
+        path = folder / f"image_{number}.png"
+        if number < len(drawn.get(4, [])):
+            drawn[4][number].save(path)
+        elif path.exists():
+            path.unlink()  # of an earlier run with more prompts
+        else:
+            break
     teacher = masked(args.pretrained_teacher_model)
     from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)

@@ -158,12 +158,19 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     assert variables["TRITON_CACHE_DIR"].startswith(str(tmp_path / "local"))
     assert args.dataloader_num_workers == 3 and args.mixed_precision == "fp16"
     # The same files lie in the same place, as a resume needs; others, or half a copy, are not taken for them.
-    (local / f"{copied.name}.76").mkdir()
-    assert job(TRAIN, STAGE=1, **options)[0] == 0 and copied in set(local.glob("shards-*"))
+    (tmp_path / "linked").symlink_to("shards")
+    options["SHARDS"] = tmp_path / "linked"
+    assert job(TRAIN, STAGE=1, **options)[0] == 0
+    (staged,) = {*local.glob("shards-*")} - {copied}
+    assert (staged / "00001.tar").read_bytes() == b"tar"
+    shutil.rmtree(staged)
+    (local / f"{staged.name}.77").mkdir()
+    (local / f"{staged.name}.77" / "00009.tar").touch()  # what a job left that is requeued
+    assert job(TRAIN, STAGE=1, **options)[0] == 0 and len([*staged.iterdir()]) == 4
     (tmp_path / "shards" / "00001.tar").write_bytes(b"another")
     assert job(TRAIN, STAGE=1, **options)[0] == 0
-    found = [(path / "00001.tar").read_bytes() for path in local.glob("shards-*") if path.name.count(".") == 0]
-    assert sorted(found) == [b"another", b"tar"]
+    found = [(path / "00001.tar").read_bytes() for path in local.glob("shards-*")]
+    assert sorted(found) == [b"another", b"tar", b"tar"]
 
 
 @pytest.mark.parametrize(

@@ -203,12 +203,25 @@ def test_a_stream_may_be_left_in_the_middle(script, tmp_path, recwarn):
 
 
 @pytest.mark.usefixtures("sleeps")
-def test_a_run_ends_when_no_shard_can_be_read_any_more(script):
+def test_unreadable_shards_end_a_run_if_all_are_and_are_counted_once_if_it_is_resumed(script, shard):
     args = script.parse_args(flags("a/teacher", "pipe:false", "unused"))
     stream = script.ShardStream(["pipe:false"], args, 1, 0, 1)
     job = SimpleNamespace(state=script.RunState(), accelerator=SimpleNamespace(num_processes=1))
     with pytest.raises(script.UnusableInput, match="no usable sample: shard pipe:false broke off"):
         script.next_batch(job, iter(script.make_loader(stream, 0, torch.device("cpu"))), {})
+
+    args = script.parse_args(flags("a/teacher", "x", "unused", train_batch_size=2, shuffle_buffer_samples=2))
+
+    def counts(start, num_batches):
+        stream, counted = script.ShardStream([f"pipe:head -c {offsets(shard)[9]} {shard}"], args, 1, 0, 1), Counter()
+        stream.start_positions = start
+        for batch in itertools.islice(stream, num_batches):
+            counted.update(batch["skipped"])
+        return counted, {"0": batch["position"][1:]}
+
+    whole, _ = counts({}, 7)
+    first, place = counts({}, 4)
+    assert whole.total() > first.total() > 0 and first + counts(place, 3)[0] == whole
 
 
 # ----------------------------------------------------------------------------------------------------------

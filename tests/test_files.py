@@ -242,7 +242,7 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     script.Path(args.output_dir).mkdir(exist_ok=True)
     state = SimpleNamespace(repository="")
     job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
-    (script.Path(args.output_dir) / "image_7.png").touch()  # of a run with more prompts
+    (script.Path(args.output_dir) / f"image_{2 * drawn}.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
     script.write_card(job, {1: [], 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
@@ -252,6 +252,8 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
 @both_families
 def test_card_of_a_hub_teacher(script, args):
     args.pretrained_teacher_model, args.hub_token, args.prediction_type = "owner/teacher", TOKEN, "v_prediction"
+    script.Path(args.output_dir).mkdir(exist_ok=True)
+    (script.Path(args.output_dir) / "image_mine.png").touch()  # the user's
     front, text = write_card(script, args)
     assert front["base_model"] == "owner/teacher" and front["library_name"] == "diffusers"
     assert front["pipeline_tag"] == "text-to-image"
@@ -260,7 +262,8 @@ def test_card_of_a_hub_teacher(script, args):
     assert [entry["output"]["url"] for entry in front["widget"]] == ["image_0.png", "image_1.png"]
     assert front["widget"][1]["text"] == "a 'quiet' lake\nby night"
     assert all((script.Path(args.output_dir) / f"image_{n}.png").is_file() for n in (0, 1))
-    assert len(list(script.Path(args.output_dir).glob("image_*"))) == 2
+    found = {path.name for path in script.Path(args.output_dir).glob("image_*")}
+    assert found == {"image_0.png", "image_1.png", "image_mine.png"}
     assert "config, prediction_type='v_prediction')" in text
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
     assert "| loss_type | huber |" in text

@@ -488,6 +488,12 @@ def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, s
     old = {name: value for name, value in settings.items() if name not in {"objective", *script.READ_BY["matching"]}}
     del old["files of the data"], old["files of the teacher"]  # nor had it these
     script.check_resume(tmp_path, {"settings": old, "global_step": 2}, settings, 4)
+    # A place has many names; other files have none.
+    again = settings | {"pretrained_teacher_model": f"{teacher}/../{script.Path(teacher).name}/"}
+    script.check_resume(tmp_path, {"settings": again, "global_step": 2}, settings, 4)
+    for name in ("files of the data", "files of the teacher"):
+        with pytest.raises(script.UnusableInput, match=name):
+            script.check_resume(tmp_path, {"settings": settings | {name: "others"}, "global_step": 2}, settings, 4)
 
 
 @one_family

@@ -309,6 +309,10 @@ def test_a_files_markers_and_the_flag_tell_what_it_predicts(trainer, file, teach
     assert trainer.make_schedule(pipe.scheduler.config, args, torch.device("cpu")).alphas[-1] < 1e-3
     save_file(weights, path)
     args.teacher_config = None
+    save_file(weights, path, {"modelspec.prediction_type": "epsilon"})
+    trainer.set_prediction(pipe, args)
+    assert pipe.scheduler.config.prediction_type == "epsilon"
+    save_file(weights, path)
     with pytest.raises(trainer.UnusableInput, match="give --prediction_type epsilon .* or v_prediction"):
         trainer.set_prediction(pipe, args)
 

@@ -2,13 +2,11 @@
 """Draw captioned landscapes, the pictures on which the demo teachers are trained.
 
 A caption such as "mountains at sunset with clouds and a balloon" says what is there and leaves where and how
-to chance: horizon, ridges, colours, the object's place and size. That freedom is what makes solvers with few
-steps fail on a teacher trained on these pictures, as they fail on Stable Diffusion.
+to chance: horizon, ridges, colours, the object's place and size. So few-step solvers fail as on Stable Diffusion.
 
     python scripts/demo/landscapes.py --output_dir outputs/demo-data --num_samples 8000
 
-Picture number i is a function of (seed, i) alone. Output: webdataset shards in LAION's layout
-(`KEY.png`, `KEY.txt`, `KEY.json`).
+Picture number i is a function of (seed, i) alone. Output: webdataset shards of `KEY.png`, `KEY.txt`, `KEY.json`.
 """
 
 import argparse

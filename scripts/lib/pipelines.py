@@ -28,10 +28,8 @@ MIN_CELL_PX = 128
 GRID_PROMPTS = 16  # that sample.py shows in grid.png
 MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own limit
 # What the libraries raise for a file that is missing, damaged or made for something else.
-LOAD_ERRORS = (
-    *(OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError),
-    *(SafetensorError, pickle.UnpicklingError, HTTPError),  # HTTPError: the Hub cannot be reached
-)
+LOAD_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
+LOAD_ERRORS += (SafetensorError, pickle.UnpicklingError, HTTPError)  # HTTPError: the Hub cannot be reached
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")
 TEACHER_FLAGS += ("pretrained_vae_model_name_or_path", "mixed_precision", "offload", "mask")
@@ -59,13 +57,19 @@ def writing_to(folder):
 @contextlib.contextmanager
 def writing_alone(target):
     """Hold a lock while a file is made under another name; raises UnusableInput where another process makes it."""
-    path = target.with_name(f".writing-{target.name}.lock")
+    lock = filelock.FileLock(target.with_name(f".writing-{target.name}.lock"))
     try:
-        with filelock.FileLock(path).acquire(timeout=0):
-            yield
-            path.unlink()
+        lock.acquire(timeout=0)
     except filelock.Timeout as error:
-        raise UnusableInput(f"{target}: another process is making it; wait or choose another folder") from error
+        raise UnusableInput(f"{target}: another process is making it; wait, or remove {lock.lock_file}") from error
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # Windows removes an open file on release
+            os.unlink(lock.lock_file)
+        lock.release()
 
 
 def read_stats(shard):

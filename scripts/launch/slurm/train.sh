@@ -74,7 +74,7 @@ if [[ ${STAGE:-0} == 1 ]]; then
     [[ -d $SHARDS ]] || fail "SHARDS=$SHARDS: STAGE=1 copies a folder; name one"
     STAGED=$LOCAL/shards-$( (echo "$SHARDS" && find "$SHARDS/" -type f -printf '%P %s\n' | sort) | cksum | cut -d' ' -f1)
     # shellcheck disable=SC2016 # expanded by the inner shell
-    srun bash -c '[[ -d $2 ]] || { cp -r "$1" "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
+    srun bash -c '[[ -d $2 ]] || { rm -rf "$2.$3" && cp -r "$1/." "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
         stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
     SHARDS=$STAGED
 fi
