@@ -178,7 +178,8 @@ class LastOfAll(argparse.Action):
     """A flag of several names, of which the last one counts; it says which values it takes the place of."""
 
     def __call__(self, _parser, namespace, values, option_string=None):
-        if before := getattr(namespace, self.dest):
+        before = getattr(namespace, self.dest)
+        if before and os.environ.get("RANK", "0") == "0":
             given = masked(" ".join(before))
             print(f"warning: {option_string} takes the place of {given}: one flag names all data", file=sys.stderr)
         setattr(namespace, self.dest, values)
@@ -390,9 +391,7 @@ def check_args(args, error):
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
-        error(
-            f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, the steps that validation draws with"
-        )
+        error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, as validation draws with 8 steps")
     for flag in ("learning_rate", "fake_learning_rate"):
         if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
             error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
@@ -2140,7 +2139,7 @@ def update_matching(job, batches):
             x = consistency(job.student, job.schedule, z_t, timesteps, conditioning, job.dtype)
             drawn.append(
                 (x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone())
-            )  # a view would keep all noise
+            )  # a view keeps all noise
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
