@@ -105,7 +105,7 @@ def flash_attention(query, key, value, *_, **__):
 def trainer_flags(own, words, trainer):
     args = trainer.parse_args([
         *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url",
-        "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none",
+        "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none", "--init_lora", __file__,
     ])  # fmt: skip
     args.compile = args.enable_xformers_memory_efficient_attention = False
     return args

@@ -56,5 +56,6 @@ def test_the_step_is_left_as_it_was(tool):
     """What the tool patches to count is put back."""
     trainer = tool.trainer_of("sd15")
     before = trainer.encode, trainer.teacher_step, torch.nn.functional.scaled_dot_product_attention
-    figures(tool, "--train_batch_size", "1")
+    fixed, _ = figures(tool, "--train_batch_size", "1", "--objective", "matching")  # before there is a first stage
+    assert fixed["fake's LoRA"] == fixed["LoRA"] == fixed["optimizer"] / 4 > 0
     assert before == (trainer.encode, trainer.teacher_step, torch.nn.functional.scaled_dot_product_attention)
