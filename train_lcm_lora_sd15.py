@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, count, groupby, islice, product
+from itertools import accumulate, chain, count, groupby, islice, product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -2526,17 +2526,19 @@ def log_pictures(tracker, drawn, prompts, global_step):
             tracker.log_images(values, step=global_step, **options)
 
 
+def save_gallery(folder, pictures):
+    """Write `image_<i>.png`, and remove those of an earlier run with more prompts."""
+    for number, picture in enumerate(pictures):
+        picture.save(folder / f"image_{number}.png")
+    surplus = (folder / f"image_{number}.png" for number in count(len(pictures)))
+    for path in takewhile(Path.exists, surplus):
+        path.unlink()
+
+
 def write_card(job, drawn):
-    """Write the pictures at 4 steps as `image_<i>.png` and the model card `README.md`."""
+    """Write the pictures at 4 steps and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    for number in count():
-        path = folder / f"image_{number}.png"
-        if number < len(drawn.get(4, [])):
-            drawn[4][number].save(path)
-        elif path.exists():
-            path.unlink()  # of an earlier run with more prompts
-        else:
-            break
+    save_gallery(folder, drawn.get(4, []))
     teacher = masked(args.pretrained_teacher_model)
     from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)

@@ -72,7 +72,7 @@ if __name__ == "__main__":
 import torch
 from diffusers import LCMScheduler
 from lib.original_layout import original_state
-from lib.trainers import DTYPES, UnusableInput, exit_code, sd15, sdxl
+from lib.trainers import DTYPES, INPUT_ERRORS, UnusableInput, exit_code, sd15, sdxl
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -197,7 +197,7 @@ def merge(args, loras, path, dtype):
     )  # fmt: skip
     try:
         pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
-    except UnusableInput as error:
+    except INPUT_ERRORS as error:
         raise UnusableInput(str(error).replace("--pretrained_teacher_model", "--merge_into")) from error
     modules = dict(pipe.unet.named_modules())
     for name, lora in loras.items():

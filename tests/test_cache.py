@@ -579,11 +579,15 @@ def test_a_damaged_head_is_named(script, teacher, cached, tmp_path):
         audit(script, tmp_path / "cache", teacher)
 
 
-def test_pictures_among_cached_shards_are_refused_or_counted(script, teacher, cached, shards, tmp_path, monkeypatch):
+def test_pictures_among_cached_shards_are_refused_or_counted(
+    script, teacher, cached, shards, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "beside.png").write_bytes(picture_bytes(0))
     for name, source in (("0.tar", cached / "00000.tar"), ("1.tar", Path(shards) / "00001.tar")):
         shutil.copy(source, tmp_path / name)
     with pytest.raises(script.UnusableInput, match="mixes cached shards and others, such as .*0.tar and .*1.tar"):
         audit(script, tmp_path, teacher)
+    assert "1 pictures beside its tars are not read" in capsys.readouterr().err
     monkeypatch.setattr(script, "check_shard", lambda _path: b"")  # remote ones are not looked at before
     captions, report = audit(script, tmp_path, teacher)
     assert captions == [f"sea {i}" for i in range(4)] and "no cached tensors: 12" in report

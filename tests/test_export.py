@@ -511,6 +511,8 @@ def test_family_by_width_header_names_and_args_json(tool, tmp_path):
     config.write_text(json.dumps({"addition_embed_type": "text_time"}))
     original = {k.replace("down_blocks_0_attentions_0", "input_blocks_1_1"): v for k, v in wide(16).items()}
     folder, sd15, sdxl = tmp_path / "run", trainer_of("sd15"), trainer_of("sdxl")
+    with pytest.raises(tool.UnusableInput, match="holds no pytorch_lora_weights.safetensors"):
+        sd15.read_lora(tmp_path)
     for state, header, record, expected in (
         (wide(768), {}, None, sd15),
         (wide(1024), {}, None, sd15),
@@ -539,6 +541,9 @@ def test_family_by_width_header_names_and_args_json(tool, tmp_path):
             if expected:
                 found = tool.find_trainer(args, loras)
                 assert found.FAMILY == expected.FAMILY, (header, record)
+                args.merge_into = "/nowhere"
+                with pytest.raises(tool.UnusableInput, match="--merge_into /nowhere cannot be loaded"):
+                    tool.merge(args, loras, tmp_path / "merged", torch.float32)
                 args.family = "sd" if expected is sdxl else "sdxl"
                 with pytest.raises(tool.UnusableInput, match=f"--family {args.family}: the LoRA"):
                     tool.find_trainer(args, loras)

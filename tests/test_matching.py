@@ -179,6 +179,23 @@ def test_the_loss_moves_x_from_the_fake_to_the_teacher(script):
     torch.testing.assert_close(x.grad, torch.full_like(x, 1e-3 / script.MIN_ERROR / x.numel()))
 
 
+def check_inputs(script, job, batch, embeds, draws):
+    """Check what the second stage's inputs depend on: the process, a cache, empty captions, eta."""
+    second = dataclasses.replace(job, accelerator=SimpleNamespace(device=CPU, process_index=1))
+    assert not torch.equal(script.matching_inputs(second, batch, 0)[-1].w, draws.w)
+    cached = batch | embeds | {"moments": torch.zeros(2, 8, 12, 20)}
+    assert script.matching_inputs(job, cached, 0)[0].shape == (2, 4, 12, 20)
+    job.args.proportion_empty_prompts = 1.0
+    _, _, conditioning, uncond, _ = script.matching_inputs(job, batch, 0)
+    assert torch.equal(conditioning["encoder_hidden_states"], uncond["encoder_hidden_states"])
+    drawn = []
+    job.args.student_steps = [4]
+    for job.args.student_eta in (0.0, 1.0):
+        found = [script.matching_inputs(job, batch, micro_step) for micro_step in range(6)]
+        drawn.append([z_t for z_t, *_, draws in found if len(draws.timesteps) > 1])
+    assert drawn[0] and not any(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
+
+
 def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(script, job):
     job = job.job
     scheduler = LCMScheduler.from_config(job.pipe.scheduler.config)
@@ -225,19 +242,7 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
         drawn = script.roll_out(unet, job.schedule, timesteps, draws.noise, eta, conditioning, F32)
     assert torch.equal(drawn, z_t) and len(draws.timesteps) > 1
     assert job.fake.unet.peft_config["default"].lora_dropout == 0
-    second = dataclasses.replace(job, accelerator=SimpleNamespace(device=CPU, process_index=1))
-    assert not torch.equal(script.matching_inputs(second, batch, 0)[-1].w, draws.w)
-    cached = batch | embeds | {"moments": torch.zeros(2, 8, 12, 20)}
-    assert script.matching_inputs(job, cached, 0)[0].shape == (2, 4, 12, 20)
-    job.args.proportion_empty_prompts = 1.0
-    _, _, conditioning, uncond, _ = script.matching_inputs(job, batch, 0)
-    assert torch.equal(conditioning["encoder_hidden_states"], uncond["encoder_hidden_states"])
-    drawn = []
-    job.args.student_steps = [4]
-    for job.args.student_eta in (0.0, 1.0):
-        found = [script.matching_inputs(job, batch, micro_step) for micro_step in range(6)]
-        drawn.append([z_t for z_t, *_, draws in found if len(draws.timesteps) > 1])
-    assert drawn[0] and not any(torch.equal(one, other) for one, other in zip(*drawn, strict=True))
+    check_inputs(script, job, batch, embeds, draws)
 
 
 @one_family

@@ -759,8 +759,10 @@ LINES = [
 
 
 @cases("changes", LINES, ids=str)
-def test_20_lines_of_the_public_scripts_parse(script, changes):
-    script.parse_args(flags("a/teacher", "x", "unused", **changes))
+def test_20_lines_of_the_public_scripts_parse(script, changes, capsys):
+    script.parse_args(flags("a/teacher", "shards", "unused", **changes))
+    said = capsys.readouterr().err
+    assert ("--train_data_dir takes the place of shards" in said) == ("train_data_dir" in changes), said
 
 
 def test_20_flags_without_effect_are_said_and_others_work(script, teacher, shards, tmp_path):
