@@ -2974,6 +2974,7 @@ def train(job, loader, save):
             if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
                 if not is_due:
                     save()
+                state.is_saved = True
                 tell_skipped(job)
                 raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
         if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
@@ -3135,13 +3136,16 @@ def main(args, state):
     if manifest:
         load_checkpoint(job, folder, manifest)
     loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
-    train(job, loader, partial(save_checkpoint, job, settings))
-    finish(job)
+    try:
+        train(job, loader, partial(save_checkpoint, job, settings))
+        finish(job)
+    finally:
+        state.is_training = False  # a signal ends the run at once, because a tracker may wait for its server
+        to_trackers(accelerator, operator.methodcaller("finish"))  # without it wandb loses what it has not sent
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
     del job
     accelerator.free_memory()
-    to_trackers(accelerator, operator.methodcaller("finish"))
 
 
 class Unbroken:
@@ -3196,6 +3200,7 @@ def run(args):
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.
     if torch.distributed.is_initialized() and is_agreed:
+        torch.distributed.barrier()  # for rank 0's trackers: torchrun ends all once one has left with an error
         torch.distributed.destroy_process_group()
     return code
 

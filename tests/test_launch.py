@@ -422,6 +422,15 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     pictures = list((folder / "files" / "media" / "images").glob("validation_*.png"))
     assert len(pictures) == 8 and {Image.open(path).size for path in pictures} == {(32, 32)}
 
+    def stop_later(script):
+        os.environ.update(offline)
+        at_call("draw", 2, send(signal.SIGTERM))(script)
+
+    line = flags(teacher, shards, tmp_path / "stopped", report_to="wandb", validation_steps=-1)
+    finish(script, line, tmp_path / "said", 3, processes=2, hook=stop_later)
+    (record,) = (tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb")
+    assert b"train/loss" in record.read_bytes()  # wandb drops all of a run that does not say that it ends
+
 
 def become_windows(script, *also):
     """Take away what Windows lacks, and load the script there; also, files opened to read cannot be synced."""
