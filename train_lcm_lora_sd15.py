@@ -2480,7 +2480,7 @@ def validate(job):
             # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
             decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
             drawn[steps] += pipe.image_processor.postprocess(decoded.float())
-    except (torch.OutOfMemoryError, UnusableInput) as error:
+    except (RuntimeError, UnusableInput) as error:  # cuDNN and cuBLAS name a lack of memory in their own ways
         tqdm.write(f"no pictures: {one_line(error)[:300]}; --validation_steps -1 leaves them out", file=sys.stderr)
         return {}
     finally:
@@ -3138,11 +3138,12 @@ def run(args):
         code = error.exit_code
         is_agreed = error.is_agreed
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
-    except torch.OutOfMemoryError as error:
-        missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
-        printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
     except BaseException as error:
-        if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
+        # Not only PyTorch's allocator runs out of memory, but also cuBLAS, cuDNN and the driver.
+        if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED|find an engine", str(error)):
+            missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
+            printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
             code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
             printed = f"error: {cause}; make room, then give the command again"
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
