@@ -337,7 +337,7 @@ def add_output_args(parser):
     add("--push_checkpoints_to_hub", action="store_true", help="with --push_to_hub: upload each checkpoint's LoRA too")
     add("--hub_model_id", help="Hub repository; default: the name of --output_dir")
     add("--hub_public_repo", action="store_true", help="make the Hub repository public; default: private")
-    add("--hub_token", help="Hub token; default: that of `hf auth login` or HF_TOKEN; never written anywhere")
+    add("--hub_token", help="Hub token for uploads; default: that of `hf auth login` or HF_TOKEN, which downloads use")
     add("--dry_run", action="store_true", help="check flags and data, print the run, and stop before any model loads")
 
 
@@ -516,6 +516,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of part
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked loader processes
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # which diffusers still gives
 
 import braceexpand
 import diffusers
@@ -533,8 +534,9 @@ from diffusers.optimization import get_scheduler
 from diffusers.training_utils import cast_training_params
 from diffusers.utils import convert_unet_state_dict_to_peft, logging as diffusers_logging, make_image_grid
 from diffusers.utils.hub_utils import populate_model_card
-from huggingface_hub import ModelCard, ModelCardData, create_repo, upload_folder
-from huggingface_hub.errors import HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, hf_hub_download, upload_folder
+from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, LocalTokenNotFoundError
+from huggingface_hub.utils import enable_progress_bars
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -1445,20 +1447,26 @@ def check_vae(vae, args):
 
 
 def check_teacher(args):
-    """Raise UnusableInput where a folder or a Hub repository holds no pipeline; reads its `model_index.json` alone."""
-    teacher = args.pretrained_teacher_model
+    """Return the teacher's revision, on the Hub its commit; raise UnusableInput where no pipeline is there."""
+    teacher, place = args.pretrained_teacher_model, {"cache_dir": args.cache_dir, "revision": args.teacher_revision}
     if "://" in teacher or Path(teacher).is_file():
-        return
+        return args.teacher_revision
     try:
-        diffusers.DiffusionPipeline.load_config(teacher, cache_dir=args.cache_dir, revision=args.teacher_revision)
+        diffusers.DiffusionPipeline.load_config(teacher, **place)
     except Exception as error:
         raise UnusableInput(loading_error(args, error)) from error
+    if Path(teacher).exists():
+        return args.teacher_revision
+    return Path(hf_hub_download(teacher, "model_index.json", local_files_only=True, **place)).parent.name
 
 
 def loading_error(args, error, flag="pretrained_teacher_model"):
     model, reason, each = getattr(args, flag), "", error
     path, name = Path(model), f"--{flag} {masked(model)}"
     while each:  # the first cause is often the telling one
+        if isinstance(each, GatedRepoError) and not path.exists():
+            terms = f"accept its terms on https://huggingface.co/{model}"
+            return f"{name}: is gated; {terms}, then log in with `hf auth login`"
         reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
     keys = weight_names(path / WEIGHTS_NAME if path.is_dir() else path)
     if any("lora" in key for key in keys):
@@ -1477,6 +1485,8 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
     where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
     if is_elsewhere:
         remedy = "; check the id and the network, or name a local folder or file"
+    if is_elsewhere and re.search(r"no file named \S+\.(safetensors|bin)", reason) and not args.variant:
+        remedy = "; if it has only weight files of a variant, give --variant fp16"
     return f"{name} cannot be loaded{where}: {masked(reason)[:400]}{remedy}"
 
 
@@ -2388,6 +2398,8 @@ def check_resume(folder, manifest, settings, max_train_steps):
     # A checkpoint written before a flag existed behaved as that flag's default does; before a checksum, as today's.
     old = {name: settings[name] if " " in name else parser.get_default(name) for name in settings}
     old |= manifest["settings"]
+    if len(old["teacher_revision"] or "") < 40:  # 0.2.0 noted the branch and not its commit
+        old["teacher_revision"] = settings["teacher_revision"]
     for name in PLACES:
         if located(old.get(name)) == located(settings.get(name)):
             old[name] = settings.get(name)
@@ -2582,8 +2594,9 @@ def write_card(job, drawn):
     args, folder = job.args, Path(job.args.output_dir)
     save_gallery(folder, drawn.get(4, []))
     teacher = masked(args.pretrained_teacher_model)
-    from_hub, teachers_card = "://" not in teacher and not Path(teacher).exists(), Path(teacher) / "README.md"
+    from_hub = "://" not in teacher and not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
+    source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
     scheduler, options, eta = sampler_of(args)
     options["prediction_type"] = job.schedule.prediction_type
     usual, sampler = scheduler().config, "LCM" if scheduler is LCMScheduler else f"DDIM with eta {eta:g}"
@@ -2602,7 +2615,7 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 ```python
 import torch
 from diffusers import {scheduler.__name__}, DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained("{teacher if from_hub else "THE-TEACHER"}", torch_dtype=torch.float16)
+pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
 pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
@@ -2620,10 +2633,19 @@ file: sampler {sampler}, CFG 1 to 2. Pictures: 4 steps, guidance 1. The LoRA inh
     gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
     data = ModelCardData(
         base_model=teacher if from_hub else None, pipeline_tag="text-to-image", widget=gallery if drawn else None,
-        license=ModelCard.load(teachers_card).data.get("license") if teachers_card.is_file() else None,
+        **license_of(args, from_hub),
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
+
+
+def license_of(args, from_hub):
+    """Return license, license_name and license_link as the teacher's card has them."""
+    teacher, place = args.pretrained_teacher_model, {"cache_dir": args.cache_dir, "revision": args.teacher_revision}
+    with suppress(Exception):  # no card, or no network
+        path = hf_hub_download(teacher, "README.md", **place) if from_hub else Path(teacher) / "README.md"
+        return {name: value for name, value in ModelCard.load(path).data.to_dict().items() if "license" in name}
+    return {}
 
 
 def repository_name(args):
@@ -2637,7 +2659,9 @@ def make_repository(args):
     """
     try:
         options = {"private": not args.hub_public_repo, "exist_ok": True, "token": args.hub_token}
-        return create_repo(repository_name(args), **options).repo_id
+        name = create_repo(repository_name(args), **options).repo_id
+        auth_check(name, token=args.hub_token, write=True)  # `create_repo` lets a token read what exists
+        return name
     except (HTTPError, OSError, ValueError) as error:
         status = getattr(getattr(error, "response", None), "status_code", 0)
         message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
@@ -2696,6 +2720,8 @@ def start(args):
         )  # fmt: skip
     except (ValueError, ImportError, RuntimeError) as error:
         raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    if accelerator.is_local_main_process:
+        enable_progress_bars()  # transformers hides those of downloads too, which may take an hour
     # Not as an argument, over which accelerate's environment variable would win.
     accelerator.gradient_accumulation_steps = args.gradient_accumulation_steps
     if args.report_to not in ("none", "all") and not accelerator.log_with:
@@ -3104,7 +3130,7 @@ def main(args, state):
 
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
     # What cannot be trained on is an error before any model loads.
-    agree(accelerator, check_teacher, args)
+    args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)

@@ -202,6 +202,7 @@ def main(own):
     args = parse_trainer_args(trainer, own.rest)
     accelerator = trainer.start(args)
     shards = trainer.agree(accelerator, trainer.list_shards, args.train_shards_path_or_url)
+    args.teacher_revision = trainer.agree(accelerator, trainer.check_teacher, args)
     pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
     head = make_head(trainer, pipe, args, own.num_views)
     # What is missing is shared, not all shards: so no process of a resumed run waits for one that has more left.

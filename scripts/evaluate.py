@@ -149,7 +149,7 @@ from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
 from lib.evaluation.report import full_table, html_report, markdown_table, summary
 from lib.pipelines import device_name, load_lora, load_teacher, start_offload, writing_to
-from lib.trainers import exit_code
+from lib.trainers import exit_code, sd15
 from tqdm import tqdm
 
 
@@ -225,6 +225,7 @@ def main(args):
     judges = m.Measures(args, accelerator.device)  # before hours of drawing, because one may not load
     if args.reference:
         m.check_real(args.reference, accelerator)
+    args.teacher_revision = sd15.check_teacher(args)
     gallery = Gallery(args, accelerator.process_index, accelerator.num_processes, args.gap)
     if args.draw_yardstick:
         rows = [teacher_row(args, "yardstick", args.seed + len(args.prompts))]

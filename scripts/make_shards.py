@@ -170,6 +170,7 @@ def describe_run(args, source):
     settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     if args.prompts_file:
         is_half = choose_device(args.device).type == "cuda"
+        settings["teacher_revision"] = args.teacher_revision = sd15.check_teacher(args)
         settings["mixed_precision"] = args.mixed_precision or ("fp16" if is_half else "no")
         model = Path(args.pretrained_teacher_model)
         parts = [part for part in (model, model / "unet") if part.exists()]

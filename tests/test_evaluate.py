@@ -279,9 +279,10 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
     assert "resolution, seed, teacher;" in message and "delete" in message and message.count("\n") == 1
 
 
-def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
+def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):
     from lib.evaluation.pictures import fingerprint
 
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copytree(lora, tmp_path / "lora")
     before = fingerprint(tmp_path / "lora")
     (tmp_path / "lora" / "README.md").write_text("not the weights")
@@ -293,6 +294,8 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path):
     os.utime(weights, ns=(1, 1))
     assert fingerprint(tmp_path / "lora") != before
     assert fingerprint("owner/name") != fingerprint("owner/other")
+    monkeypatch.setattr("lib.evaluation.pictures.hf_hub_download", lambda *_: weights)  # pushed anew
+    assert fingerprint("owner/name") == fingerprint(weights)
     two = [tmp_path / name for name in ("one", "two")]
     for folder, text in zip(two, ("xy", "x"), strict=True):
         folder.mkdir()

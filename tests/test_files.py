@@ -250,7 +250,8 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
 
 
 @both_families
-def test_card_of_a_hub_teacher(script, args):
+def test_card_of_a_hub_teacher(script, args, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     args.pretrained_teacher_model, args.hub_token, args.prediction_type = "owner/teacher", TOKEN, "v_prediction"
     script.Path(args.output_dir).mkdir(exist_ok=True)
     (script.Path(args.output_dir) / "image_mine.png").touch()  # the user's
@@ -275,7 +276,9 @@ def test_card_without_pictures_has_no_gallery_of_them(script, args):
     assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
 
 
-def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(script, args, teacher, shards, tmp_path):
+def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
+    script, args, teacher, shards, tmp_path, monkeypatch
+):
     args.hub_token = TOKEN
     front, text = write_card(script, args)
     assert not front.get("base_model") and not front.get("license")
@@ -284,6 +287,9 @@ def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(script,
     (tmp_path / "teacher").mkdir()
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# teacher\n")
     args.pretrained_teacher_model = str(tmp_path / "teacher")
+    assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"
+    monkeypatch.setattr(script, "hf_hub_download", lambda *_, **__: tmp_path / "teacher" / "README.md")
+    args.pretrained_teacher_model = "owner/teacher"
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"
 
 

@@ -39,7 +39,7 @@ class Hub(ThreadingHTTPServer):
     def status(self, name, step):
         """Return the HTTP status of a request: each kind fails once at `flaky`, always at `down`."""
         self.seen[name, step] += 1
-        if name == "forbidden":
+        if name == "forbidden" or step == "auth-check" and name == "readable":
             return 403
         failing = {"flaky": self.seen[name, step] == 1, "down": True, "full": step == "commit"}
         return 500 if failing.get(name) else 200
@@ -100,6 +100,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_info(self, name, _body):
         return {"id": f"me/{name}", "sha": "0" * 40}
 
+    locals()["do_auth-check"] = do_info
+
     def do_preupload(self, _name, body):
         paths = [file["path"] for file in json.loads(body)["files"]]
         modes = {path: "lfs" if path.endswith(("safetensors", "png")) else "regular" for path in paths}
@@ -138,7 +140,7 @@ class Handler(BaseHTTPRequestHandler):
 # Repository -> changes of its run.
 RUNS = {
     "flaky": {"max_train_steps": 4, "validation_prompts": None},
-    "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {}, "forbidden": {},
+    "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {}, "forbidden": {}, "readable": {},
 }  # fmt: skip
 
 
@@ -222,10 +224,11 @@ def test_the_line_that_publishes_later_is_one_that_hf_takes(hub):
 
 def test_a_refusal_is_said_before_anything_is_trained(hub):
     _, folder, results = hub
-    said = results["forbidden"]["said"]
-    assert results["forbidden"]["code"] == 2
-    assert said.splitlines()[-1].startswith("error: --push_to_hub: me/forbidden") and "loading the models" not in said
-    assert not (folder / "forbidden" / "log.jsonl").exists()
+    for name in ("forbidden", "readable"):
+        said, refusal = results[name]["said"], f"error: --push_to_hub: me/{name}"
+        assert results[name]["code"] == 2
+        assert said.splitlines()[-1].startswith(refusal) and "loading the models" not in said
+        assert not (folder / name / "log.jsonl").exists()
 
 
 def test_the_token_goes_to_the_hub_and_nowhere_else(hub):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -499,6 +500,20 @@ def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, s
     for name in ("files of the data", "files of the teacher"):
         with pytest.raises(script.UnusableInput, match=name):
             script.check_resume(tmp_path, {"settings": settings | {name: "others"}, "global_step": 2}, settings, 4)
+    # A branch of the Hub counts as the commit that it was; nothing was noted of it before.
+    hub, commits = tmp_path / "models--me--sea", ["a" * 40, "b" * 40]
+    (hub / "refs").mkdir(parents=True)
+    args.pretrained_teacher_model, args.cache_dir, seen = "me/sea", str(tmp_path), []
+    for commit in commits:
+        shutil.copytree(teacher, hub / "snapshots" / commit)
+        (hub / "refs" / "main").write_text(commit)
+        args.teacher_revision = None
+        args.teacher_revision = script.check_teacher(args)
+        seen.append(script.settings_of(args, Accelerator(cpu=True), 4, [], 0))
+    assert [each["teacher_revision"] for each in seen] == commits
+    with pytest.raises(script.UnusableInput, match=f"teacher_revision was '{commits[0]}', is '{commits[1]}'"):
+        script.check_resume(tmp_path, {"settings": seen[0], "global_step": 2}, seen[1], 4)
+    script.check_resume(tmp_path, {"settings": seen[0] | {"teacher_revision": "main"}, "global_step": 2}, seen[1], 4)
 
 
 @one_family

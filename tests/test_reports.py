@@ -246,6 +246,11 @@ def test_2_a_teacher_s_address_is_masked(script):
     assert SECRET not in script.loading_error(args, OSError(f"cannot get {address}"))
     assert SECRET[:6] not in script.one_line("x" * 275 + f" https://me:{SECRET}@host/{'y' * 99}"), "masked before cut"
     assert SECRET not in json.dumps(script.cache_identity(args))
+    args.pretrained_teacher_model, gated = "a/teacher", OSError("a/teacher is no valid model identifier")
+    gated.__cause__ = script.GatedRepoError("401", response=Mock())
+    assert "accept its terms on https://huggingface.co/a/teacher" in script.loading_error(args, gated)
+    half = OSError("Error no file named model.safetensors, or pytorch_model.bin, found in directory x")
+    assert script.loading_error(args, half).endswith("give --variant fp16")
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):

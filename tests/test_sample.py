@@ -344,7 +344,7 @@ def test_prompts_file_is_read_line_by_line(sample, models, tmp_path):
         (["--lora", "no-such/lora"], "no-such/lora (no such path here"),
         (["--pretrained_teacher_model", "{models}/damaged.ckpt"], "damaged.ckpt"),
         (["--pretrained_teacher_model", "{models}/damaged.safetensors"], "damaged.safetensors"),
-        (["--pretrained_teacher_model", "no-such/model"], "no-such/model (no such path here"),
+        (["--pretrained_teacher_model", "no-such/model"], "no-such/model cannot be loaded (no such path here"),
         (["--variant", "fp16"], "fp16"),
         (["--pretrained_teacher_model", "{models}/halves"], "--variant fp16"),
         (["--pretrained_teacher_model", "{models}/lora/pytorch_lora_weights.safetensors"], "this is a LoRA"),

@@ -153,7 +153,7 @@ def open_rows(path, args):
     else:
         files = sorted(file for file in ([path] if path.is_file() else path.rglob("*")) if file.is_file())
         identity = [(relative_name(file, path), file.stat().st_size) for file in files if file.name[0] != "."]
-    return Source(iter(entries), read_places, digest_of(identity))
+    return Source(iter(entries), read_places, hashlib.sha256(json.dumps(identity).encode()).hexdigest())
 
 
 def cell_entry(number, cell, caption, is_remote):
@@ -245,11 +245,7 @@ def list_source(entries, unread=()):
     is_file = [isinstance(entry.place, Path) and entry.place.is_file() for entry in entries]
     sizes = [entry.place.stat().st_size if known else 0 for entry, known in zip(entries, is_file, strict=True)]
     identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
-    return Source(entries, read_places, digest_of(identity), list(unread))
-
-
-def digest_of(record):
-    return hashlib.sha256(json.dumps(record).encode()).hexdigest()
+    return Source(entries, read_places, hashlib.sha256(json.dumps(identity).encode()).hexdigest(), list(unread))
 
 
 def read_places(entries):

@@ -17,6 +17,7 @@ import filelock
 import torch
 import transformers
 from huggingface_hub.errors import HTTPError
+from huggingface_hub.utils import enable_progress_bars
 from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
@@ -36,11 +37,7 @@ TEACHER_FLAGS += ("pretrained_vae_model_name_or_path", "mixed_precision", "offlo
 for library in (diffusers, transformers):
     library.utils.logging.set_verbosity_error()
     library.utils.logging.disable_progress_bar()
-
-
-def taken_for(source):
-    """Return a model's or LoRA's name for an error, with a hint where there is no such path."""
-    return source if Path(source).exists() else f"{source} (no such path here, so it was taken for a Hub id)"
+enable_progress_bars()  # of downloads, which transformers hides too
 
 
 @contextlib.contextmanager
@@ -109,8 +106,8 @@ def family_of(args):
         options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
         kind = diffusers.DiffusionPipeline.load_config(model, **options)["_class_name"]
     except LOAD_ERRORS as error:
-        why = textwrap.shorten(str(error), 240)
-        raise UnusableInput(f"{taken_for(model)} does not load; check its name and files ({why})") from error
+        flags = argparse.Namespace(**{"variant": None} | vars(args))
+        raise UnusableInput(sd15.loading_error(flags, error)) from error
     if not kind.startswith("StableDiffusion") or kind.startswith("StableDiffusion3"):
         raise UnusableInput(f"model {model} is a {kind}; give an SD 1.x, SD 2.x or SDXL")
     return sdxl if kind.startswith("StableDiffusionXL") else sd15
@@ -158,8 +155,8 @@ def load_lora(pipe, lora, name="lcm"):
             pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(lora), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
-        remedy = "give one made for this model"
-        raise UnusableInput(f"LoRA {taken_for(lora)} does not load; {remedy} ({why})") from error
+        taken = "" if Path(lora).exists() else " (no such path here, so it was taken for a Hub id)"
+        raise UnusableInput(f"LoRA {lora}{taken} does not load; give one made for this model ({why})") from error
     finally:
         logs.set_verbosity_error()
     fitted = get_peft_model_state_dict(pipe.unet, adapter_name=name) if found else {}
