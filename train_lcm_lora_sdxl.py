@@ -99,9 +99,7 @@ WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "checkpoint.json"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bicubic", "lanczos")
-TRACKERS = (
-    "tensorboard", "wandb", "comet_ml", "aim", "mlflow", "clearml", "dvclive", "swanlab", "trackio", "all", "none",
-)  # fmt: skip
+TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
 STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
@@ -235,7 +233,7 @@ def add_model_args(parser):
             add(f"--{name}", help=f"accepted, without effect: {reason}", **values)
 
 
-def add_lora_args(parser):
+def add_objective_args(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=COUNT, default=64, help="rank of every LoRA matrix")
     add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
@@ -243,8 +241,6 @@ def add_lora_args(parser):
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
     add("--init_lora", metavar="PATH", help="LCM-LoRA of any rank to start from: a .safetensors file or run's folder")
 
-
-def add_distillation_args(parser):
     add = parser.add_argument_group("distillation").add_argument
     add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
         help="least guidance w of the teacher, drawn per sample: cond + w * (cond - uncond); a pipeline's "
@@ -259,8 +255,6 @@ def add_distillation_args(parser):
     add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
-
-def add_matching_args(parser):
     add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
     add("--objective", choices=("consistency", "matching"), default="consistency",
         help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
@@ -340,8 +334,6 @@ def add_output_args(parser):
     add("--hub_token", help="Hub token for uploads; default: that of `hf auth login` or HF_TOKEN, which downloads use")
     add("--dry_run", action="store_true", help="check flags and data, print the run, and stop before any model loads")
 
-
-def add_system_args(parser):
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=SEED, default=0, help="seeds sample order, noise, timesteps, w and LoRA weights")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="compute dtype; default: accelerate's configuration")
@@ -359,14 +351,8 @@ def add_system_args(parser):
 def build_parser():
     options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
     parser = OneLineParser(description=__doc__, **options)
-    add_model_args(parser)
-    add_lora_args(parser)
-    add_distillation_args(parser)
-    add_matching_args(parser)
-    add_data_args(parser)
-    add_optimizer_args(parser)
-    add_output_args(parser)
-    add_system_args(parser)
+    for add_args in (add_model_args, add_objective_args, add_data_args, add_optimizer_args, add_output_args):
+        add_args(parser)
     return parser
 
 
@@ -853,19 +839,21 @@ def shard_members(shard):
                 yield member.name, data
 
 
-class CommandOutput(io.RawIOBase):
-    """The output of a command, as a stream whose reads end with an error where the command stalls."""
+class CommandOutput:
+    """The output of a command, as a stream whose reads end with an error where the command stalls or fails."""
 
-    def __init__(self, stream):
-        self.stream = stream
+    def __init__(self, process, shard, words):
+        self.process, self.shard, self.words = process, shard, words
 
-    def readable(self):
-        return True
-
-    def readinto(self, buffer):
-        if os.name == "posix" and not multiprocessing.connection.wait([self.stream], COMMAND_STALL_S):
+    def read(self, size):
+        if os.name == "posix" and not multiprocessing.connection.wait([self.process.stdout], COMMAND_STALL_S):
             raise OSError(f"the command sent nothing for {COMMAND_STALL_S} s")
-        return self.stream.readinto(buffer)
+        data = self.process.stdout.read(size)
+        if not data and (code := self.process.wait()):
+            self.words.seek(0)
+            reason = last_words(self.words.read().decode("utf-8", "replace"), self.shard)
+            raise OSError(f"the command ended with exit code {code}: {reason}".rstrip(": "))
+        return data
 
 
 @contextmanager
@@ -885,22 +873,12 @@ def open_shard(shard):
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
     with tempfile.TemporaryFile() as words:
         options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words, "bufsize": 0}
-        process, failure = subprocess.Popen(command, shell=True, **options), None
-        output = io.BufferedReader(CommandOutput(process.stdout))
+        process = subprocess.Popen(command, shell=True, **options)
+        output = CommandOutput(process, shard, words)
         try:
-            try:
-                yield output
-                while output.read(2**20):
-                    pass  # a command whose output nobody reads would fail
-            except STREAM_ERRORS as error:
-                failure = error
-            with suppress(subprocess.TimeoutExpired):  # a command that runs on is not what made the tar bad
-                if process.wait(timeout=1 if failure else None):
-                    words.seek(0)
-                    reason = last_words(words.read().decode("utf-8", "replace"), shard)
-                    failure = OSError(f"the command ended with exit code {process.returncode}: {reason}".rstrip(": "))
-            if failure:
-                raise failure
+            yield output
+            while output.read(2**20):
+                pass  # a command whose output nobody reads would fail
         finally:
             process.stdout.close()
             with suppress(ProcessLookupError):
@@ -1213,6 +1191,8 @@ def audit(shards, args):
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
         if sample["__key__"] == CACHE_KEY:
+            if usable:  # of remote shards; local ones were looked at before
+                raise UnusableInput("--train_shards_path_or_url mixes pictures with cached shards; name one kind")
             cache = sample  # `samples` is lazy: from here it leaves out the shards of other caches
             check_cache(cache, args)
             continue
@@ -1233,11 +1213,10 @@ def audit(shards, args):
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
-    report = f"{number}; of the first {examined} samples {len(usable)} can be used"
+    report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped)})"
     for sample in usable:
         sample.pop("pixels", None)  # other processes need only captions and their embeddings
-    causes = describe(skipped)
-    return usable, f"{report} ({causes})" if causes else report, cache
+    return usable, report.removesuffix(" ()"), cache
 
 
 def check_cache(cache, args):
@@ -1292,10 +1271,9 @@ def data_checksum(shards):
         return None
     files = []
     for shard in shards:
-        if isinstance(shard, PictureFolder):
-            files += [(name, (shard.folder / name).stat().st_size) for name in shard.files]
-        else:
-            files.append((Path(shard).name, Path(shard).stat().st_size))
+        folder = shard.folder if isinstance(shard, PictureFolder) else Path(shard).parent
+        names = shard.files if isinstance(shard, PictureFolder) else [Path(shard).name]
+        files += [(name, (folder / name).stat().st_size) for name in names]
     return f"crc32 {zlib.crc32(json.dumps(files).encode()):08x} of {len(files)} files"
 
 
@@ -1521,9 +1499,7 @@ def set_prediction(pipe, args):
     is_sd2 = pipe.unet and pipe.unet.config.cross_attention_dim == 1024
     if is_sd2 and names and not (changes or args.teacher_config):
         remedy = "give --prediction_type epsilon (a base model, 512 px) or v_prediction (768 px)"
-        raise UnusableInput(
-            f"{args.pretrained_teacher_model}: a file of SD 2.x does not tell what it predicts; {remedy}"
-        )
+        raise UnusableInput(f"{args.pretrained_teacher_model}: SD 2.x does not tell what it predicts; {remedy}")
     if changes:  # PNDMScheduler would drop one of them
         pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **changes)
 
@@ -1702,9 +1678,7 @@ def read_lora(path, layers_per_block=None):
     """Return {UNet module: Lora} of a file with diffusers', PEFT's or kohya's keys, or of its folder."""
     path = lora_file(path)
     if path.is_dir():
-        raise UnusableInput(
-            f"{path}: holds no {WEIGHTS_NAME} nor adapter_model.safetensors; name a LoRA's file or folder"
-        )
+        raise UnusableInput(f"{path}: holds no {WEIGHTS_NAME} nor adapter_model.safetensors; name a LoRA's file")
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
@@ -1786,6 +1760,7 @@ class RunState:
     is_interrupted: bool = False  # by Ctrl-C, whose second ends the run at once
     is_training: bool = False  # updates would be lost, so signals wait for a checkpoint
     waits_at: float | None = None  # since when it waits for data
+    watched_at: float | None = None  # the wait that was seen when a signal's alarm last rang
     is_alone: bool = True  # the only process; several have to agree before they save
     bar: object = None  # tqdm's, which would be drawn once more below an error
     is_saved: bool = False  # training is over and its last update is in a checkpoint
@@ -2147,9 +2122,8 @@ def update_matching(job, batches):
         z_t, timesteps, conditioning, uncond, draws = inputs
         with job.accelerator.accumulate(job.student), torch.set_grad_enabled(is_trained):
             x = consistency(job.student, job.schedule, z_t, timesteps, conditioning, job.dtype)
-            drawn.append(
-                (x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone())
-            )  # a view keeps all noise
+            # Cloned, because a view would keep all noise.
+            drawn.append((x.detach(), conditioning, draws.tau[1:], draws.tau_eps[1:].clone()))
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
@@ -2398,8 +2372,8 @@ def check_resume(folder, manifest, settings, max_train_steps):
     # A checkpoint written before a flag existed behaved as that flag's default does; before a checksum, as today's.
     old = {name: settings[name] if " " in name else parser.get_default(name) for name in settings}
     old |= manifest["settings"]
-    if len(old["teacher_revision"] or "") < 40:  # 0.2.0 noted the branch and not its commit
-        old["teacher_revision"] = settings["teacher_revision"]
+    if len(old["teacher_revision"] or "") < 40 == len(settings["teacher_revision"] or ""):
+        old["teacher_revision"] = settings["teacher_revision"]  # 0.2.0 noted the branch and not its commit
     for name in PLACES:
         if located(old.get(name)) == located(settings.get(name)):
             old[name] = settings.get(name)
@@ -2843,9 +2817,7 @@ def count_updates(args, accelerator):
         updates = math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
     of_lora = updates - args.fake_warmup_steps * (args.objective == "matching")
     if of_lora < 1:
-        raise UnusableInput(
-            f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the run's {updates} updates"
-        )
+        raise UnusableInput(f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the {updates} updates")
     if args.lr_scheduler == "polynomial" and args.lr_warmup_steps >= of_lora:  # it would divide by zero
         raise UnusableInput(f"--lr_warmup_steps {args.lr_warmup_steps}: give fewer than the run's {of_lora} updates")
     return updates
@@ -2926,27 +2898,24 @@ def listen(state):
     run at once. Before and after, nothing would be lost, and a signal ends the run at once.
     """
 
-    def leave(name, number):
+    def leave(name):
         print(f"\nstopped by {name}{saved_line(state) if state.is_saved else ''}", file=sys.stderr, flush=True)
         kill_children()
-        os._exit(3 if state.is_saved else 128 + number)
+        os._exit(3 if state.is_saved else 128 + signal.Signals[name])
 
-    def watch(name, number, waited_for):
+    def watch(*_):
         """End the run where it waits 10 s for an update's data: the other processes cannot be asked meanwhile."""
-
-        def look(*_):
-            if state.waits_at is not None and state.waits_at == waited_for:
-                leave(name, number)
-            watch(name, number, state.waits_at)
-
-        signal.signal(signal.SIGALRM, look)
+        if state.waits_at is not None and state.waits_at == state.watched_at:
+            leave(state.stop_signal)
+        state.watched_at = state.waits_at
         signal.alarm(10)
 
     def note(number, _frame):
         name = signal.Signals(number).name
         if not state.is_training or (name == "SIGINT" and state.is_interrupted):
-            leave(name, number)
-        if not state.stop_signal and int(os.environ.get("RANK", 0)) == 0:
+            leave(name)
+        is_first = not state.stop_signal
+        if is_first and int(os.environ.get("RANK", 0)) == 0:
             # Not by `print`, which may not be entered twice.
             when = "after this update" if state.is_alone else "within --logging_steps updates"
             with suppress(OSError):
@@ -2957,8 +2926,9 @@ def listen(state):
         if state.waits_at is not None and state.is_alone:
             state.waits_at = None
             raise StopWaiting
-        if not state.is_alone and hasattr(signal, "alarm"):
-            watch(name, number, state.waits_at)
+        if is_first and not state.is_alone and hasattr(signal, "alarm"):
+            signal.signal(signal.SIGALRM, watch)
+            watch()
 
     return {number: signal.signal(number, note) for number in STOP_SIGNALS}
 

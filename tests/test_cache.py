@@ -594,6 +594,10 @@ def test_pictures_among_cached_shards_are_refused_or_counted(
     captions, counts = skips(script, tmp_path, teacher, num_batches=6)
     assert sorted(captions) == sorted(f"sea {i}" for i in range(12))
     assert counts.keys() <= {"no cached tensors"}
+    for name, source in (("0.tar", Path(shards) / "00001.tar"), ("1.tar", cached / "00000.tar")):
+        shutil.copy(source, tmp_path / name)
+    with pytest.raises(script.UnusableInput, match="mixes pictures with cached shards"):
+        audit(script, tmp_path, teacher)
 
 
 @one_family
