@@ -522,7 +522,7 @@ from diffusers.utils import convert_unet_state_dict_to_peft, logging as diffuser
 from diffusers.utils.hub_utils import populate_model_card
 from huggingface_hub import ModelCard, ModelCardData, auth_check, create_repo, hf_hub_download, upload_folder
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HTTPError, LocalTokenNotFoundError
-from huggingface_hub.utils import enable_progress_bars
+from huggingface_hub.utils import enable_progress_bars, get_session
 from peft import LoraConfig
 from peft.tuners import lora
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -2652,6 +2652,7 @@ def push(args, folder):
     options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
+            get_session().timeout = COMMAND_STALL_S  # by itself it waits for the Hub without end
             name = create_repo(name, private=not args.hub_public_repo, exist_ok=True, token=args.hub_token).repo_id
             address = upload_folder(repo_id=name, folder_path=folder, **options)
             return tqdm.write(f"uploaded to {address}", file=sys.stderr)

@@ -39,6 +39,8 @@ class Hub(ThreadingHTTPServer):
     def status(self, name, step):
         """Return the HTTP status of a request: each kind fails once at `flaky`, always at `down`."""
         self.seen[name, step] += 1
+        if (name, step) == ("hung", "commit"):
+            time.sleep(9)
         if name == "forbidden" or step == "auth-check" and name == "readable":
             return 403
         failing = {"flaky": self.seen[name, step] == 1, "down": True, "full": step == "commit"}
@@ -141,12 +143,13 @@ class Handler(BaseHTTPRequestHandler):
 RUNS = {
     "flaky": {"max_train_steps": 4, "validation_prompts": None},
     "full": {"hub_public_repo": True, "hub_model_id": "full"}, "down": {}, "forbidden": {}, "readable": {},
+    "hung": {"push_checkpoints_to_hub": None},
 }  # fmt: skip
 
 
-def wait_less(_script):
+def wait_less(script):
     """Make every pause a short one."""
-    sleep = time.sleep
+    sleep, script.COMMAND_STALL_S = time.sleep, 3
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
 
 
@@ -201,6 +204,12 @@ def test_captions_of_the_data_do_not_become_public(hub):
 
 @pytest.mark.parametrize("name", ["full", "down"])
 def test_a_failing_hub_loses_and_stops_nothing(hub, name):
+    lose_nothing(hub, name)
+    if name == "down":
+        lose_nothing(hub, "hung")
+
+
+def lose_nothing(hub, name):
     server, folder, results = hub
     assert results[name]["code"] == 0, results[name]["said"][-2000:]
     assert server.files(name) == {}
