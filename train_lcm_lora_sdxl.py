@@ -325,7 +325,8 @@ def add_output_args(parser):
     add("--logging_steps", type=COUNT, default=10,
         help="updates between log lines; several processes notice a signal only then")
     add("--logging_dir", default="logs", help="folder of the TensorBoard files, inside --output_dir")
-    add("--report_to", choices=TRACKERS, default="tensorboard", help="tracker; all: every one that is installed")
+    add("--report_to", choices=TRACKERS, default="tensorboard",
+        help="tracker; all: every one that is installed; mlflow, comet_ml, dvclive and trackio get no pictures")
     add("--tracker_project_name", default="lcm-lora", help="project in the tracker")
     add("--push_to_hub", action="store_true", help="upload LoRA, pictures and model card when the run is done")
     add("--push_checkpoints_to_hub", action="store_true", help="with --push_to_hub: upload each checkpoint's LoRA too")
@@ -2485,7 +2486,7 @@ def sampler_of(args):
 
 @torch.no_grad()
 def validate(job):
-    """Return {steps: [picture of each prompt]}, after giving them to every tracker and as a grid to `validation/`.
+    """Return {steps: [picture of each prompt]}, after giving them to the trackers and as a grid to `validation/`.
 
     It is empty where memory or the VAE of a cached run is missing, because the updates are worth more than pictures.
     """
@@ -2884,8 +2885,13 @@ def start_trackers(args, accelerator):
     """Start the trackers with the flags and the packages' versions as their configuration."""
     config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
     config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
+    # MLflow tries for five minutes, at each end too; SwanLab records the process's own command line, with its secrets.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ["SWANLAB_PROBE_RUNTIME"] = "false"
+    kept = {"dir": str(Path(args.output_dir) / "dvclive"), "resume": True}  # else DVCLive deletes what was before
     try:
-        accelerator.init_trackers(args.tracker_project_name, config, {"wandb": {"dir": args.output_dir}})
+        options = {"wandb": {"dir": args.output_dir}, "dvclive": kept}
+        accelerator.init_trackers(args.tracker_project_name, config, options)
     except Exception as error:  # each tracker has errors of its own
         is_wandb = args.report_to in ("wandb", "all") and not isinstance(error, OSError)
         remedy = "log in (wandb login), set WANDB_MODE=offline, or " * is_wandb + "choose another tracker or folder"
@@ -3127,6 +3133,7 @@ def main(args, state):
     if args.push_to_hub:
         state.repository = agree(accelerator, make_repository, args)
     agree(accelerator, start_trackers, args, accelerator)
+    listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
     say("loading the models")
     job = make_job(args, accelerator, samples, cache, state)
     say(describe_models(job, samples))

@@ -294,9 +294,9 @@ def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
 
 
 def write_record(script, args):
-    """Write the record of a run and return the config that its tracker got."""
+    """Write the record of a run and return the config and the options that its tracker got."""
     configs = []
-    accelerator = SimpleNamespace(init_trackers=lambda _project, config, *_, **__: configs.append(config))
+    accelerator = SimpleNamespace(init_trackers=lambda _project, *given: configs.append(given))
     state = script.RunState()
     script.open_output(args, state)
     state.lock.release()
@@ -307,7 +307,10 @@ def write_record(script, args):
 def test_the_token_is_in_no_record(script, args, trained):
     args.hub_token = TOKEN
     args.train_shards_path_or_url = [f"https://me:{TOKEN}@host/0.tar", f"pipe:curl -H 'Authorization: {TOKEN}' x.tar"]
-    config = write_record(script, args)
+    config, options = write_record(script, args)
+    assert os.environ["SWANLAB_PROBE_RUNTIME"] == "false", "it would record the process's command line"
+    kept = {"dir": str(script.Path(args.output_dir) / "dvclive"), "resume": True}
+    assert options == {"wandb": {"dir": args.output_dir}, "dvclive": kept}
     write_card(script, args)
     script.save_for_peft(trained[0], trained[1] / "unet")
     record = json.loads((trained[1] / "args.json").read_text())
@@ -333,7 +336,7 @@ def test_the_header_names_rank_alpha_and_model_and_no_path(script, trained, teac
 
 
 def test_versions_and_script_are_in_the_record(script, args):
-    config = write_record(script, args)
+    config, _ = write_record(script, args)
     folder = script.Path(args.output_dir)
     versions = json.loads((folder / "versions.json").read_text())
     assert versions["torch"] == torch.__version__ and config["version/torch"] == torch.__version__
