@@ -3064,7 +3064,6 @@ def main(args, state):
             tqdm.write(message, file=sys.stderr)
 
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
-    # What cannot be trained on is an error before any model loads.
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
@@ -3088,8 +3087,7 @@ def main(args, state):
         say(json.dumps(public_flags(args), indent=1))
         return
     agree(accelerator, open_output, args, state)
-    if args.push_to_hub:
-        state.repository = agree(accelerator, make_repository, args)
+    state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""
     agree(accelerator, start_trackers, args, accelerator)
     listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
     say("loading the models")
