@@ -503,7 +503,7 @@ os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of part
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizers run in forked loader processes
 for _package in ("xformers", "bitsandbytes"):  # PEFT imports bitsandbytes, which warns of kernels not used here
     logging.getLogger(_package).setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`")  # which diffusers still gives
+warnings.filterwarnings("ignore", message="The `local_dir_use_symlinks`|Cannot enable progress bars")
 
 import braceexpand
 import diffusers
@@ -512,7 +512,7 @@ import numpy as np
 import psutil
 import torch
 import webdataset as wds
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
 from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device, slice_tensors
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -847,14 +847,27 @@ class CommandOutput:
         self.process, self.shard, self.words = process, shard, words
 
     def read(self, size):
-        if os.name == "posix" and not multiprocessing.connection.wait([self.process.stdout], COMMAND_STALL_S):
-            raise OSError(f"the command sent nothing for {COMMAND_STALL_S} s")
-        data = self.process.stdout.read(size)
-        if not data and (code := self.process.wait()):
+        data = b""
+        while len(data) < min(size, tarfile.BLOCKSIZE):  # tarfile tells compression by what one read gives
+            if os.name == "posix" and not multiprocessing.connection.wait([self.process.stdout], COMMAND_STALL_S):
+                raise OSError(f"the command sent nothing for {COMMAND_STALL_S} s")
+            if not (part := self.process.stdout.read(size - len(data))):
+                break
+            data += part
+        if not data:
+            self.check(COMMAND_STALL_S)
+        return data
+
+    def check(self, seconds):
+        """Raise OSError where the command fails within that time, or does not end although its output has."""
+        try:
+            code = self.process.wait(seconds)
+        except subprocess.TimeoutExpired as error:
+            raise OSError("the command does not end") from error
+        if code:
             self.words.seek(0)
             reason = last_words(self.words.read().decode("utf-8", "replace"), self.shard)
             raise OSError(f"the command ended with exit code {code}: {reason}".rstrip(": "))
-        return data
 
 
 @contextmanager
@@ -880,6 +893,11 @@ def open_shard(shard):
             yield output
             while output.read(2**20):
                 pass  # a command whose output nobody reads would fail
+        except STREAM_ERRORS:
+            with suppress(subprocess.TimeoutExpired):  # a command that runs on is not what made the tar bad
+                process.wait(1)
+                output.check(0)
+            raise
         finally:
             process.stdout.close()
             with suppress(ProcessLookupError):
@@ -1432,11 +1450,11 @@ def check_teacher(args):
         return args.teacher_revision
     try:
         diffusers.DiffusionPipeline.load_config(teacher, **place)
+        if Path(teacher).exists():
+            return args.teacher_revision
+        return Path(hf_hub_download(teacher, "model_index.json", **place)).parent.name
     except Exception as error:
         raise UnusableInput(loading_error(args, error)) from error
-    if Path(teacher).exists():
-        return args.teacher_revision
-    return Path(hf_hub_download(teacher, "model_index.json", local_files_only=True, **place)).parent.name
 
 
 def loading_error(args, error, flag="pretrained_teacher_model"):
@@ -2633,6 +2651,7 @@ def make_repository(args):
     A Hub out of reach is reported, and the name returned as it was given.
     """
     try:
+        get_session().timeout = COMMAND_STALL_S
         options = {"private": not args.hub_public_repo, "exist_ok": True, "token": args.hub_token}
         name = create_repo(repository_name(args), **options).repo_id
         auth_check(name, token=args.hub_token, write=True)  # `create_repo` lets a token read what exists
@@ -3098,6 +3117,21 @@ def is_finished(args, manifest, max_train_steps):
     return manifest["global_step"] == max_train_steps and is_written
 
 
+def distil(job, loader, save):
+    """Train, write the last files, and end the trackers whatever happens: wandb loses what it has not sent."""
+    try:
+        train(job, loader, save)
+        finish(job)
+    except BaseException as error:
+        job.state.waits_at = None
+        if job.accelerator.trackers:  # whose end may take long, and this error is printed after it
+            tqdm.write(f"finishing the trackers after {type(error).__name__}: {one_line(error)}", file=sys.stderr)
+        raise
+    finally:
+        job.state.is_training = False  # a signal ends the run at once, because a tracker may wait for its server
+        to_trackers(job.accelerator, operator.methodcaller("finish"))
+
+
 def main(args, state):
     accelerator = start(args)
 
@@ -3138,12 +3172,7 @@ def main(args, state):
     if manifest:
         load_checkpoint(job, folder, manifest)
     loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
-    try:
-        train(job, loader, partial(save_checkpoint, job, settings))
-        finish(job)
-    finally:
-        state.is_training = False  # a signal ends the run at once, because a tracker may wait for its server
-        to_trackers(accelerator, operator.methodcaller("finish"))  # without it wandb loses what it has not sent
+    distil(job, loader, partial(save_checkpoint, job, settings))
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
     del job
@@ -3184,7 +3213,7 @@ def run(args):
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except BaseException as error:
         # Not only PyTorch's allocator runs out of memory, but also cuBLAS, cuDNN and the driver.
-        if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED|find an engine", str(error)):
+        if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED", str(error)):
             missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
             printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
@@ -3203,8 +3232,9 @@ def run(args):
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.
     if torch.distributed.is_initialized() and is_agreed:
-        torch.distributed.barrier()  # for rank 0's trackers: torchrun ends all once one has left with an error
-        torch.distributed.destroy_process_group()
+        with suppress(RuntimeError, KeyboardInterrupt):  # another rank may be gone
+            PartialState().wait_for_everyone()  # torchrun ends rank 0 and its trackers once another has left
+            torch.distributed.destroy_process_group()
     return code
 
 

@@ -82,7 +82,14 @@ def test_a_command_that_fails_is_noticed_and_read_again(script, shard, sleeps, t
         patch.setattr(script, "COMMAND_STALL_S", 0.3)
         stall = f"pipe:head -c {offsets(shard)[6] + 700} {shard}; sleep 3333"
         assert len(list(script.read_shard(stall, skipped, attempts=1))) == 1
-    assert sum(skipped.values()) == 1 and "sent nothing for 0.3 s" in str(skipped)
+        closed = f"pipe:head -c {offsets(shard)[6]} {shard}; exec >&-; sleep 3333"
+        assert len(list(script.read_shard(closed, skipped, attempts=1))) == 1
+    assert sum(skipped.values()) == 2 and "sent nothing for 0.3 s" in str(skipped) and "does not end" in str(skipped)
+    list(script.read_shard("pipe:printf '%0600d' 7; echo no access >&2; exit 22", skipped, attempts=1))
+    assert "exit code 22: no access" in str(skipped), "an error page is no damaged tar"
+    (tmp_path / "0.tgz").write_bytes(gzip.compress(shard.read_bytes()))
+    slow = f"pipe:head -c 2 {tmp_path}/0.tgz; sleep 0.3; tail -c +3 {tmp_path}/0.tgz"
+    assert len(list(script.read_shard(slow, script.Skipped(), attempts=1))) == SAMPLES
     # A connection that breaks again and again loses nothing as long as samples come.
     sleeps.clear()
     ends = [*offsets(shard)[6::3], shard.stat().st_size]  # each attempt gets a sample more than the one before

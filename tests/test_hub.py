@@ -147,10 +147,15 @@ RUNS = {
 }  # fmt: skip
 
 
-def wait_less(script):
+def wait_less(_script):
     """Make every pause a short one."""
-    sleep, script.COMMAND_STALL_S = time.sleep, 3
+    sleep = time.sleep
     time.sleep = lambda seconds: sleep(min(seconds, 0.01))
+
+
+def lose_patience(script):
+    wait_less(script)
+    script.COMMAND_STALL_S = 3
 
 
 def train_and_publish(folder, teacher, shards):
@@ -162,7 +167,7 @@ def train_and_publish(folder, teacher, shards):
             teacher, shards, folder / name, hub_token=TOKEN, lora_target_modules="to_q,conv1",
             **{"hub_model_id": f"me/{name}"} | changes,
         )  # fmt: skip
-        run = Run(script, line, folder / f"{name}.txt", hook=wait_less)
+        run = Run(script, line, folder / f"{name}.txt", hook=lose_patience if name == "hung" else wait_less)
         results[name] = {"code": run.wait()[0], "said": run.said.read_text()}
     (folder / "results.json").write_text(json.dumps(results))
 
