@@ -624,6 +624,13 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
     assert "no such VAE; --validation_steps -1 leaves them out" in capsys.readouterr().err
     pipe.unet.eval()
+    # A run that fails says why before its trackers end, which may take long.
+    said = []
+    accelerator.trackers = [SimpleNamespace(name="slow", finish=lambda: said.append(capsys.readouterr().err))]
+    job.state = script.RunState(is_training=True)
+    with pytest.raises(TypeError):
+        script.distil(job, None, None)
+    assert "after TypeError: " in said[0] and not job.state.is_training
 
 
 @pytest.mark.parametrize(("name", "count", "shape"), [("tensorboard", 1, 4), ("swanlab", 1, 4), ("aim", 2, 3)])
