@@ -576,6 +576,16 @@ def test_a_pipeline_loaded_around_the_student_leaves_it_trainable(script, args, 
     assert {name: parameter.requires_grad for name, parameter in unet.named_parameters()} == before
 
 
+def check_that_the_reason_comes_first(script, job, capsys):
+    """A run that fails says why before its trackers end, which may take long."""
+    said = []
+    job.accelerator.trackers = [SimpleNamespace(name="slow", finish=lambda: said.append(capsys.readouterr().err))]
+    job.state = script.RunState(is_training=True)
+    with pytest.raises(TypeError):
+        script.distil(job, None, None)
+    assert "after TypeError: " in said[0] and not job.state.is_training
+
+
 def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path, capsys):
     args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
     with torch.no_grad():
@@ -624,13 +634,7 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
     assert "no such VAE; --validation_steps -1 leaves them out" in capsys.readouterr().err
     pipe.unet.eval()
-    # A run that fails says why before its trackers end, which may take long.
-    said = []
-    accelerator.trackers = [SimpleNamespace(name="slow", finish=lambda: said.append(capsys.readouterr().err))]
-    job.state = script.RunState(is_training=True)
-    with pytest.raises(TypeError):
-        script.distil(job, None, None)
-    assert "after TypeError: " in said[0] and not job.state.is_training
+    check_that_the_reason_comes_first(script, job, capsys)
 
 
 @pytest.mark.parametrize(("name", "count", "shape"), [("tensorboard", 1, 4), ("swanlab", 1, 4), ("aim", 2, 3)])
