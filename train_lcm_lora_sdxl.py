@@ -102,6 +102,7 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bic
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
+EMPTY_EPOCHS = 3  # so many in a row in which a loader process finds nothing usable, too
 STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
 MAX_CAPTION = 10_000  # characters; megabytes of text would take minutes to cut into tokens
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
@@ -1159,7 +1160,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.start_positions.get(str(consumer), (0, 0))
-        skipped, batch, usable = Skipped(), [], 0
+        skipped, batch, usable, empty_epochs = Skipped(), [], 0, 0
         while True:
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
@@ -1182,9 +1183,12 @@ class ShardStream(torch.utils.data.IterableDataset):
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
                 return
-            if not usable and not start:
+            # A bad shard may be all that this consumer has in an epoch; in the next it has others.
+            empty_epochs = 0 if usable or start else empty_epochs + 1
+            if empty_epochs == EMPTY_EPOCHS:
                 causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-                yield {"error": f"epoch {epoch} of --train_shards_path_or_url gave no usable sample: {causes}"}
+                found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
+                yield {"error": f"--train_shards_path_or_url {found}: {causes}"}
                 return
             epoch, start, usable = epoch + 1, 0, 0
 
@@ -3124,7 +3128,8 @@ def distil(job, loader, save):
         finish(job)
     except BaseException as error:
         job.state.waits_at = None
-        if job.accelerator.trackers:  # whose end may take long, and this error is printed after it
+        if any(tracker.name != "tensorboard" for tracker in job.accelerator.trackers):
+            # Their end may take long, and this error is printed after it.
             tqdm.write(f"finishing the trackers after {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         raise
     finally:
