@@ -240,7 +240,9 @@ def add_objective_args(parser):
     add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
     add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
-    add("--init_lora", metavar="PATH", help="LCM-LoRA of any rank to start from: a .safetensors file or run's folder")
+    add("--init_lora", metavar="LORA",
+        help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, or a Hub id such as "
+        "latent-consistency/lcm-lora-sdv1-5")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
@@ -405,9 +407,7 @@ def check_objective(args, error):
 def check_paths(args, error):
     if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
-    if args.init_lora and not Path(args.init_lora).exists():
-        error(f"--init_lora {args.init_lora}: no such file or folder; download the LoRA and name its file")
-    for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
+    for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config", "init_lora"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
         if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
@@ -1665,6 +1665,16 @@ def lora_file(path):
     """Return the weight file of a folder that a run, a checkpoint or PEFT left; a file's path as it is."""
     names = (WEIGHTS_NAME, "adapter_model.safetensors", "unet/adapter_model.safetensors")
     return next((Path(path, name) for name in names if Path(path, name).is_file()), Path(path))
+
+
+def init_lora_file(args):
+    """Return the weight file of --init_lora, which is downloaded where a Hub id is given."""
+    if Path(args.init_lora).exists():
+        return lora_file(args.init_lora)
+    try:
+        return Path(hf_hub_download(args.init_lora, WEIGHTS_NAME, cache_dir=args.cache_dir))
+    except Exception as error:
+        raise UnusableInput(loading_error(args, error, "init_lora")) from error
 
 
 def read_lora(path, layers_per_block=None):
@@ -3039,7 +3049,7 @@ def make_job(args, accelerator, samples, cache, state):
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
     parameters = add_lora(student_unet, args)
     if args.init_lora:
-        load_init_lora(student_unet, args.init_lora)  # where a run is resumed, its checkpoint takes their place
+        load_init_lora(student_unet, init_lora_file(args))  # where a run is resumed, its checkpoint takes their place
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
@@ -3104,6 +3114,8 @@ def main(args, state):
 
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
+    if args.init_lora:
+        agree(accelerator, init_lora_file, args)  # a wrong name is told, and a LoRA downloaded, before models load
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)

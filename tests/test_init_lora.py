@@ -1,6 +1,7 @@
 """--init_lora: the UNet starts with the output that diffusers gives it with the same LoRA file."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -149,12 +150,18 @@ def test_what_does_not_fit_is_named(script, teacher, tmp_path):
 @one_family
 def test_a_run_starts_from_the_lora(script, teacher, shards, tmp_path):
     trained = with_lora(script, teacher, 4, 8, random=True)
-    path = write(script, trained, "kohya", tmp_path, 8)
-    line = flags(teacher, shards, tmp_path / "run", max_train_steps=1, learning_rate=1e-12, init_lora=path)
-    done = launch(line)
+    cached = tmp_path / "cache" / "models--owner--released"  # as huggingface_hub keeps what it has downloaded
+    (cached / "snapshots" / "0123").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("0123")
+    path = write(script, trained, "kohya", cached / "snapshots" / "0123", 8)
+    options = {"max_train_steps": 1, "learning_rate": 1e-12, "cache_dir": tmp_path / "cache"}
+    done = launch(flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options))
     assert done.returncode == 0, done.stderr
     started = load_file(tmp_path / "run" / script.WEIGHTS_NAME)
     for name, value in load_file(path).items():
         torch.testing.assert_close(started[name], value.half(), rtol=1e-3, atol=1e-4)
-    done = launch(flags(teacher, shards, tmp_path / "other", init_lora=tmp_path / "none"))
-    assert done.returncode == 2 and "none" in done.stderr.splitlines()[-1]
+    for name, reason in (tmp_path / "none", "no such file or folder"), ("owner/none", "taken for a Hub id.*network"):
+        done = launch(flags(teacher, shards, tmp_path / "other", init_lora=name, **options))
+        assert done.returncode == 2 and re.search(f"^error: --init_lora .*none.*{reason}", done.stderr.splitlines()[-1])
+        assert "loading the models" not in done.stderr
