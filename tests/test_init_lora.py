@@ -163,5 +163,6 @@ def test_a_run_starts_from_the_lora(script, teacher, shards, tmp_path):
         torch.testing.assert_close(started[name], value.half(), rtol=1e-3, atol=1e-4)
     for name, reason in (tmp_path / "none", "no such file or folder"), ("owner/none", "taken for a Hub id.*network"):
         done = launch(flags(teacher, shards, tmp_path / "other", init_lora=name, **options))
-        assert done.returncode == 2 and re.search(f"^error: --init_lora .*none.*{reason}", done.stderr.splitlines()[-1])
+        said = done.stderr.splitlines()[-1]
+        assert done.returncode == 2 and re.search(f"^error: --init_lora .*none.*{reason}", said)
         assert "loading the models" not in done.stderr
