@@ -1321,7 +1321,7 @@ def start_worker(_worker):
     """Let a loader process outlive the signals that ask the run to save and stop, and end with the run."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(9)  # SIGKILL, a name that Windows does not have
     if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():  # it ended before the line above
         os._exit(1)
     # A run that stops closes the connection on which a batch is handed over: multiprocessing would print a traceback.
