@@ -681,7 +681,7 @@ def list_shards(values):
             raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
         try:
             # os.path, because pathlib raises where an address is longer than a file name can be.
-            names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value)]
+            names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value, os.sep == "/")]
         except ValueError as error:
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
         for name in names:
