@@ -169,7 +169,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line.removeprefix("\ufeff"), comments=True)  # PowerShell's files begin with this mark
+        words = shlex.shlex(line.removeprefix("\ufeff"), posix=True)  # PowerShell's files begin with this mark
+        words.whitespace_split, words.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
+        return list(words)
 
 
 class LastOfAll(argparse.Action):
