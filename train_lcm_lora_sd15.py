@@ -881,7 +881,8 @@ def open_shard(shard):
         return
     # curl gives up a server that stalls.
     limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"
-    curl = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # cmd.exe knows double quotes alone
+    curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
