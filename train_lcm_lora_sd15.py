@@ -1279,7 +1279,7 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     files, checksum = sorted(path for path in paths if path.is_file() and path.name[0] != "."), 0
     for path in files:
-        size, name = path.stat().st_size, "" if path == model else str(path.relative_to(model))
+        size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
         with path.open("rb") as file:
             head = file.read(2**20)
             file.seek(max(0, size - 2**20))
