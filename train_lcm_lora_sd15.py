@@ -411,7 +411,7 @@ def check_paths(args, error):
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
+        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not Path(value).exists():
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
