@@ -675,7 +675,7 @@ def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
-        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", value)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
