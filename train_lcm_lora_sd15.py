@@ -2738,7 +2738,7 @@ def describe_device(accelerator):
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
         line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
-        line += "driver 580 or later: update it, or install torch for an older CUDA"
+        line += "driver 580 or later: update it, or install torch from https://download.pytorch.org/whl/cu126"
     return line
 
 
