@@ -170,7 +170,9 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
     def convert_arg_line_to_args(self, line):
-        return shlex.split(line.removeprefix("\ufeff"), comments=True)  # PowerShell's files begin with this mark
+        words = shlex.shlex(line.removeprefix("\ufeff"), posix=True)  # PowerShell's files begin with this mark
+        words.whitespace_split, words.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
+        return list(words)
 
 
 class LastOfAll(argparse.Action):
@@ -410,7 +412,7 @@ def check_paths(args, error):
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config", "init_lora"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        if (is_local or value.count("/") > 1) and "://" not in value and not Path(value).exists():
+        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not Path(value).exists():
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
@@ -674,7 +676,7 @@ def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
     for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
-        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?", "", value)
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", value)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
@@ -682,7 +684,7 @@ def list_shards(values):
             raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
         try:
             # os.path, because pathlib raises where an address is longer than a file name can be.
-            names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value)]
+            names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value, os.sep == "/")]
         except ValueError as error:
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
         for name in names:
@@ -880,7 +882,8 @@ def open_shard(shard):
         return
     # curl gives up a server that stalls.
     limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"
-    curl = f"curl --fail --silent --show-error --location {limits} {shlex.quote(shard)}"
+    quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # cmd.exe knows double quotes alone
+    curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
@@ -1280,7 +1283,7 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     files, checksum = sorted(path for path in paths if path.is_file() and path.name[0] != "."), 0
     for path in files:
-        size, name = path.stat().st_size, "" if path == model else str(path.relative_to(model))
+        size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
         with path.open("rb") as file:
             head = file.read(2**20)
             file.seek(max(0, size - 2**20))
@@ -1325,7 +1328,7 @@ def start_worker(_worker):
     """Let a loader process outlive the signals that ask the run to save and stop, and end with the run."""
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(9)  # SIGKILL, a name that Windows does not have
     if (parent := multiprocessing.parent_process()) and parent.pid != os.getppid():  # it ended before the line above
         os._exit(1)
     # A run that stops closes the connection on which a batch is handed over: multiprocessing would print a traceback.
@@ -2791,7 +2794,7 @@ def describe_device(accelerator):
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
         line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
-        line += "driver 580 or later: update it, or install torch for an older CUDA"
+        line += "driver 580 or later: update it, or install torch from https://download.pytorch.org/whl/cu126"
     return line
 
 

@@ -149,7 +149,8 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
     scratch = target.with_name(f".writing-{target.name}")
     # One thread writes a batch while the next is encoded. A whole time saves each member an extended header.
     with (
-        TarWriter(str(scratch), mtime=0) as tar,
+        scratch.open("wb") as file,  # webdataset takes the drive of a Windows path for an address's scheme
+        TarWriter(file, mtime=0) as tar,
         ThreadPoolExecutor(own.decode_threads) as pool,
         ThreadPoolExecutor(1) as writer,
     ):

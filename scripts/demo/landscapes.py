@@ -333,7 +333,7 @@ def write_shards(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
     pictures, labels = draw_dataset(args.num_samples, args.seed, args.resolution, args.varied)
     for part, first in enumerate(range(0, args.num_samples, args.samples_per_shard)):
-        with wds.TarWriter(str(args.output_dir / f"{part:05d}.tar")) as writer:
+        with (args.output_dir / f"{part:05d}.tar").open("wb") as file, wds.TarWriter(file) as writer:
             for i in range(first, min(first + args.samples_per_shard, args.num_samples)):
                 png = io.BytesIO()
                 Image.fromarray(pictures[i]).save(png, "PNG")

@@ -6,6 +6,7 @@ import contextlib
 import errno
 import itertools
 import json
+import math
 import os
 import pickle
 import textwrap
@@ -319,14 +320,14 @@ def reset_peak(device):
 
 
 def peak_gib(device):
-    """Return the peak memory since `reset_peak` in GiB; None on a CPU whose system does not report it."""
+    """Return the peak memory since `reset_peak` in GiB; nan on a CPU whose system does not report it."""
     if torch.device(device).type != "cpu":
         return torch.accelerator.max_memory_allocated(device) / 2**30
     return resident_gib("VmHWM:")
 
 
 def resident_gib(name):
-    """Return `VmRSS:` or the peak, `VmHWM:`, of this process in GiB; None where the system does not report it."""
+    """Return `VmRSS:` or the peak, `VmHWM:`, of this process in GiB; nan where the system does not report it."""
     status = Path("/proc/self/status")
     lines = status.read_text().splitlines() if status.exists() else []
-    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(name)), None)
+    return next((int(line.split()[1]) / 2**20 for line in lines if line.startswith(name)), math.nan)

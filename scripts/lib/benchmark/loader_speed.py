@@ -36,7 +36,7 @@ def measure_rates(side, resolution, args):
     rates = {"loader": [], "decode": []}
     with tempfile.TemporaryDirectory() as folder:
         shard = f"{folder}/00000.tar"
-        with wds.TarWriter(shard) as writer:
+        with open(shard, "wb") as file, wds.TarWriter(file) as writer:
             for number, data in enumerate(pictures):
                 record = {"__key__": f"{number:05d}", "jpg": data, "txt": "a picture"}
                 writer.write(record | {"json": {"original_width": side, "original_height": side}})

@@ -47,7 +47,7 @@ def parse_args(argv=None):
 def write_pictures(folder, side):
     rng = np.random.default_rng(0)
     folder.mkdir()
-    with wds.TarWriter(str(folder / "00000.tar")) as writer:
+    with (folder / "00000.tar").open("wb") as file, wds.TarWriter(file) as writer:
         for number in range(NUM_SAMPLES):
             noise = Image.fromarray(rng.integers(0, 255, (8, 8, 3), dtype=np.uint8))
             picture = noise.resize((side, side), Image.Resampling.BICUBIC)
