@@ -273,6 +273,15 @@ ENVIRONMENT = os.environ | {
 }  # fmt: skip
 
 
+class Windows:
+    """The module `os` as a script sees it on Windows, as far as its names tell."""
+
+    name, sep = "nt", "\\"
+
+    def __getattr__(self, name):
+        return getattr(os, name)
+
+
 def free_port():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -13,7 +13,7 @@ import bitsandbytes
 import pytest
 import torch
 from bitsandbytes.optim import optimizer as bnb_optimizer
-from conftest import ENVIRONMENT, ROOT, SCRIPTS, cases, flags, load_script
+from conftest import ENVIRONMENT, ROOT, SCRIPTS, Windows, cases, flags, load_script
 
 KNOWN_FLAGS = """
 pretrained_teacher_model pretrained_vae_model_name_or_path teacher_revision variant output_dir cache_dir
@@ -217,7 +217,7 @@ def test_train_data_dir_is_train_shards_path_or_url(script):
 # Files of flags
 
 
-def test_flags_come_from_files_too(script, tmp_path):
+def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
     """Several words a line, comments, quotes; what comes later wins."""
     (tmp_path / "card.txt").write_text(
         "\ufeff# for 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
@@ -228,6 +228,10 @@ def test_flags_come_from_files_too(script, tmp_path):
     assert (args.mixed_precision, args.train_batch_size, args.gradient_checkpointing) == ("fp16", 8, True)
     args = script.parse_args([*line, f"@{tmp_path / 'card.txt'}"])
     assert args.validation_prompts == ["sea at dawn", "a # in a prompt"] and args.train_batch_size == 4
+    (tmp_path / "paths.txt").write_text("--cache_dir C:\\models\\new  # of Windows\n--output_dir 'C:\\my runs\\a'\n")
+    monkeypatch.setattr(script, "os", Windows())
+    args = script.parse_args([*line, f"@{tmp_path / 'paths.txt'}"])
+    assert (args.cache_dir, args.output_dir) == (r"C:\models\new", r"C:\my runs\a")
 
 
 def test_a_file_of_flags_that_cannot_be_read_is_named(script, tmp_path, capsys):

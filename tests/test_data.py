@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import SCRIPTS, SIDE, cases, flags, load_script, picture_bytes, write_shard, write_shards
+from conftest import SCRIPTS, SIDE, Windows, cases, flags, load_script, picture_bytes, write_shard, write_shards
 from PIL import Image
 
 UNEQUAL = (7, 1, 12, 5, 9, 3, 8, 6)  # samples of each shard
@@ -369,7 +369,7 @@ def server(layouts, monkeypatch):
         thread.join()
 
 
-def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, layouts, server):
+def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, layouts, server, monkeypatch):
     folder = layouts / "equal-3"
     names = [str(folder / f"{i:05d}.tar") for i in range(3)]
     assert script.list_shards([str(folder)]) == names
@@ -383,6 +383,15 @@ def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, la
         skipped = Counter()
         captions = [sample["txt"].decode() for sample in script.read_shard(url, skipped)]
         assert captions == [f"sea {i}" for i in range(12, 24)] and not skipped
+    monkeypatch.setattr(script, "os", Windows())
+    for value in r"C:\data\{00,01}.tar", "file:///C:/data/00.tar":
+        with pytest.raises(script.UnusableInput, match=r"shard C:[\\/]data[\\/]00\.tar: No such file"):
+            script.list_shards([value])
+    commands = []
+    monkeypatch.setattr(script.subprocess, "Popen", lambda command, **_: commands.append(command) or 1 / 0)
+    with pytest.raises(ZeroDivisionError), script.open_shard("https://host/a.tar?x=1&y=2"):
+        pass
+    assert commands[0].endswith(' "https://host/a.tar?x=1&y=2"')
 
 
 def member_offset(folder, number):

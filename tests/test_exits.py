@@ -375,7 +375,7 @@ def test_4_sigkill_of_the_main_process(out_of, tmp_path, data, workers):
     assert codes == [-signal.SIGKILL]
 
 
-def test_4_a_loader_process_that_starts_after_its_run_was_killed_ends(script, tmp_path):
+def test_4_a_loader_process_that_starts_after_its_run_was_killed_ends(script, tmp_path, monkeypatch):
     context = multiprocessing.get_context("fork")
 
     def worker(run):
@@ -396,6 +396,12 @@ def test_4_a_loader_process_that_starts_after_its_run_was_killed_ends(script, tm
     pid = int((tmp_path / "pid").read_text())
     until(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
     assert process.exitcode == -signal.SIGKILL and not (tmp_path / "alive").exists()
+
+    monkeypatch.setattr(script, "STOP_SIGNALS", [])
+    monkeypatch.setattr(script, "end_with_parent", print)
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)  # which a loader process replaces
+    monkeypatch.delattr(signal, "SIGKILL")  # as on Windows
+    script.start_worker(0)
 
 
 def test_4_a_loader_worker_is_killed(out_of, tmp_path):
