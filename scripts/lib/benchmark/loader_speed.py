@@ -19,8 +19,7 @@ from lib.trainers import sd15
 
 def make_jpeg(side, seed):
     """Return a JPEG of side x side px with detail at every scale, as a photograph has."""
-    rng, total = np.random.default_rng(seed), np.zeros((side, side, 3), np.float32)
-    cells = 2
+    rng, total, cells = np.random.default_rng(seed), np.zeros((side, side, 3), np.float32), 2
     while cells <= side:
         noise = Image.fromarray(rng.integers(0, 256, (cells, cells, 3), dtype=np.uint8))
         total += np.asarray(noise.resize((side, side), Image.Resampling.BICUBIC), np.float32) * cells**-0.3
@@ -40,10 +39,9 @@ def measure_rates(side, resolution, args):
             for number, data in enumerate(pictures):
                 record = {"__key__": f"{number:05d}", "jpg": data, "txt": "a picture"}
                 writer.write(record | {"json": {"original_width": side, "original_height": side}})
-        flags = f"--train_shards_path_or_url {shard} --resolution {resolution} --max_train_steps 1 "
-        flags += "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16 "
-        flags += "--dataloader_num_workers 0"
-        stream = sd15.ShardStream([shard], sd15.parse_args(flags.split()), 1, 0, 1)
+        flags = "--pretrained_teacher_model a/b --train_batch_size 1 --shuffle_buffer_samples 16 --max_train_steps 1"
+        flags = ["--train_shards_path_or_url", shard, "--resolution", str(resolution), *flags.split()]
+        stream = sd15.ShardStream([shard], sd15.parse_args(flags), 1, 0, 1)
         for _ in range(args.repeats + 1):
             for name, work in (
                 ("decode", lambda: [Image.open(io.BytesIO(data)).convert("RGB") for data in pictures]),

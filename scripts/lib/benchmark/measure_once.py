@@ -69,7 +69,7 @@ def write_cache(trainer, args, accelerator, source, target):
 
 
 def timed(device, function):
-    """Return (seconds, CPU seconds of all threads) of a function; on CUDA the queue is emptied before and after."""
+    """Return (seconds, CPU seconds of all threads) of a function."""
     synchronize(device)
     start, cpu_start = time.perf_counter(), time.process_time()
     function()

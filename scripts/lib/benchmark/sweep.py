@@ -20,9 +20,7 @@ RECIPES = ("reference", "ours")
 MEASURE_ONCE = Path(__file__).with_name("measure_once.py")
 ESTIMATE_MEMORY = Path(__file__).resolve().parents[2] / "estimate_memory.py"
 COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
-PRINTED = (
-    *COMPARED, "reserved_gib", "model_tflop_per_second", "matmul_tflop_per_second", "share_of_matmul_rate"
-)  # fmt: skip
+PRINTED = (*COMPARED, "reserved_gib", "model_tflop_per_second", "matmul_tflop_per_second", "share_of_matmul_rate")
 OPTIONS = {
     "checkpointing": "--gradient_checkpointing", "8-bit": "--use_8bit_adam", "4-bit": "--use_4bit_base",
     "compile": "--compile", "cached": "--cached",
