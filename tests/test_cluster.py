@@ -81,7 +81,7 @@ def job(tmp_path):
             "STATE": tmp_path, "PATH": f"{tmp_path}/bin:{os.environ['PATH']}", "SLURM_JOB_ID": 77,
             "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
             "SHARDS": tmp_path / "shards",
-            "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
+            "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1, "SLURM_ARRAY_JOB_ID": 77,
             "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
         process = subprocess.Popen(
@@ -193,7 +193,8 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     mine = [str(tmp_path / "shards" / f"{number:05d}.tar") for number in (1, 3)]
     assert words[first : first + 3] == [*mine, "--output_dir"]
     assert "ACTIVATED=1" in noted(tmp_path, "env")
-    assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77"]
+    # 77 alone would be the whole array.
+    assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77_1"]
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "holds 4 .tar files" in said
 
