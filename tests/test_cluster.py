@@ -82,7 +82,7 @@ def job(tmp_path):
             "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
             "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
-            "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
+            "SLURM_ARRAY_JOB_ID": 77, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(script), *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -130,8 +130,13 @@ def test_a_stopped_job_saves_and_requeues_itself(job, tmp_path, gpus, name):
 def test_a_job_that_fails_or_is_done_or_is_cancelled_is_not_requeued(job, tmp_path, gpus):
     options = {"SLURM_NNODES": 1, "SLURM_GPUS_ON_NODE": gpus}
     assert job(TRAIN, FAIL=1, **options)[0] == 1 and job(TRAIN, **options)[0] == 0
-    assert job(TRAIN, send=to_the_step(tmp_path), WORK=1, JOB_STATE="COMPLETING", **options)[0] == 3
-    assert noted(tmp_path, "scontrol") == []
+
+    def to_all(process):  # as `scancel JOB` and a requeue do
+        process.send_signal(signal.SIGTERM)
+        to_the_step(tmp_path)(process)
+
+    assert job(TRAIN, send=to_all, WORK=1, JOB_STATE="COMPLETING", **options)[0] == 3
+    assert noted(tmp_path, "scontrol") == noted(tmp_path, "scancel") == []
 
 
 @pytest.mark.parametrize(("nodes", "model"), [(1, "sd15"), (2, "sdxl")])
@@ -193,7 +198,8 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     mine = [str(tmp_path / "shards" / f"{number:05d}.tar") for number in (1, 3)]
     assert words[first : first + 3] == [*mine, "--output_dir"]
     assert "ACTIVATED=1" in noted(tmp_path, "env")
-    assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77"]
+    # 77 alone would be the whole array.
+    assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77_1"]
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "holds 4 .tar files" in said
 

@@ -116,8 +116,11 @@ launch() {
 }
 export -f launch
 
-# Slurm sends USR1 to this shell 300 s before the end; scancel passes it on to the processes of srun.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+# squeue no longer reports RUNNING once `scancel JOB` or a requeue ends the job.
+is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
+# Slurm sends USR1 to this shell 300 s before the end; scancel passes it on to the processes of srun. Those of a job that
+# is being ended have had TERM, and scancel would try again and again to signal them.
+trap 'is_running && scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
 # shellcheck disable=SC2016 # expanded by the inner shell
 srun --wait=60 bash -c 'launch "$@"' launch \
     "${launcher[@]}" "train_lcm_lora_$MODEL.py" "${flags[@]}" \
@@ -129,8 +132,8 @@ while kill -0 $! 2>/dev/null; do
     wait $!
     code=$?
 done
-# `scancel JOB` also ends here, but then squeue no longer reports RUNNING, and the job must stay ended.
-if [[ $code == 3 && $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; then
+# `scancel JOB` also ends here, and then the job must stay ended.
+if [[ $code == 3 ]] && is_running; then
     echo "stopped by a signal: requeued, to go on from the newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi
