@@ -176,7 +176,7 @@ def test_a_consumer_without_a_usable_sample_ends_the_run(script, tmp_path, worke
     write_shard(tmp_path / "0.tar", [{"png": picture_bytes(i), "txt": "sea"} for i in range(4)])
     write_shard(tmp_path / "1.tar", [{"png": b"garbage", "txt": "sea"} for _ in range(4)])
     job = SimpleNamespace(state=script.RunState(), accelerator=SimpleNamespace(num_processes=1))
-    with pytest.raises(script.UnusableInput, match="no usable sample: picture cannot be decoded: [24]"):
+    with pytest.raises(script.UnusableInput, match="no usable sample in 3 epochs: picture cannot be decoded: (12|6)$"):
         for rank in (0, 1):
             stream = make_stream(script, tmp_path, 2, rank, dataloader_num_workers=workers)
             batches = iter(loader_of(script, stream))
