@@ -3246,8 +3246,9 @@ def run(args):
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     if state.bar is not None:
         state.bar.close()
-    if printed and (int(os.environ.get("RANK", 0)) == 0 or not is_agreed):
-        tqdm.write(printed, file=sys.stderr)
+    rank = int(os.environ.get("RANK", 0))
+    if printed and (rank == 0 or not is_agreed):
+        tqdm.write("\n" * (rank > 0) + printed, file=sys.stderr)  # below the bar, which is rank 0's
     for number, handler in handlers.items():
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.
