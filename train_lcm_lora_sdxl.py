@@ -102,7 +102,7 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bic
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
-EMPTY_EPOCHS = 3  # so many in a row in which a loader process finds nothing usable, too
+EMPTY_EPOCHS = 5  # a loader process that finds nothing usable in so many in a row ends a run, too
 STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
 MAX_CAPTION = 10_000  # characters; megabytes of text would take minutes to cut into tokens
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
@@ -244,7 +244,7 @@ def add_objective_args(parser):
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
     add("--init_lora", metavar="LORA",
         help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, or a Hub id such as "
-        "latent-consistency/lcm-lora-sdv1-5")
+        "latent-consistency/lcm-lora-sdv1-5, whose file is pytorch_lora_weights.safetensors")
 
     add = parser.add_argument_group("distillation").add_argument
     add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
@@ -1186,7 +1186,7 @@ class ShardStream(torch.utils.data.IterableDataset):
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
                 return
-            # A bad shard may be all that this consumer has in an epoch; in the next it has others.
+            # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
             empty_epochs = 0 if usable or start else empty_epochs + 1
             if empty_epochs == EMPTY_EPOCHS:
                 causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
@@ -1480,7 +1480,7 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
     halves = sorted(path.glob("unet/*.fp16.*")) if path.is_dir() else []
     if halves and not args.variant:
         return f"{name}: has only weight files of a variant ({halves[0].name}); give --variant fp16"
-    remedy = "" if flag == "pretrained_teacher_model" else "; name a VAE's own folder or Hub id"
+    remedy = "" if flag == "pretrained_teacher_model" else "; name its own folder, file or Hub id"
     if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
@@ -2793,8 +2793,9 @@ def describe_device(accelerator):
         line += ", which most CPUs emulate; --mixed_precision no is faster here"
     has_driver = shutil.which("nvidia-smi") or Path("/proc/driver/nvidia/version").exists()
     if device.type == "cpu" and has_driver and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("false", "0"):
-        line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; CUDA 13 needs "
-        line += "driver 580 or later: update it, or install torch from https://download.pytorch.org/whl/cu126"
+        line += f"\nwarning: an NVIDIA driver is installed, but torch {torch.__version__} finds no GPU; "
+        older = "CUDA 13 needs driver 580 or later: update it, or install torch from https://download.pytorch.org/whl/cu126"
+        line += older if torch.version.cuda else "install torch from https://download.pytorch.org/whl/cu130"
     return line
 
 
@@ -3159,8 +3160,6 @@ def main(args, state):
 
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
-    if args.init_lora:
-        agree(accelerator, init_lora_file, args)  # a wrong name is told, and a LoRA downloaded, before models load
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     samples, report, cache = agree(accelerator, audit, shards, args)
@@ -3179,6 +3178,8 @@ def main(args, state):
         say(f"resuming from {folder}")
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
+    if args.init_lora and not manifest:
+        agree(accelerator, init_lora_file, args)  # a wrong id is told, and a LoRA downloaded, before models load
     if args.dry_run:
         say(json.dumps(public_flags(args), indent=1))
         return

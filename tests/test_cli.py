@@ -135,6 +135,7 @@ WRONG = {
         ("pretrained_teacher_model", "nowhere.safetensors"), ("teacher_config", "/nowhere/config"),
         ("pretrained_vae_model_name_or_path", "/nowhere/vae"), ("output_dir", __file__),
         ("resume_from_checkpoint", "/nowhere/checkpoint-2"), ("output_dir", f"{__file__}/below"),
+        ("pretrained_teacher_model", r"C:\nowhere\teacher"), ("init_lora", "./nowhere"),
     ],
     "missing": [(name, None) for name in "pretrained_teacher_model train_shards_path_or_url max_train_steps".split()],
     "unknown": [("unknown_flag", 1), ("lora_ran", 4)],

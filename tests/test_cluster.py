@@ -31,7 +31,7 @@ echo "$@" >> $STATE/scancel; kill -USR1 -- -$(cat $STATE/step)""",
 if [[ $1 == show ]]; then echo node0; exit; fi
 echo "$@" >> $STATE/scontrol; kill -KILL -- -$(cat $STATE/step) 2>/dev/null; exit 0""",
     "squeue": """#!/bin/bash
-echo ${JOB_STATE:-RUNNING}""",
+echo "$@" >> $STATE/squeue; echo ${JOB_STATE:-RUNNING}""",
     "torchrun": """#!/bin/bash
 printf '%s\\n' $(basename $0) "$@" > $STATE/words; env > $STATE/env
 [[ -n $FAIL ]] && exit 1
@@ -200,6 +200,7 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     assert "ACTIVATED=1" in noted(tmp_path, "env")
     # 77 alone would be the whole array.
     assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77_1"]
+    assert "--jobs=77_1" in noted(tmp_path, "squeue")[-1]
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "holds 4 .tar files" in said
 

@@ -318,7 +318,7 @@ def test_what_only_one_process_meets_is_said(script, teacher, tmp_path, rank):
     seed = next(filter(has_no_sample, range(99)))
     run = Run(script, flags(teacher, folder, tmp_path / "out", seed=seed), tmp_path / "said", processes=2)
     assert run.wait()[rank] == 2
-    assert re.search("error: .*in 3 epochs: picture cannot be decoded: 24", run.said.read_text())
+    assert re.search("error: .*in 5 epochs: picture cannot be decoded: 40", run.said.read_text())
 
 
 # ----------------------------------------------------------------------------------------------------------

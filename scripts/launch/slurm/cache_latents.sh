@@ -48,8 +48,8 @@ done
 
 # shellcheck disable=SC2317 # the trap calls it
 requeue() { # Nothing has to be saved, because a cached shard is complete or absent.
-    # SLURM_JOB_ID of one job is the number of the whole array. After `scancel JOB` squeue no longer reports RUNNING,
-    # and the job must stay ended.
+    # The last job of an array to start has the array's number as its SLURM_JOB_ID. After `scancel JOB` squeue no
+    # longer reports RUNNING, and the job must stay ended.
     local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
     if [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
         echo "stopped by a signal: requeued, to make the shards that are missing"

@@ -15,7 +15,7 @@
 #   VENV        virtual environment to activate (default .venv, where it exists)
 #   LOCAL_DISK  node-local disk (default /tmp)    STAGE=1     copy SHARDS, a folder, to LOCAL_DISK first
 #   OFFLINE=1   nodes without network: first fetch the teacher elsewhere with `hf download TEACHER`, and for SDXL the
-#               VAE with `hf download madebyollin/sdxl-vae-fp16-fix`
+#               VAE with `hf download madebyollin/sdxl-vae-fp16-fix`, and a LoRA that --init_lora names by its Hub id
 # Tokens come from `hf auth login` and `wandb login`; none belongs in this file.
 #SBATCH --job-name=lcm-lora
 #SBATCH --nodes=1
@@ -116,11 +116,11 @@ launch() {
 }
 export -f launch
 
-# squeue no longer reports RUNNING once `scancel JOB` or a requeue ends the job.
-is_running() { [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T) == RUNNING ]]; }
+# No longer RUNNING once `scancel JOB` or a requeue ends the job; nothing where squeue gets no answer.
+state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
 # Slurm sends USR1 to this shell 300 s before the end; scancel passes it on to the processes of srun. Those of a job that
 # is being ended have had TERM, and scancel would try again and again to signal them.
-trap 'is_running && scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
+trap '[[ $(state) =~ ^(RUNNING)?$ ]] && scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
 # shellcheck disable=SC2016 # expanded by the inner shell
 srun --wait=60 bash -c 'launch "$@"' launch \
     "${launcher[@]}" "train_lcm_lora_$MODEL.py" "${flags[@]}" \
@@ -133,7 +133,7 @@ while kill -0 $! 2>/dev/null; do
     code=$?
 done
 # `scancel JOB` also ends here, and then the job must stay ended.
-if [[ $code == 3 ]] && is_running; then
+if [[ $code == 3 && $(state) == RUNNING ]]; then
     echo "stopped by a signal: requeued, to go on from the newest checkpoint"
     scontrol requeue "$SLURM_JOB_ID"
 fi
