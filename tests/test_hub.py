@@ -41,6 +41,7 @@ class Hub(ThreadingHTTPServer):
         self.seen[name, step] += 1
         if (name, step) == ("hung", "commit"):
             time.sleep(9)
+            return 500  # to nobody: a request that is given up leaves nothing
         if name == "forbidden" or step == "auth-check" and name == "readable":
             return 403
         failing = {"flaky": self.seen[name, step] == 1, "down": True, "full": step == "commit"}

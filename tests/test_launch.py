@@ -500,8 +500,9 @@ def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(script, monkeypatch):
 def test_the_first_line_names_the_device_and_warns_of_a_gpu_that_is_not_used(script, monkeypatch):
     monkeypatch.setattr(script.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
-    said = script.describe_device(machine())
-    assert "device: CPU" in said and "warning: " in said and "580" in said
+    for cuda, remedy in (None, "install torch from .*/cu130"), ("13.0", "driver 580 .*/cu126"):  # None: a CPU build
+        monkeypatch.setattr(script.torch.version, "cuda", cuda)
+        assert re.search(f"device: CPU.*\nwarning: .*{remedy}$", script.describe_device(machine()))
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert "warning" not in script.describe_device(machine())
     hint = "--mixed_precision no"
