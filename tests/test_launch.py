@@ -502,7 +502,8 @@ def test_the_first_line_names_the_device_and_warns_of_a_gpu_that_is_not_used(scr
     monkeypatch.delenv("ACCELERATE_USE_CPU", raising=False)
     for cuda, remedy in (None, "install torch from .*/cu130"), ("13.0", "driver 580 .*/cu126"):  # None: a CPU build
         monkeypatch.setattr(script.torch.version, "cuda", cuda)
-        assert re.search(f"device: CPU.*\nwarning: .*{remedy}$", script.describe_device(machine()))
+        said = script.describe_device(machine())
+        assert re.search(f"device: CPU.*\nwarning: .*{remedy}$", said)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     assert "warning" not in script.describe_device(machine())
     hint = "--mixed_precision no"

@@ -258,7 +258,7 @@ def test_trainer_takes_weights_of_the_file_and_settings_of_the_folder(
 def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards, tmp_path):
     changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher}
     args = trainer.parse_args(flags(file, shards, "unused", **changes))
-    with pytest.raises(trainer.UnusableInput, match=f"--pretrained_vae_model_name_or_path {teacher} .* name its own folder"):
+    with pytest.raises(trainer.UnusableInput, match=f"--pretrained_vae_model_name_or_path {teacher}.* its own folder"):
         trainer.load_teacher(args, torch.float32, torch.device("cpu"))
     shutil.copytree(teacher / "vae", tmp_path / "vae")
     args.pretrained_vae_model_name_or_path = str(tmp_path / "vae")
