@@ -882,7 +882,7 @@ def open_shard(shard):
         return
     # curl gives up a server that stalls.
     limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"
-    quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # cmd.exe knows these alone
+    quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # the quotes of cmd.exe
     curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
     options = {}
