@@ -169,10 +169,21 @@ class OneLineParser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
 
-    def convert_arg_line_to_args(self, line):
-        words = shlex.shlex(line.removeprefix("\ufeff"), posix=True)  # PowerShell's files begin with this mark
-        words.whitespace_split, words.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
-        return list(words)
+    def parse_known_args(self, args=None, namespace=None):
+        return super().parse_known_args([*self.expand(sys.argv[1:] if args is None else args)], namespace)
+
+    def expand(self, words):
+        # Not by argparse, which reads a file as the system's encoding, or with bytes that are no text at all.
+        for word in words:
+            if not word.startswith("@"):
+                yield word
+                continue
+            try:
+                inner = shlex.shlex(Path(word[1:]).read_text("utf-8-sig"), posix=True)
+                inner.whitespace_split, inner.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
+                yield from self.expand(list(inner))
+            except (OSError, ValueError) as error:
+                self.error(f"{word}: {getattr(error, 'strerror', None) or error}; mend the file of flags")
 
 
 class LastOfAll(argparse.Action):
@@ -201,7 +212,7 @@ def checked(kind, holds, allowed):
         except ValueError:
             value = math.nan
         if not holds(value):  # NaN fails every comparison
-            raise argparse.ArgumentTypeError(f"{text}: must be {allowed}")
+            raise argparse.ArgumentTypeError(f"{text!r}: must be {allowed}")
         return value
 
     return parse
@@ -217,6 +228,7 @@ NOT_NEGATIVE = checked(float, lambda value: 0 <= value < math.inf, "a finite num
 POSITIVE = checked(float, lambda value: 0 < value < math.inf, "a finite number greater than 0")
 SHARE = checked(float, lambda value: 0 <= value <= 1, "in [0, 1]")
 FRACTION = checked(float, lambda value: 0 <= value < 1, "in [0, 1)")
+TEXT = checked(str, lambda value: not re.search("[\ud800-\udfff]", value), "UTF-8")
 
 
 # fmt: off
@@ -325,7 +337,7 @@ def add_output_args(parser):
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
         help="updates between validation pictures; 0: only at the end; -1: never")
-    add("--validation_prompts", nargs="+", metavar="PROMPT",
+    add("--validation_prompts", nargs="+", type=TEXT, metavar="PROMPT",
         help="prompts to draw; default: four captions of the data, or neutral ones with --push_to_hub")
     add("--logging_steps", type=COUNT, default=10,
         help="updates between log lines; several processes notice a signal only then")
@@ -355,8 +367,7 @@ def add_output_args(parser):
 
 
 def build_parser():
-    options = {"formatter_class": HelpFormatter, "allow_abbrev": False, "fromfile_prefix_chars": "@"}
-    parser = OneLineParser(description=__doc__, **options)
+    parser = OneLineParser(description=__doc__, formatter_class=HelpFormatter, allow_abbrev=False)
     for add_args in (add_model_args, add_objective_args, add_data_args, add_optimizer_args, add_output_args):
         add_args(parser)
     return parser
@@ -428,11 +439,7 @@ def named_checkpoints(args):
 def parse_args(argv=None):
     """Return checked flags; wrong ones end the process with exit code 2 and one line."""
     parser = build_parser()
-    try:
-        args, rest = parser.parse_known_args(argv)
-    except ValueError as error:  # of a file of flags
-        files = [word for word in (sys.argv[1:] if argv is None else argv) if word.startswith("@")]
-        parser.error(f"{', '.join(files)}: {error}; mend the file of flags")
+    args, rest = parser.parse_known_args(argv)
     if rest:
         parser.error(unknown_flag(rest[0], parser))
     check_args(args, parser.error)
@@ -1597,6 +1604,7 @@ def prepare_unet(unet, args):
         # A graph for each width of the blocks in each pass, of teacher, target, student and so on: more than
         # the 8 of one function after which torch stops compiling.
         torch._dynamo.config.recompile_limit = 64
+        torch._dynamo.config.optimize_ddp = False  # it cuts large graphs, and a block is a small one
         unet.compile_repeated_blocks()
 
 
@@ -2298,7 +2306,7 @@ def stateful_parts(job):
 
 
 def load_checkpoint(job, folder, manifest):
-    if not folder.is_dir():  # rank 0 has read its manifest
+    if read_manifest(folder)[0] != manifest:  # which rank 0 has read
         raise UnusableInput(f"{folder} is not on this machine; put --output_dir on a disk that all nodes see")
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
     if job.accelerator.is_main_process:
@@ -2715,6 +2723,9 @@ def check_launch(accelerator):
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
         raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; {remedy}")
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    if kind == DistributedType.MULTI_GPU and here > torch.cuda.device_count():
+        raise UnusableInput(f"{here} processes for {torch.cuda.device_count()} GPUs; start one for each GPU")
     if precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
     if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
@@ -2850,19 +2861,31 @@ def agree(accelerator, function, *arguments):
     return result[0]
 
 
+def lock_output(folder):
+    """Return the lock on a run's folder, which the kernel frees when the process ends, however it does."""
+    # A soft lock, which filelock takes where the disk has none, would outlive a run that stops for its requeue.
+    lock = filelock.FileLock(folder / ".lock", fallback_to_soft=False)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout as error:
+        raise UnusableInput(f"--output_dir {folder}: another run is writing there; wait or choose another") from error
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+            raise
+        tqdm.write(f"warning: the disk of {folder} has no file locks; start no second run there", file=sys.stderr)
+    return lock
+
+
 def open_output(args, state):
     """Lock the output folder for as long as the process lives; write flags, versions and a copy of the script."""
     folder, script = Path(args.output_dir), Path(__file__)
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        state.lock = filelock.FileLock(folder / ".lock")
-        state.lock.acquire(timeout=0)
+        state.lock = lock_output(folder)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
         if not (folder / script.name).exists() or not script.samefile(folder / script.name):
             write_atomically(folder / script.name, script.read_bytes())
-    except filelock.Timeout as error:
-        raise UnusableInput(f"--output_dir {folder}: another run is writing there; wait or choose another") from error
     except OSError as error:
         raise UnusableInput(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
 
@@ -3043,7 +3066,7 @@ def wrap(unet, accelerator):
     return torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
 
 
-def make_job(args, accelerator, samples, cache, state):
+def make_job(args, accelerator, samples, cache, state, is_resumed=False):
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
@@ -3052,8 +3075,8 @@ def make_job(args, accelerator, samples, cache, state):
     if args.objective == "matching":
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
     parameters = add_lora(student_unet, args)
-    if args.init_lora:
-        load_init_lora(student_unet, init_lora_file(args))  # where a run is resumed, its checkpoint takes their place
+    if args.init_lora and not is_resumed:
+        load_init_lora(student_unet, init_lora_file(args))
     for unet in (student_unet, teacher_unet):
         prepare_unet(unet, args)
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
@@ -3146,7 +3169,7 @@ def main(args, state):
     agree(accelerator, start_trackers, args, accelerator)
     listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
     say("loading the models")
-    job = make_job(args, accelerator, samples, cache, state)
+    job = make_job(args, accelerator, samples, cache, state, is_resumed=bool(manifest))
     say(describe_models(job, samples))
     if manifest:
         load_checkpoint(job, folder, manifest)
@@ -3178,6 +3201,7 @@ class Unbroken:
 
 def run(args):
     """Return the exit code of a run; every way out prints its reason and ends every process of the run."""
+    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # closed by `>&-`
     state, sys.stderr = RunState(), Unbroken(sys.stderr)
     handlers, code, is_agreed, printed = listen(state), 1, False, ""
     try:

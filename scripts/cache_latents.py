@@ -67,7 +67,7 @@ from webdataset import TarWriter
 
 def parse_trainer_args(trainer, words):
     """Return the training script's flags; those that do not touch the cache are refused."""
-    parser = trainer.OneLineParser(allow_abbrev=False, fromfile_prefix_chars="@")
+    parser = trainer.OneLineParser(allow_abbrev=False)
     trainer.add_model_args(parser)
     trainer.add_data_args(parser)
     for name in PASSED_ON:

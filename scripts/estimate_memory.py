@@ -9,7 +9,7 @@ The training script's own step runs on PyTorch's meta device, whose tensors have
 bytes of all tensors that are alive at a moment are added up. Flags that are not listed here are the training
 script's.
 
-Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's buffers.
+Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's and DDP's buffers.
 Attention counts as flash attention; --compile and xformers are left out. The last line is the peak in GiB.
 Exit codes: 0 done; 2 wrong usage; 1 anything else.
 """
@@ -116,8 +116,7 @@ def meta_job(own, trainer, args):
 
     All of it is on the meta device, where nothing can be packed: 4-bit layers stay as they are.
     """
-    packed = args.use_4bit_base
-    args.use_4bit_base = False
+    packed, args.use_4bit_base = args.use_4bit_base, False
     dtype = DTYPES[args.mixed_precision or "no"]
     pipe = build_teacher(own.model, args, dtype, META)
     uncond_embeds = trainer.encode_prompts(pipe, [""], META)
@@ -141,19 +140,16 @@ def meta_job(own, trainer, args):
 
 
 def losses_of(trainer, job, batch):
-    """Yield the losses of an update with up to two micro steps, the second of which has gradients alive."""
-    is_matching, drawn = job.args.objective == "matching", []
-    for micro_step in range(min(2, job.args.gradient_accumulation_steps)):
-        if is_matching:
-            z_t, timesteps, *conditioning, draws = trainer.matching_inputs(job, batch, micro_step)
-            x = trainer.consistency(job.student, job.schedule, z_t, timesteps, conditioning[0], job.dtype)
-            drawn.append((x.detach(), draws.tau[1], draws.tau_eps[1], conditioning[0], job.dtype))
-            yield trainer.student_loss(job, x, *conditioning, draws)
-        else:
-            yield trainer.batch_loss(job, batch, micro_step)
+    """Yield the losses of one micro step."""
+    if job.args.objective != "matching":
+        yield trainer.batch_loss(job, batch, 0)
+        return
+    z_t, timesteps, *conditioning, draws = trainer.matching_inputs(job, batch, 0)
+    x = trainer.consistency(job.student, job.schedule, z_t, timesteps, conditioning[0], job.dtype)
+    yield trainer.student_loss(job, x, *conditioning, draws)
     job.student.zero_grad()
-    for inputs in drawn:
-        yield trainer.fake_loss(job.fake.unet, job.schedule, *inputs)
+    inputs = x.detach(), draws.tau[1], draws.tau_eps[1], conditioning[0], job.dtype
+    yield trainer.fake_loss(job.fake.unet, job.schedule, *inputs)
 
 
 def saved_by_packing(trainer, unet):
@@ -189,9 +185,8 @@ def count_memory(own, words):
     trainer = trainer_of(own.model)
     args = trainer_flags(own, words, trainer)
     job, parameters, fake_parameters, saved = meta_job(own, trainer, args)
-    modules = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    modules = {name: module for name, module in modules.items() if isinstance(module, torch.nn.Module)}
-    tensors = {name: [*module.parameters(), *module.buffers()] for name, module in modules.items()}
+    parts = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    tensors = {name: [*part.parameters(), *part.buffers()] for name, part in parts.items() if part is not None}
     memory = LiveMemory([*fake_parameters, *(tensor for each in tensors.values() for tensor in each)])
     side = args.resolution // job.pipe.vae_scale_factor
     with ExitStack() as stack:
@@ -199,6 +194,8 @@ def count_memory(own, words):
         stack.enter_context(memory.parted(trainer, "encode", "VAE, text"))
         stack.enter_context(memory.parted(trainer, "teacher_step", "teacher"))
         stack.enter_context(memory)
+        for parameter in parameters if args.gradient_accumulation_steps > 1 else ():
+            parameter.grad = torch.zeros_like(parameter)  # of the micro steps before
         for loss in losses_of(trainer, job, make_batch(own, args, job)):
             with memory.within("backward"):
                 loss.backward()
@@ -224,8 +221,8 @@ def peak_gib_of(fixed, peaks):
 
 def main(own):
     args, fixed, peaks = count_memory(own, WORDS)
-    precision = args.mixed_precision or "no"
-    print(f"{own.model}, {args.resolution} px, batch {args.train_batch_size}, mixed precision {precision}: GiB")
+    setting = f"batch {args.train_batch_size}, mixed precision {args.mixed_precision or 'no'}"
+    print(f"{own.model}, {args.resolution} px, {setting}: GiB")
     for name, num_bytes in (fixed | {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}).items():
         print(f"  {name:20}{num_bytes / GIB:8.2f}")
     print(f"  {'peak':20}{peak_gib_of(fixed, peaks):8.2f}")

@@ -19,6 +19,8 @@ from pathlib import Path
 
 for _package in ("xformers", "bitsandbytes"):
     logging.getLogger(_package).setLevel(logging.ERROR)  # on import they warn of kernels not used here
+# Read on import. Nothing may ask the Hub: a network that swallows packets would hold the tests up for minutes.
+os.environ["HF_HUB_OFFLINE"] = "1"
 
 import numpy as np
 import psutil
@@ -269,7 +271,6 @@ def flags(teacher, shards, output_dir, **changes):
 
 ENVIRONMENT = os.environ | {
     "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "TOKENIZERS_PARALLELISM": "false",
-    "HF_HUB_OFFLINE": "1",
 }  # fmt: skip
 
 

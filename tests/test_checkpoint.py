@@ -1,5 +1,7 @@
 """Checkpoints: a run that is killed, stopped or damaged ends as one that was left alone."""
 
+import errno
+import fcntl
 import json
 import os
 import re
@@ -388,6 +390,13 @@ def test_two_runs_in_one_folder_are_refused(script, teacher, shards, tmp_path):
     first.wait()
     finish(script, flags(teacher, shards, out, max_train_steps=1), tmp_path / "third")  # a dead run holds no lock
 
+    def no_locks(_script):  # as on Lustre mounted without flock
+        fcntl.flock = mock.Mock(side_effect=OSError(errno.ENOSYS, "no flock"))
+
+    said = finish(script, flags(teacher, shards, out, max_train_steps=2), tmp_path / "fourth", hook=no_locks)
+    assert any("has no file locks" in line for line in said)
+    assert not (out / ".lock").read_text(), "a soft lock is no lock of the kernel's, and stays"
+
 
 def test_a_folder_of_pictures_is_trained_on_as_it_is_and_resumed_exactly(script, teacher, tmp_path, monkeypatch):
     monkeypatch.setattr(script, "SAMPLES_PER_FOLDER_SHARD", 5)
@@ -420,13 +429,15 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch, tmp_path):
     monkeypatch.setattr(script.torch, "load", lambda *given, **named: places.append(named) or load(*given, **named))
     for name in ("load_file", "set_peft_model_state_dict", "cast_training_params"):
         monkeypatch.setattr(script, name, lambda *_given, **_named: {})
-    manifest = {"global_step": 1, "positions": {}, "skipped": {"no caption": 2}}
+    manifest = {"global_step": 1, "positions": {}, "skipped": {"no caption": 2}, "sizes": {}}
+    (tmp_path / script.MANIFEST_NAME).write_text(json.dumps(manifest))
     job = mock.MagicMock(student_unet=torch.nn.Identity(), state=script.RunState())
     with pytest.raises(FileNotFoundError):
         script.load_checkpoint(job, tmp_path, manifest)
     assert job.state.skipped == {"no caption": 2}, "counts go on from the checkpoint's"
-    with pytest.raises(script.UnusableInput, match="/nowhere is not on this machine"):  # but on rank 0's
-        script.load_checkpoint(job, Path("/nowhere"), manifest)
+    for place, step in (Path("/nowhere"), 1), (tmp_path, 2):  # rank 0 has another one
+        with pytest.raises(script.UnusableInput, match=f"{place} is not on this machine"):
+            script.load_checkpoint(job, place, manifest | {"global_step": step})
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True
 
 

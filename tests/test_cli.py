@@ -138,7 +138,7 @@ WRONG = {
         ("pretrained_teacher_model", r"C:\nowhere\teacher"), ("init_lora", "./nowhere"),
     ],
     "missing": [(name, None) for name in "pretrained_teacher_model train_shards_path_or_url max_train_steps".split()],
-    "unknown": [("unknown_flag", 1), ("lora_ran", 4)],
+    "unknown": [("unknown_flag", 1), ("lora_ran", 4), ("validation_prompts", "m\udce4r")],
 }  # fmt: skip
 
 
@@ -238,8 +238,9 @@ def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
 def test_a_file_of_flags_that_cannot_be_read_is_named(script, tmp_path, capsys):
     (tmp_path / "open.txt").write_text("--validation_prompts 'sea\n")
     (tmp_path / "latin").write_bytes("--validation_prompts m\xe4r\n".encode("latin-1"))
-    for name in ("nowhere.txt", "open.txt", "latin"):
-        assert name in refusal(script, capsys, [f"@{tmp_path / name}"])
+    (tmp_path / "outer").write_text(f"@{tmp_path / 'latin'}")
+    for name in ("nowhere.txt", "open.txt", "latin", "outer"):
+        assert name.replace("outer", "latin") in refusal(script, capsys, [f"@{tmp_path / name}"])
 
 
 RECIPE_FILES = sorted((ROOT / "scripts" / "launch" / "recipes").glob("*.txt"))

@@ -282,7 +282,6 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
 def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):
     from lib.evaluation.pictures import fingerprint
 
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     shutil.copytree(lora, tmp_path / "lora")
     before = fingerprint(tmp_path / "lora")
     (tmp_path / "lora" / "README.md").write_text("not the weights")

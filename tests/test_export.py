@@ -434,9 +434,8 @@ def test_a_merged_model_has_the_weights_of_the_model_with_its_lora(tool, merging
     assert [path.name for path in tmp_path.iterdir()] == [name]  # whole or not at all
 
 
-def test_a_single_file_is_merged_without_network(tool, merging, tmp_path, monkeypatch):
+def test_a_single_file_is_merged_without_network(tool, merging, tmp_path):
     family, model, lora, expected = merging
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = ["--input", lora, "--family", family, "--dtype", "fp32", "--merge_into"]
     first, second = tmp_path / "first.safetensors", tmp_path / "second.safetensors"
     run(tool, *words, model, "--output", first)
@@ -452,9 +451,8 @@ def test_a_single_file_is_merged_without_network(tool, merging, tmp_path, monkey
 
 
 @one_merge
-def test_a_single_file_without_its_config_names_the_flag(tool, merging, tmp_path, monkeypatch):
+def test_a_single_file_without_its_config_names_the_flag(tool, merging, tmp_path):
     family, model, lora, _ = merging
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     words = ["--input", lora, "--family", family, "--merge_into"]
     run(tool, *words, model, "--output", tmp_path / "first.safetensors")
     with pytest.raises(INPUT_ERRORS, match="--teacher_config"):

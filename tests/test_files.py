@@ -250,8 +250,7 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
 
 
 @both_families
-def test_card_of_a_hub_teacher(script, args, monkeypatch):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_card_of_a_hub_teacher(script, args):
     args.pretrained_teacher_model, args.hub_token, args.prediction_type = "owner/teacher", TOKEN, "v_prediction"
     script.Path(args.output_dir).mkdir(exist_ok=True)
     (script.Path(args.output_dir) / "image_mine.png").touch()  # the user's

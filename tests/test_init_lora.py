@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from conftest import flags, launch, one_family
+from conftest import finish, flags, one_family
 from diffusers import DiffusionPipeline
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -156,13 +156,14 @@ def test_a_run_starts_from_the_lora(script, teacher, shards, tmp_path):
     (cached / "refs" / "main").write_text("0123")
     path = write(script, trained, "kohya", cached / "snapshots" / "0123", 8)
     options = {"max_train_steps": 1, "learning_rate": 1e-12, "cache_dir": tmp_path / "cache"}
-    done = launch(flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options))
-    assert done.returncode == 0, done.stderr
+    finish(script, flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options), tmp_path / "said")
     started = load_file(tmp_path / "run" / script.WEIGHTS_NAME)
     for name, value in load_file(path).items():
         torch.testing.assert_close(started[name], value.half(), rtol=1e-3, atol=1e-4)
+    path.unlink()  # its checkpoint is all that a resumed run needs
+    line = flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options | {"max_train_steps": 2})
+    assert any("resuming from" in text for text in finish(script, line, tmp_path / "said"))
     for name, reason in (tmp_path / "none", "no such file or folder"), ("owner/none", "Hub id.*network"):
-        done = launch(flags(teacher, shards, tmp_path / "other", init_lora=name, **options))
-        said = done.stderr.splitlines()[-1]
-        assert done.returncode == 2 and re.search(f"^error: --init_lora .*none.*{reason}", said)
-        assert "loading the models" not in done.stderr
+        line = flags(teacher, shards, tmp_path / "other", init_lora=name, **options)
+        said = finish(script, line, tmp_path / f"said {reason}", expected=2)
+        assert re.search(f"^error: --init_lora .*none.*{reason}", said[-1]) and "loading the models" not in said

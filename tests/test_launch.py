@@ -522,6 +522,11 @@ def test_launches_that_would_train_something_else_are_refused(script, monkeypatc
     ):
         with pytest.raises(script.UnusableInput, match=text):
             script.check_launch(machine(**changes))
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "8")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    with pytest.raises(script.UnusableInput, match="8 processes for 4 GPUs"):
+        script.check_launch(machine("cuda", processes=8, distributed="MULTI_GPU"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(script.UnusableInput, match="2 processes.*ACCELERATE_USE_CPU=true.*torchrun"):
         script.check_launch(machine())
@@ -715,7 +720,7 @@ def refused(script, teacher, shards, unusable, tmp_path_factory):
         line, named = line_of(case, teacher, shards, unusable, folder / "out")
         said = folder / str(number)
         with said.open("w") as file:
-            command = [sys.executable, script.__file__, *line]
+            command = ["sh", "-c", 'exec "$@" >&-', "sh", sys.executable, script.__file__, *line]
             started[name] = subprocess.Popen(command, stderr=file, env=ENVIRONMENT), said, named
     ended = {}
     for name, (process, said, named) in started.items():
@@ -737,7 +742,6 @@ def test_unusable_input_ends_a_real_process_with_one_line(refused, name):
 def test_unusable_input_is_named(script, teacher, shards, unusable, tmp_path, capsys, monkeypatch, name):
     for state in (AcceleratorState, GradientState, PartialState):
         monkeypatch.setattr(state, "_shared_state", {})
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     monkeypatch.setattr(script, "kill_children", lambda: None)
     line, named = line_of(IN_PROCESS[name], teacher, shards, unusable, tmp_path / "out")

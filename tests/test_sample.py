@@ -357,8 +357,7 @@ def test_prompts_file_is_read_line_by_line(sample, models, tmp_path):
         (["--device", "toaster"], "toaster"),
     ],
 )
-def test_unusable_files_exit_with_2(sample, models, tmp_path, capfd, monkeypatch, flags, named):
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+def test_unusable_files_exit_with_2(sample, models, tmp_path, capfd, flags, named):
     usual = usual_flags(models, tmp_path, "--prompts", "a")
     args = sample.parse_args(usual + ["--device", "cpu"] + [flag.format(models=models) for flag in flags])
     assert exit_code(sample.main, args) == 2

@@ -188,12 +188,6 @@ def sample():
     return load_script("scripts/sample.py")
 
 
-@pytest.fixture(autouse=True)
-def offline(monkeypatch):
-    """Nothing here may ask the Hub; a network that swallows packets would hold the tests up for minutes."""
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-
-
 @torch.no_grad()
 def outputs(pipe):
     """Return what every model of a pipeline makes of fixed inputs."""

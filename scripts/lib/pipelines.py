@@ -55,7 +55,7 @@ def writing_to(folder):
 @contextlib.contextmanager
 def writing_alone(target):
     """Hold a lock while a file is made under another name; raises UnusableInput where another process makes it."""
-    lock = filelock.FileLock(target.with_name(f".writing-{target.name}.lock"))
+    lock = filelock.FileLock(target.with_name(f".writing-{target.name}.lock"), fallback_to_soft=False)
     try:
         lock.acquire(timeout=0)
     except filelock.Timeout as error:
