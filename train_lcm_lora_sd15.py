@@ -179,9 +179,10 @@ class OneLineParser(argparse.ArgumentParser):
                 yield word
                 continue
             try:
-                inner = shlex.shlex(Path(word[1:]).read_text("utf-8-sig"), posix=True)
-                inner.whitespace_split, inner.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
-                yield from self.expand(list(inner))
+                for line in Path(word[1:]).read_text("utf-8-sig").splitlines():
+                    inner = shlex.shlex(line, posix=True)
+                    inner.whitespace_split, inner.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
+                    yield from self.expand(list(inner))
             except (OSError, ValueError) as error:
                 self.error(f"{word}: {getattr(error, 'strerror', None) or error}; mend the file of flags")
 

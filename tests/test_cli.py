@@ -236,7 +236,7 @@ def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
 
 
 def test_a_file_of_flags_that_cannot_be_read_is_named(script, tmp_path, capsys):
-    (tmp_path / "open.txt").write_text("--validation_prompts 'sea\n")
+    (tmp_path / "open.txt").write_text("--validation_prompts it's\n--output_dir bob's\n")  # each line for itself
     (tmp_path / "latin").write_bytes("--validation_prompts m\xe4r\n".encode("latin-1"))
     (tmp_path / "outer").write_text(f"@{tmp_path / 'latin'}")
     for name in ("nowhere.txt", "open.txt", "latin", "outer"):
