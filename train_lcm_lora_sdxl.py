@@ -121,6 +121,8 @@ READ_BY = {
     "consistency": "loss_type huber_c loss_space".split(),
     "matching": "student_steps student_eta fake_learning_rate fake_updates fake_warmup_steps".split(),
 }
+# By PyTorch's allocator, cuBLAS or the driver, and cuDNN.
+OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|unable to find an engine")
 # What users of other trainers type, and what it is here.
 FOREIGN_FLAGS = {
     "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
@@ -3258,8 +3260,7 @@ def run(args):
         is_agreed = error.is_agreed
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except BaseException as error:
-        # Not only PyTorch's allocator runs out of memory, but also cuBLAS, cuDNN and the driver.
-        if isinstance(error, RuntimeError) and re.search("out of memory|ALLOC_FAILED", str(error)):
+        if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
             missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
             printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
         elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):

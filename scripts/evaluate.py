@@ -221,7 +221,6 @@ def report_settings(args, accelerator):
 def main(args):
     # Processes wait for the slowest one's pictures and for the first one's statistics.
     accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
-    torch.backends.cudnn.allow_tf32 = False  # figures would differ between cards in the third digit
     judges = m.Measures(args, accelerator.device)  # before hours of drawing, because one may not load
     if args.reference:
         m.check_real(args.reference, accelerator)
@@ -237,6 +236,7 @@ def main(args):
             m.load_yardstick(args, judges.features)
     drawn = draw_pictures(args, gallery, [*rows, *[yardstick] * bool(yardstick)], accelerator)
     judges.to(accelerator.device)
+    torch.backends.cudnn.allow_tf32 = False  # figures would differ between cards in the third digit
     if args.draw_yardstick:
         features = judges.row(gallery, rows[0])
         features = {name: features[name] for name in judges.features}

@@ -239,7 +239,7 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     """Return (list of images, seconds per picture in text encoder, UNet and VAE); seeds: one per prompt.
 
     `extra` goes to the pipeline: image, mask_image, strength, control_image and so on. A batch that does
-    not fit into the GPU's memory is drawn in halves.
+    not fit into the GPU's memory is drawn in halves, and the batches after it too.
     """
     # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
@@ -251,19 +251,25 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     # SDXL's own VAE overflows in float16: diffusers itself decodes with it in float32, if it is in float16 before.
     if pipe.vae is not None and pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(pipe.unet.dtype)
-    synchronize(pipe.device)
-    started = time.perf_counter()
-    try:
-        result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
-    except torch.OutOfMemoryError as error:
-        if len(prompts) == 1:
-            remedy = "give --mixed_precision fp16, a smaller --resolution or --offload"
-            raise UnusableInput(f"one picture does not fit into the GPU's memory; {remedy}") from error
-    else:
+    fitting = getattr(pipe, "batch_that_fits", len(prompts))
+    if len(prompts) <= fitting:
         synchronize(pipe.device)
-        return list(result), (time.perf_counter() - started) / len(prompts)
+        started = time.perf_counter()
+        try:
+            result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
+        except RuntimeError as error:
+            if not sd15.OUT_OF_MEMORY.search(str(error)):
+                raise
+            if len(prompts) == 1:
+                remedy = "give --mixed_precision fp16, a smaller --resolution or --offload"
+                raise UnusableInput(f"one picture does not fit into the GPU's memory; {remedy}") from error
+        else:
+            synchronize(pipe.device)
+            return list(result), (time.perf_counter() - started) / len(prompts)
     # Outside the handler: the exception holds the tensors of the failed attempt.
+    pipe.maybe_free_model_hooks()  # the failed attempt has left the UNet on the GPU
     half = len(prompts) // 2
+    pipe.batch_that_fits = min(half, fitting)
     options = (negative_prompt, resolution, output_type)
     first, seconds = draw(pipe, prompts[:half], steps, guidance, seeds[:half], *options, **extra)
     rest, more = draw(pipe, prompts[half:], steps, guidance, seeds[half:], *options, **extra)

@@ -136,8 +136,6 @@ class Gallery:
 
     def draw(self, pipe, missing, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
-        calls = []
-        hook = pipe.unet.register_forward_hook(lambda _module, inputs, _output: calls.append(len(inputs[0])))
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
         for row, blocks in missing.items():
             given = set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
@@ -146,15 +144,13 @@ class Gallery:
             draw(pipe, warm, 1, row.guidance, list(blocks[0]), **given)  # not timed
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
-                calls.clear()
                 pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
-                took = {"seconds": seconds, "evaluations": sum(calls) / len(block)}
+                took = {"seconds": seconds, "evaluations": row.steps * (1 + (row.guidance > 1))}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
                 bar.update()
         bar.close()
-        hook.remove()
 
     def keep(self, row, index, picture, took):
         """Write a picture with its record under a temporary name first, so that what is there is complete."""
