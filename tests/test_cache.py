@@ -398,7 +398,7 @@ def test_wrong_flags_end_with_2_before_the_slow_imports(teachers, shards, tmp_pa
     ("changes", "named"),
     [
         ({"max_train_steps": 4}, "--max_train_steps"),  # a flag of the trainer that no cache depends on
-        ({"resolution": 31}, "--resolution: 31"),
+        ({"resolution": 31}, "--resolution: '31'"),
         ({"pretrained_teacher_model": "/nowhere"}, "/nowhere"),
     ],
 )

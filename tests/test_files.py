@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import stat
+from importlib.metadata import version
 from types import SimpleNamespace
 from unittest import mock
 
@@ -338,7 +339,7 @@ def test_versions_and_script_are_in_the_record(script, args):
     config, _ = write_record(script, args)
     folder = script.Path(args.output_dir)
     versions = json.loads((folder / "versions.json").read_text())
-    assert versions["torch"] == torch.__version__ and config["version/torch"] == torch.__version__
+    assert versions["torch"] == config["version/torch"] == version("torch")
     copied = folder / script.Path(script.__file__).name
     assert copied.read_bytes() == script.Path(script.__file__).read_bytes()
 

@@ -12,6 +12,7 @@ import stat
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from unittest import mock
@@ -101,7 +102,7 @@ def test_a_run_leaves_its_files(script, launched, teacher):
     args = json.loads((launched / "args.json").read_text())
     assert args["pretrained_teacher_model"] == str(teacher) and args["max_train_steps"] == 2
     versions = json.loads((launched / "versions.json").read_text())
-    assert versions["torch"] == torch.__version__ and versions["script"] == script.SCRIPT_VERSION
+    assert versions["torch"] == version("torch") and versions["script"] == script.SCRIPT_VERSION
     copy = (launched / os.path.basename(script.__file__)).read_text()
     assert copy == Path(script.__file__).read_text()
     assert {path.name for path in launched.glob("*.safetensors")} == {script.WEIGHTS_NAME}
@@ -444,6 +445,7 @@ def become_windows(script, *also):
     for module, name in ((signal, "SIGUSR1"), (os, "sched_getaffinity"), (os, "killpg"), *also):
         delattr(module, name)
     sys.platform, fsync = "win32", os.fsync
+    shutil.which = lambda _name: None  # Python 3.12's own asks a module of Windows
 
     def sync(file):
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:

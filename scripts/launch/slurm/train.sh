@@ -99,7 +99,7 @@ fi
 
 # What runs on each node. A signal reaches every process of the step: the training processes save a checkpoint and
 # exit with 3, which torchrun turns into 1. torchrun starts with the signals ignored, because it has to outlive them.
-# shellcheck disable=SC2317 # srun calls it
+# shellcheck disable=SC2317,SC2329 # srun calls it
 launch() {
     local stopped=0 code command=("$@")
     if [[ $1 == torchrun ]]; then
