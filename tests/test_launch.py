@@ -4,6 +4,7 @@ import fcntl
 import gc
 import importlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
@@ -446,6 +447,7 @@ def become_windows(script, *also):
         delattr(module, name)
     sys.platform, fsync = "win32", os.fsync
     shutil.which = lambda _name: None  # Python 3.12's own asks a module of Windows
+    multiprocessing.set_start_method("fork", force=True)  # Python 3.14's forkserver takes this for Windows, too
 
     def sync(file):
         if fcntl.fcntl(file, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDONLY:
