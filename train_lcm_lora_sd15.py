@@ -185,8 +185,9 @@ class OneLineParser(argparse.ArgumentParser):
                     inner = shlex.shlex(line, posix=True)
                     inner.whitespace_split, inner.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
                     yield from self.expand(list(inner))
-            except (OSError, ValueError) as error:
-                self.error(f"{word}: {getattr(error, 'strerror', None) or error}; mend the file of flags")
+            except (OSError, ValueError, RecursionError) as error:
+                cause = getattr(error, "strerror", None) or error
+                self.error(f"{word}: {cause}; a word that begins with @ names a file of flags: mend it")
 
 
 class LastOfAll(argparse.Action):
@@ -2310,7 +2311,7 @@ def stateful_parts(job):
 
 def load_checkpoint(job, folder, manifest):
     if read_manifest(folder)[0] != manifest:  # which rank 0 has read
-        raise UnusableInput(f"{folder} is not on this machine; put --output_dir on a disk that all nodes see")
+        raise UnusableInput(f"{folder} is not that of the first process; put --output_dir where all nodes see it")
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
     if job.accelerator.is_main_process:
         job.state.skipped.update(manifest.get("skipped", {}))
@@ -2726,9 +2727,10 @@ def check_launch(accelerator):
     if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
         remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
         raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; {remedy}")
-    here = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
-    if kind == DistributedType.MULTI_GPU and here > torch.cuda.device_count():
-        raise UnusableInput(f"{here} processes for {torch.cuda.device_count()} GPUs; start one for each GPU")
+    here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
+    is_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher can show each process a GPU of its own
+    if kind == DistributedType.MULTI_GPU and here > gpus and not is_own:
+        raise UnusableInput(f"{here} processes for {gpus} visible GPUs; start one for each GPU")
     if precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
     if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
@@ -2873,7 +2875,7 @@ def lock_output(folder):
     except filelock.Timeout as error:
         raise UnusableInput(f"--output_dir {folder}: another run is writing there; wait or choose another") from error
     except OSError as error:
-        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOTSUP):
             raise
         tqdm.write(f"warning: the disk of {folder} has no file locks; start no second run there", file=sys.stderr)
     return lock
@@ -3204,7 +3206,9 @@ class Unbroken:
 
 def run(args):
     """Return the exit code of a run; every way out prints its reason and ends every process of the run."""
-    sys.stdout, sys.stderr = (each or open(os.devnull, "w") for each in (sys.stdout, sys.stderr))  # closed by `>&-`
+    if not (sys.stdout and sys.stderr):  # closed by `>&-`
+        nowhere = open(os.devnull, "w", encoding="utf-8", errors="replace")
+        sys.stdout, sys.stderr = sys.stdout or nowhere, sys.stderr or nowhere
     state, sys.stderr = RunState(), Unbroken(sys.stderr)
     handlers, code, is_agreed, printed = listen(state), 1, False, ""
     try:

@@ -436,7 +436,7 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch, tmp_path):
         script.load_checkpoint(job, tmp_path, manifest)
     assert job.state.skipped == {"no caption": 2}, "counts go on from the checkpoint's"
     for place, step in (Path("/nowhere"), 1), (tmp_path, 2):  # rank 0 has another one
-        with pytest.raises(script.UnusableInput, match=f"{place} is not on this machine"):
+        with pytest.raises(script.UnusableInput, match=f"{place} is not that of the first process"):
             script.load_checkpoint(job, place, manifest | {"global_step": step})
     assert places and str(places[0]["map_location"]) == "cpu" and places[0]["weights_only"] is True
 

@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -150,14 +151,23 @@ def test_01_loss_and_gradients_equal_those_of_the_cpu(script, make, precision):
     assert cosine(found, grads) > {"no": 0.9999, "fp16": 0.998, "bf16": 0.98}[precision]
 
 
+def fixed_loss(script, job, batch):
+    """Return the mean loss of one batch with four draws that do not change from update to update."""
+    with torch.no_grad(), mock.patch.object(job.state, "global_step", 0):
+        return sum(script.batch_loss(job, batch, number).item() for number in range(4)) / 4
+
+
 @both
 def test_02_half_precision_trains(script, make, tmp_path):
     job, batches = make(mixed_precision=HALF, train_batch_size=8, learning_rate=3e-4)
+    batch = script.next_batch(job, batches, {})
+    untrained = fixed_loss(script, job, batch)
     before = torch.cat([parameter.detach().flatten().clone() for parameter in parameters_of(job)])
     losses, norms = zip(*[script.update(job, batches) for _ in range(10 if ON_CPU else 30)], strict=True)
     assert all(loss.isfinite() for loss in losses)
     after = torch.cat([parameter.detach().flatten() for parameter in parameters_of(job)])
     assert (after != before).float().mean() > 0.5
+    assert fixed_loss(script, job, batch) < untrained
     if job.accelerator.scaler:
         assert sum(not norm.isfinite() for norm in norms) <= 3 and job.accelerator.scaler.get_scale() >= 1024
     start = tmp_path / "start.safetensors"

@@ -180,7 +180,7 @@ def train_and_publish(folder, teacher, shards):
 def hub(teacher, shards, tmp_path_factory):
     """Return (the Hub after all runs, folder with what they left, their results)."""
     hub, folder = Hub(), tmp_path_factory.mktemp("runs")
-    online = {"HF_ENDPOINT": hub.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+    online = {"HF_ENDPOINT": hub.endpoint, "LCM_TESTS_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
     command = [sys.executable, __file__, str(folder), str(teacher), shards]
     done = subprocess.run(
         command, capture_output=True, text=True, timeout=1800, env=ENVIRONMENT | online, cwd=ROOT / "tests"

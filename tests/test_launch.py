@@ -529,8 +529,14 @@ def test_launches_that_would_train_something_else_are_refused(script, monkeypatc
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
-    with pytest.raises(script.UnusableInput, match="8 processes for 4 GPUs"):
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    with pytest.raises(script.UnusableInput, match="8 processes for 4 visible GPUs"):
         script.check_launch(machine("cuda", processes=8, distributed="MULTI_GPU"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    script.check_launch(machine("cuda", processes=8, distributed="MULTI_GPU"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)  # as `torchrun --virtual-local-rank` shows each its own
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    script.check_launch(machine("cuda", processes=8, distributed="MULTI_GPU"))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(script.UnusableInput, match="2 processes.*ACCELERATE_USE_CPU=true.*torchrun"):
         script.check_launch(machine())

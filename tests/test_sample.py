@@ -556,6 +556,11 @@ def test_a_batch_too_large_for_the_gpu_is_drawn_in_halves(models):
         torch.testing.assert_close(torch.stack(parts), torch.stack(whole), rtol=1e-3, atol=1e-3)
         assert seconds > 0
     assert sizes == [4, 2, 1, 1, 1, 1, *[1] * 4], "what does not fit is not tried again"
+    limit, sizes[:] = 3, []
+    del pipe.batch_that_fits
+    for _ in range(2):
+        pipelines.draw(pipe, [*PROMPTS * 3, "a"], 1, 1.0, range(7), output_type="latent")
+    assert sizes == [7, 3, 3, 1, 3, 3, 1], "and no smaller batch than that which fits"
     limit = 0
     with pytest.raises(UnusableInput, match="--offload"):
         pipelines.draw(pipe, PROMPTS, 1, 1.0, [0, 1])

@@ -251,8 +251,8 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
     # SDXL's own VAE overflows in float16: diffusers itself decodes with it in float32, if it is in float16 before.
     if pipe.vae is not None and pipe.vae.dtype != pipe.unet.dtype:
         pipe.vae.to(pipe.unet.dtype)
-    fitting = getattr(pipe, "batch_that_fits", len(prompts))
-    if len(prompts) <= fitting:
+    size = getattr(pipe, "batch_that_fits", len(prompts))
+    if len(prompts) <= size:
         synchronize(pipe.device)
         started = time.perf_counter()
         try:
@@ -262,17 +262,17 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
                 raise
             if len(prompts) == 1:
                 remedy = "give --mixed_precision fp16, a smaller --resolution or --offload"
-                raise UnusableInput(f"one picture does not fit into the GPU's memory; {remedy}") from error
+                cause = f"one picture does not fit into the GPU's memory ({sd15.one_line(error)[:160]})"
+                raise UnusableInput(f"{cause}; {remedy}") from error
         else:
             synchronize(pipe.device)
             return list(result), (time.perf_counter() - started) / len(prompts)
-    # Outside the handler: the exception holds the tensors of the failed attempt.
-    pipe.maybe_free_model_hooks()  # the failed attempt has left the UNet on the GPU
-    half = len(prompts) // 2
-    pipe.batch_that_fits = min(half, fitting)
+        # Outside the handler: the exception holds the tensors of the failed attempt.
+        pipe.maybe_free_model_hooks()  # the failed attempt has left the UNet on the GPU
+        size = pipe.batch_that_fits = len(prompts) // 2
     options = (negative_prompt, resolution, output_type)
-    first, seconds = draw(pipe, prompts[:half], steps, guidance, seeds[:half], *options, **extra)
-    rest, more = draw(pipe, prompts[half:], steps, guidance, seeds[half:], *options, **extra)
+    first, seconds = draw(pipe, prompts[:size], steps, guidance, seeds[:size], *options, **extra)
+    rest, more = draw(pipe, prompts[size:], steps, guidance, seeds[size:], *options, **extra)
     return first + rest, (len(first) * seconds + len(rest) * more) / len(prompts)
 
 

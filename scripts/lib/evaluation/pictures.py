@@ -145,7 +145,7 @@ class Gallery:
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
-                took = {"seconds": seconds, "evaluations": row.steps * (1 + (row.guidance > 1))}
+                took = {"seconds": seconds, "evaluations": row.steps * (1 + pipe.do_classifier_free_guidance)}
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
