@@ -1608,7 +1608,6 @@ def prepare_unet(unet, args):
         # A graph for each width of the blocks in each pass, of teacher, target, student and so on: more than
         # the 8 of one function after which torch stops compiling.
         torch._dynamo.config.recompile_limit = 64
-        torch._dynamo.config.optimize_ddp = False  # it cuts large graphs, and a block is a small one
         unet.compile_repeated_blocks()
 
 

@@ -60,9 +60,6 @@ fi
 GPUS=${SLURM_GPUS_ON_NODE:-1} NNODES=${SLURM_NNODES:-1}
 WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
 flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)))
-# With --compile each process would start a compiler for each CPU, up to 32.
-COMPILERS=$((WORKERS < 1 ? 1 : WORKERS > 32 ? 32 : WORKERS))
-export TORCHINDUCTOR_COMPILE_THREADS=${TORCHINDUCTOR_COMPILE_THREADS:-$COMPILERS}
 
 # Since Slurm 22.05 srun takes the CPUs of a task from this variable alone.
 [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
