@@ -783,7 +783,7 @@ def check_shard(path):
     except UnicodeDecodeError:
         fault = "is not UTF-8"
     except OSError as error:
-        raise UnusableInput(f"shard {path}: {error.strerror}; check --train_shards_path_or_url") from error
+        raise UnusableInput(f"data {path}: {error.strerror}; name shards or a folder of pictures") from error
     if fault:
         raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
     return made

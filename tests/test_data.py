@@ -386,7 +386,7 @@ def test_shards_come_from_http_pipe_braces_folders_and_several_values(script, la
         assert captions == [f"sea {i}" for i in range(12, 24)] and not skipped
     monkeypatch.setattr(script, "os", Windows())
     for value in r"C:\data\{00,01}.tar", "file:///C:/data/00.tar":
-        with pytest.raises(script.UnusableInput, match=r"shard C:[\\/]data[\\/]00\.tar: No such file"):
+        with pytest.raises(script.UnusableInput, match=r"data C:[\\/]data[\\/]00\.tar: No such file"):
             script.list_shards([value])
     commands = []
     monkeypatch.setattr(script.subprocess, "Popen", lambda command, **_: commands.append(command) or 1 / 0)
