@@ -19,7 +19,8 @@ from pathlib import Path
 
 for _package in ("xformers", "bitsandbytes"):
     logging.getLogger(_package).setLevel(logging.ERROR)  # on import they warn of kernels not used here
-# Read on import. Nothing may ask the Hub: a network that swallows packets would hold the tests up for minutes.
+# Read on import. Nothing may ask the Hub (test_hub.py has its own): a network that swallows packets would hold the
+# tests up for minutes.
 os.environ["HF_HUB_OFFLINE"] = os.environ.get("LCM_TESTS_OFFLINE", "1")
 
 import numpy as np

@@ -140,6 +140,7 @@ class Gallery:
         for row, blocks in missing.items():
             given = set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
             given["resolution"] = self.resolution
+            pipe.batch_that_fits = len(blocks[0])  # rows without guidance take less memory
             warm = [self.prompt(index) for index in blocks[0]]
             draw(pipe, warm, 1, row.guidance, list(blocks[0]), **given)  # not timed
             for block in blocks:
