@@ -208,10 +208,8 @@ def write_report(args, results, gallery, rows):
 def report_settings(args, accelerator):
     device = accelerator.device
     return {
-        "teacher": Path(args.pretrained_teacher_model).name,
-        "LoRAs": ", ".join(Path(p).name for p in args.lora),
-        "pictures a row": args.num_images, "prompts": len(args.prompts),
-        "teacher's steps": args.teacher_steps,
+        "teacher": Path(args.pretrained_teacher_model).name, "LoRAs": ", ".join(Path(p).name for p in args.lora),
+        "pictures a row": args.num_images, "prompts": len(args.prompts), "teacher's steps": args.teacher_steps,
         "seed": args.seed, "precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
         "batch size": args.batch_size, "device": device_name(device), "processes": accelerator.num_processes,
         "yardstick": args.yardstick and str(args.yardstick),

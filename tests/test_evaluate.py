@@ -267,6 +267,20 @@ def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges,
         name = f"pictures/{row.folder}/{index:05d}.png"
         assert (np.asarray(Image.open(tmp_path / name)) == np.asarray(Image.open(folder / name))).all()
 
+    sizes = []
+
+    def refuse(_module, inputs):
+        sizes.append(len(inputs[0]))
+        if len(inputs[0]) > 2:
+            raise RuntimeError("CUDA out of memory")
+
+    pipe.unet.register_forward_pre_hook(refuse)
+    args = evaluate.parse_args(flags(teacher, judges, tmp_path / "small", "--samplers", "ddim"))
+    share, rows = Gallery(args, 0, 2), list_rows(args)[1:]
+    share.draw(pipe, share.missing(rows), is_quiet=True)
+    drawn = sum(len(block) for block in share.blocks)
+    assert sizes == [4, *[2] * (2 + drawn * 1 + drawn * 2)], "one block is drawn untimed, and finds what fits"
+
 
 def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, judges, tmp_path, capsys):
     folder, _ = evaluated

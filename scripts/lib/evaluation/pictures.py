@@ -85,11 +85,10 @@ class Gallery:
 
     def __init__(self, args, rank=0, processes=1, gap=0):
         self.folder, self.prompts, self.count = args.output_dir / "pictures", args.prompts, args.num_images
-        size = args.batch_size
-        blocks = [range(start, min(start + size, self.count)) for start in range(0, self.count, size)]
+        blocks = [range(self.count)[start:][: args.batch_size] for start in range(0, self.count, args.batch_size)]
         self.blocks, self.resolution, self.gap = blocks[rank::processes], args.resolution, gap
-        flags = ("teacher_revision", "variant", "mixed_precision", "prediction_type", "resolution")
-        self.common = {flag: getattr(args, flag) for flag in (*flags, "pretrained_vae_model_name_or_path")}
+        flags = "teacher_revision variant mixed_precision prediction_type resolution pretrained_vae_model_name_or_path"
+        self.common = {flag: getattr(args, flag) for flag in flags.split()}
         self.common |= {"diffusers": diffusers.__version__, "torch": torch.__version__}
         self.common["teacher"] = fingerprint(args.pretrained_teacher_model)
 
@@ -137,12 +136,14 @@ class Gallery:
     def draw(self, pipe, missing, is_quiet):
         """Draw blocks, {row: [block]}, and keep those of their pictures that are not there yet."""
         bar = tqdm(total=sum(map(len, missing.values())), desc="drawing", unit="block", disable=is_quiet)
+        fitting = {}  # pictures that fit into memory together, by what a pass consists of
         for row, blocks in missing.items():
-            given = set_sampler(pipe, row.sampler, {row.lora[0]: 1.0} if row.lora else {})
-            given["resolution"] = self.resolution
-            pipe.batch_that_fits = len(blocks[0])  # rows without guidance take less memory
-            warm = [self.prompt(index) for index in blocks[0]]
-            draw(pipe, warm, 1, row.guidance, list(blocks[0]), **given)  # not timed
+            weights = {row.lora[0]: 1.0} if row.lora else {}
+            given = set_sampler(pipe, row.sampler, weights) | {"resolution": self.resolution}
+            kind = bool(row.lora), row.guidance > 1
+            pipe.batch_that_fits = fitting.get(kind, len(self.blocks[0]))
+            if kind not in fitting:  # the first pass of a kind is slower, and not timed
+                draw(pipe, [self.prompt(index) for index in blocks[0]], 1, row.guidance, list(blocks[0]), **given)
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
@@ -151,6 +152,7 @@ class Gallery:
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)
                 bar.update()
+            fitting[kind] = pipe.batch_that_fits
         bar.close()
 
     def keep(self, row, index, picture, took):
