@@ -85,8 +85,8 @@ class Gallery:
 
     def __init__(self, args, rank=0, processes=1, gap=0):
         self.folder, self.prompts, self.count = args.output_dir / "pictures", args.prompts, args.num_images
-        blocks = [range(self.count)[start : start + args.batch_size] for start in range(0, self.count, args.batch_size)]
-        self.blocks, self.resolution, self.gap = blocks[rank::processes], args.resolution, gap
+        self.resolution, self.gap, size = args.resolution, gap, args.batch_size
+        self.blocks = [range(self.count)[i : i + size] for i in range(rank * size, self.count, processes * size)]
         flags = "teacher_revision variant mixed_precision prediction_type resolution pretrained_vae_model_name_or_path"
         self.common = {flag: getattr(args, flag) for flag in flags.split()}
         self.common |= {"diffusers": diffusers.__version__, "torch": torch.__version__}
