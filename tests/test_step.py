@@ -93,11 +93,16 @@ def row(conditioning, n):
     return {k: row(v, n) if isinstance(v, dict) else v[n : n + 1] for k, v in conditioning.items()}
 
 
-def plain_loss(unet, config, latents, conditioning, uncond, draws, adapter=True, w_offset=0.0, swap=False):
+def plain_loss(unet, config, latents, conditioning, uncond, draws, phases=1, adapter=True, w_offset=0.0, swap=False):
     """Return the loss written from its definition, sample by sample; the last three arguments break it."""
     changes = {"timestep_spacing": "trailing", "set_alpha_to_one": False, "clip_sample": False}
     ddim, lcm = DDIMScheduler.from_config(config, **changes), LCMScheduler.from_config(config)
+    alphas, sigmas = ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
+    edges = [0, *(1000 * part // phases - 1 for part in range(1, phases))]
     ddim.set_timesteps(50)
+
+    def jump(z0, z, t, end):
+        return alphas[end] * z0 + sigmas[end] * (z - alphas[t] * z0) / sigmas[t]
 
     def consistency(z, t, given):
         c_skip, c_out = lcm.get_scalings_for_boundary_condition_discrete(torch.tensor(t))
@@ -106,18 +111,23 @@ def plain_loss(unet, config, latents, conditioning, uncond, draws, adapter=True,
 
     losses = []
     for n, index in enumerate(draws.index.tolist()):
-        t, t_prev, w = 20 * index + 19, max(20 * index - 1, 0), draws.w[n] + w_offset
+        t, w = 20 * index + 19, draws.w[n] + w_offset
+        end = max(edge for edge in edges if edge < t)
+        t_prev = max(t - 20, end)
         given = row(conditioning, n)
         z_t = ddim.add_noise(latents[n : n + 1], draws.eps[n : n + 1], torch.tensor([t]))
         with torch.no_grad():
             unet.disable_adapters()
             cond, free = unet(z_t, t, **given).sample, unet(z_t, t, **row(uncond, n)).sample
-            z_prev = ddim.step((1 + w) * cond - w * free, t, z_t).prev_sample
+            z_prev = jump(ddim.step((1 + w) * cond - w * free, t, z_t).pred_original_sample, z_t, t, t_prev)
             if adapter:
                 unet.enable_adapters()
             target = consistency(z_prev, t if swap else t_prev, given)
             unet.enable_adapters()
         difference = consistency(z_t, t, given) - target
+        if phases > 1:  # both as jumps to the end of the phase, in units of the clean latent
+            difference = jump(consistency(z_t, t, given), z_t, t, end) - jump(target, z_prev, t_prev, end)
+            difference /= alphas[end] - sigmas[end] * alphas[t] / sigmas[t]
         losses.append((torch.sqrt(difference**2 + 0.001**2) - 0.001).mean())
     return torch.stack(losses).mean()
 
@@ -128,11 +138,13 @@ def plain_loss(unet, config, latents, conditioning, uncond, draws, adapter=True,
     ids=["epsilon", "v_prediction", "sample", "sdxl"], indirect=["script"],
 )  # fmt: skip
 def test_loss_is_the_definition(script, pipe, unet, args, prediction_type):
-    data, config = inputs(script, args, pipe), dict(pipe.scheduler.config)
-    config["prediction_type"] = prediction_type
+    config = dict(pipe.scheduler.config) | {"prediction_type": prediction_type}
     schedule = schedule_of(script, pipe, args, prediction_type=prediction_type)
-    loss = loss_of(script, unet, pipe, args, schedule, data=data)
-    torch.testing.assert_close(loss, plain_loss(unet, config, *data), rtol=1e-5, atol=0)
+    # With 4 phases 259 steps to 249, not to 239; 499, 759 and 999 begin one, 19 and 159 are in the last.
+    for phases, index in (1, (0, 7, 24, 49)), (4, (0, 7, 12, 24, 37, 49)), (3, (0, 16, 17, 33, 34, 49)):
+        args.phases, data = phases, inputs(script, args, pipe, index)
+        loss = loss_of(script, unet, pipe, args, schedule, data=data)
+        torch.testing.assert_close(loss, plain_loss(unet, config, *data, phases), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("broken", [{"adapter": False}, {"w_offset": -1.0}, {"swap": True}])
@@ -619,6 +631,9 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     args.objective = "matching"
     first, second = (np.asarray(script.validate(job)[4][1]) for args.student_eta in (0.0, 1.0))
     assert not np.array_equal(first, second), "drawn with the eta that the card names"
+    args.objective, args.phases = "consistency", 4
+    assert np.array_equal(first, np.asarray(script.validate(job)[4][1])), "phases are for DDIM with eta 0"
+    args.phases = 1
     modes = []
 
     def raise_it():
