@@ -2264,14 +2264,15 @@ def kohya_metadata(args, text_width):
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
         "modelspec.title": "LCM-LoRA",
-        "modelspec.usage_hint": "LCM sampler, 2 to 8 steps, guidance 1 to 2",
     }
 
 
 def save_lora(unet, path, args):
     """Write the LoRA as the released LCM-LoRAs are: diffusers, ComfyUI, A1111 and Forge read every layer."""
     weights = kohya_weights(get_peft_model_state_dict(unet), args.lora_alpha, unet.config.layers_per_block)
-    write_atomically(path, tensors_to_bytes(weights, kohya_metadata(args, unet.config.cross_attention_dim)))
+    header = kohya_metadata(args, unet.config.cross_attention_dim)
+    header["modelspec.usage_hint"] = "{}, {}, guidance 1 to 2".format(*usage_of(args))
+    write_atomically(path, tensors_to_bytes(weights, header))
 
 
 def save_for_peft(unet, folder):
@@ -2537,6 +2538,14 @@ def sampler_of(args):
     return LCMScheduler, options, 0.0
 
 
+def usage_of(args):
+    """Return the names of the sampler and of the step counts that the LoRA is for."""
+    kind, _, eta = sampler_of(args)
+    is_phased = args.objective == "consistency" and args.phases > 1
+    steps = f"{args.phases} steps or a multiple" if is_phased else "2 to 8 steps"
+    return "LCM sampler" if kind is LCMScheduler else f"DDIM with eta {eta:g}", steps
+
+
 @torch.no_grad()
 def validate(job):
     """Return {steps: [picture of each prompt]}, after giving them to the trackers and as a grid to `validation/`.
@@ -2618,16 +2627,17 @@ def save_gallery(folder, pictures):
 
 
 def write_card(job, drawn):
-    """Write the pictures at 4 steps and the model card `README.md`."""
+    """Write the pictures at 4 steps, for more phases at 8, and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    save_gallery(folder, drawn.get(4, []))
+    shown = 8 if args.objective == "consistency" and args.phases > 4 else 4
+    save_gallery(folder, drawn.get(shown, []))
     teacher = masked(args.pretrained_teacher_model)
     from_hub = "://" not in teacher and not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
     scheduler, options, eta = sampler_of(args)
     options["prediction_type"] = job.schedule.prediction_type
-    usual, sampler = scheduler().config, "LCM" if scheduler is LCMScheduler else f"DDIM with eta {eta:g}"
+    usual, (sampler, steps) = scheduler().config, usage_of(args)
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
@@ -2636,7 +2646,7 @@ def write_card(job, drawn):
     training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
     description = f"""# LCM-LoRA
 
-Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
+Distilled from {teacher if from_hub else "a local teacher"}; draws in {steps}.
 
 {"<Gallery />" if drawn else ""}
 
@@ -2647,11 +2657,11 @@ pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
 pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
-picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
+picture = pipe({prompt}, num_inference_steps={shown}, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
-Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: sampler {sampler}, CFG 1 to 2. Pictures: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+Use {steps} and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
+file: {sampler}, CFG 1 to 2. Pictures: {shown} steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
