@@ -272,8 +272,13 @@ def test_card_of_a_hub_teacher(script, args):
 
 
 def test_card_without_pictures_has_no_gallery_of_them(script, args):
-    front, _ = write_card(script, args, drawn=False)
+    front, text = write_card(script, args, drawn=False)
     assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
+    assert "LCM sampler, CFG" in text and "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
+    args.phases = 8
+    _, text = write_card(script, args, drawn=False)
+    assert "DDIM with eta 0, CFG" in text and "Use 8 steps or a multiple" in text and "num_inference_steps=8," in text
+    assert "timestep_spacing='trailing'" in text and "DDIMScheduler.from_config" in text
 
 
 def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
