@@ -116,9 +116,9 @@ FREE_FLAGS = frozenset(
 )
 # Flags that may name a place on the disk.
 PLACES = "train_shards_path_or_url pretrained_teacher_model pretrained_vae_model_name_or_path teacher_config".split()
-# Flags that one --objective alone reads; with --phases matching reads those of consistency, too.
+# Flags that one --objective alone reads.
 READ_BY = {
-    "consistency": "loss_type huber_c loss_space".split(),
+    "consistency": "loss_type huber_c loss_space phases".split(),
     "matching": "student_steps student_eta fake_learning_rate fake_updates fake_warmup_steps".split(),
 }
 # By PyTorch's allocator, cuBLAS or the driver, and cuDNN.
@@ -273,10 +273,9 @@ def add_objective_args(parser):
     add("--loss_space", choices=("sample", "epsilon"), default="sample",
         help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
         "latents and so gives small timesteps more weight")
-    add("--phases", type=COUNT, default=1,
-        help="equal parts of the timesteps, to whose ends the student jumps, for DDIM with so many steps or more; 1 "
-        "is LCM, which jumps to the picture. With --objective matching: in every second update, on the student's "
-        "pictures, at the timesteps that --student_steps leave out")
+    add("--phases", type=int, choices=(1, 2, 4, 8), default=1,
+        help="equal parts of the timesteps, to whose ends the student jumps, for DDIM with so many steps or a "
+        "multiple; 1 is LCM, which jumps to the picture, for LCMScheduler")
     add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
@@ -401,8 +400,6 @@ def check_args(args, error):
     check_objective(args, error)
     if args.w_max < args.w_min:
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
-    if args.phases > args.num_ddim_timesteps:
-        error(f"--phases {args.phases}: must be at most --num_ddim_timesteps")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
         error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, as validation draws with 8 steps")
     for flag in ("learning_rate", "fake_learning_rate"):
@@ -425,8 +422,6 @@ def check_objective(args, error):
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     elif max(args.student_steps) > args.num_ddim_timesteps:
         error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
-    elif args.phases > 1 and sum(args.student_steps) >= args.num_ddim_timesteps:
-        error("--student_steps: leave no timestep to --phases; give fewer or smaller ones")
 
 
 def check_paths(args, error):
@@ -620,15 +615,13 @@ def ddim_step(schedule, z0, eps, prev_timesteps):
 
 
 def phase_ends(schedule, timesteps, phases):
-    """Return the timestep at which each timestep's phase ends: one less than a multiple of T / phases, or 0."""
-    num_timesteps = len(schedule.alphas)
-    return (timesteps * phases // num_timesteps * num_timesteps // phases - 1).clamp(min=0)
+    """Return the timestep at which each timestep's phase ends: 0, or one less than a multiple of T / phases."""
+    size = len(schedule.alphas) // phases
+    return (timesteps // size * size - 1).clamp(min=0)
 
 
 def through_end(schedule, z0_prev, z_prev, prev_timesteps, z_t, timesteps, ends):
-    """Return the z0 from which a DDIM step from z_t to `ends` arrives where z0_prev leads from z_prev (PCM,
-    arXiv:2405.18407).
-    """
+    """Return the z0 with which DDIM goes from z_t to where it goes with z0_prev from z_prev (arXiv:2405.18407)."""
     (alpha_prev, sigma_prev), (alpha_t, sigma_t) = schedule.at(prev_timesteps), schedule.at(timesteps)
     alpha_end, sigma_end = schedule.at(ends)
     z_end = ddim_step(schedule, z0_prev, (z_prev - alpha_prev * z0_prev) / sigma_prev, ends)
@@ -1992,15 +1985,13 @@ def batch_loss(job, batch, micro_step):
 
 def update(job, batches):
     """Make one update of the LoRA and return (loss, gradient norm), both on the device."""
-    return update_matching(job, batches) if job.fake else minimize(job, batches, batch_loss)
-
-
-def minimize(job, batches, loss_of):
+    if job.fake:
+        return update_matching(job, batches)
     losses, positions = [], {}
     for micro_step in range(job.args.gradient_accumulation_steps):
         batch = next_batch(job, batches, positions)
         with job.accelerator.accumulate(job.student):
-            loss = loss_of(job, batch, micro_step)
+            loss = batch_loss(job, batch, micro_step)
             losses.append(loss.detach())
             grad_norm = descend(job, job.optimizer, loss)
     job.lr_schedule.step()
@@ -2049,10 +2040,8 @@ def next_batch(job, batches, positions):
 #    fake, a second LoRA, where the student's lie.
 # 4. x moves along the difference (DMD, arXiv:2311.18828; on the student's own steps: TDM, arXiv:2503.06674).
 # 5. The fake learns to denoise the same x.
-# With --phases every second update is one of the consistency loss, on pictures of the student.
 TAU_MIN, TAU_END = 0.02, 0.98  # share of the T timesteps; outside, the teacher's estimate says little
 MIN_ERROR = 0.05  # of the teacher's estimate, by which the direction is divided
-PHASES_WEIGHT = 2.0  # of their loss, whose gradient is smaller; Adam divides both by one root mean square
 
 
 @dataclass
@@ -2100,13 +2089,11 @@ def student_grids(scheduler_config, args):
     return grids
 
 
-def draw_matching(
-    args, grids, shape, num_timesteps, global_step, micro_step, process_index, device, is_whole=False
-):  # fmt: skip
-    """Return the MatchingDraws for latents of `shape` [B,4,h,w]; the roll-out ends at a picture if it `is_whole`."""
+def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
+    """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
     common = make_generator(args.seed, global_step, micro_step)  # the same on all processes
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
-    timesteps = [*grids[max(grids)], 0] if is_whole else grid[: 1 + torch.randint(len(grid), (), generator=common)]
+    timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
     generator = make_generator(args.seed, global_step, micro_step, process_index)
     torch.manual_seed(generator.initial_seed())  # for LoRA dropout
     batch, num_taus = shape[0], 1 + args.fake_updates
@@ -2157,7 +2144,7 @@ def fake_loss(fake, schedule, x, tau, eps, conditioning, dtype):
 
 
 @torch.no_grad()
-def matching_inputs(job, batch, micro_step, is_whole=False):
+def matching_inputs(job, batch, micro_step):
     """Return (z_t drawn by the student, its timestep [B], conditioning, uncond, draws) for captions of a batch."""
     args, accelerator, unet = job.args, job.accelerator, job.student_unet
     batch = send_to_device(batch, accelerator.device, non_blocking=accelerator.device.type == "cuda")
@@ -2167,7 +2154,7 @@ def matching_inputs(job, batch, micro_step, is_whole=False):
         sides, embeds = [args.resolution // job.pipe.vae_scale_factor] * 2, encode_ids(job.pipe, batch["ids"])
     shape = (len(batch["caption"]), unet.config.in_channels, *sides)
     key = job.state.global_step, micro_step, accelerator.process_index
-    draws = draw_matching(args, job.fake.grids, shape, len(job.schedule.alphas), *key, accelerator.device, is_whole)
+    draws = draw_matching(args, job.fake.grids, shape, len(job.schedule.alphas), *key, accelerator.device)
     conditioning, uncond = condition(job.uncond_embeds, embeds, batch, draws.empty)
     timesteps = send(torch.tensor(draws.timesteps), accelerator.device)[:, None].expand(-1, len(batch["caption"]))
     if args.lora_dropout:  # switching modes walks the whole UNet
@@ -2189,16 +2176,6 @@ def student_loss(job, x, conditioning, uncond, draws):
     return matching_loss(x, teacher_z0, fake_z0)
 
 
-def phases_loss(job, batch, micro_step):
-    """Return the consistency loss of pictures that the student draws, at timesteps of none of its grids."""
-    picture, _, conditioning, uncond, draws = matching_inputs(job, batch, micro_step, is_whole=True)
-    taken, k = {*chain(*job.fake.grids.values())}, job.schedule.k
-    others = [i for i in range(job.args.num_ddim_timesteps) if (i + 1) * k - 1 not in taken]
-    index = send(torch.tensor(others), picture.device)[draws.tau[1] * len(others) // len(job.schedule.alphas)]
-    own = Draws(None, draws.tau_eps[1], index, draws.w, draws.empty)
-    return PHASES_WEIGHT * training_loss(job, picture, conditioning, uncond, own)
-
-
 def update_matching(job, batches):
     """Make one update of the student's LoRA, then those of the fake's; return (loss, gradient norm).
 
@@ -2206,12 +2183,7 @@ def update_matching(job, batches):
     """
     args, fake, positions = job.args, job.fake, {}
     losses, drawn, fake_losses, fake_norms = [], [], [], []
-    number = job.state.global_step - args.fake_warmup_steps
-    is_trained = number >= 0
-    if args.phases > 1 and is_trained and number % 2:
-        fake.watched = {}
-        fake.lr_schedule.step()
-        return minimize(job, batches, phases_loss)
+    is_trained = job.state.global_step >= args.fake_warmup_steps
     for micro_step in range(args.gradient_accumulation_steps):
         inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
         z_t, timesteps, conditioning, uncond, draws = inputs
@@ -2522,7 +2494,7 @@ class Log:
         """Average the noted losses over processes, write them everywhere, and raise NonFiniteLoss on a bad one."""
         if not self.rows:
             return
-        names = dict.fromkeys(chain(*(row[4] for row in self.rows)))  # some updates of a matching run have fewer
+        names = self.rows[-1][4]  # the first updates of a matching run have fewer
         values = [[loss, norm, *(more.get(name, loss * 0) for name in names)] for _, loss, norm, _, more in self.rows]
         values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
         values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
@@ -2553,8 +2525,7 @@ class Log:
         """Return why training must end after an update, or None."""
         broken = [f"{name} {value}" for name, value in line.items() if not math.isfinite(value)]
         self.skipped_updates = self.skipped_updates + 1 if broken else 0
-        if "fake_loss" in line:
-            self.lost_updates = self.lost_updates + 1 if line["fake_loss"] > self.FAKE_IS_LOST else 0
+        self.lost_updates = self.lost_updates + 1 if line.get("fake_loss", 0.0) > self.FAKE_IS_LOST else 0
         if self.lost_updates == self.MAX_LOST_UPDATES:
             cause = f"the fake score diverged: {self.lost_updates} updates up to {line['step']} have a loss near 1"
             return f"{cause}; take a new --output_dir, and lower --fake_learning_rate and --learning_rate"
@@ -2583,8 +2554,8 @@ def sampler_of(args):
 def usage_of(args):
     """Return the names of the sampler and of the step counts that the LoRA is for."""
     kind, _, eta = sampler_of(args)
-    is_phased = args.objective == "consistency" and args.phases > 1
-    steps = f"{args.phases} steps or a multiple" if is_phased else "2 to 8 steps"
+    is_for_all = args.objective == "matching" or args.phases == 1
+    steps = "2 to 8 steps" if is_for_all else f"{args.phases} steps or a multiple"
     return "LCM sampler" if kind is LCMScheduler else f"DDIM with eta {eta:g}", steps
 
 
@@ -2669,9 +2640,9 @@ def save_gallery(folder, pictures):
 
 
 def write_card(job, drawn):
-    """Write the pictures at 4 steps, for more phases at 8, and the model card `README.md`."""
+    """Write the pictures at 4 steps, those of 8 phases at 8, and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    shown = 8 if args.objective == "consistency" and args.phases > 4 else 4
+    shown = max(4, args.phases)
     save_gallery(folder, drawn.get(shown, []))
     teacher = masked(args.pretrained_teacher_model)
     from_hub = "://" not in teacher and not Path(teacher).exists()
@@ -2683,7 +2654,7 @@ def write_card(job, drawn):
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
-        "lora_rank lora_alpha w_min w_max num_ddim_timesteps phases seed".split()
+        "lora_rank lora_alpha w_min w_max num_ddim_timesteps seed".split()
     )
     training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
     description = f"""# LCM-LoRA
@@ -2876,8 +2847,7 @@ def describe_device(accelerator):
 def without_effect(args):
     """Return a line for each flag or variable of the user's that changes nothing."""
     lines = [f"--{flag} has no effect: {why}" for flag, why in FLAGS_WITHOUT_EFFECT.items() if getattr(args, flag)]
-    others = READ_BY.keys() - {args.objective, "consistency" if args.phases > 1 else args.objective}
-    for flag in chain.from_iterable(READ_BY[objective] for objective in others):
+    for flag in chain.from_iterable(READ_BY[objective] for objective in READ_BY.keys() - {args.objective}):
         if getattr(args, flag) != build_parser().get_default(flag):
             lines.append(f"--{flag} has no effect with --objective {args.objective}")
     name, steps = "ACCELERATE_GRADIENT_ACCUMULATION_STEPS", args.gradient_accumulation_steps

@@ -106,7 +106,7 @@ def test_defaults_are_the_released_recipe(name):
 COUNTS = """
 lora_rank num_ddim_timesteps resolution train_batch_size gradient_accumulation_steps max_train_steps
 num_train_epochs max_train_samples checkpointing_steps checkpoints_total_limit logging_steps
-vae_encode_batch_size shuffle_buffer_samples max_image_pixels student_steps fake_updates phases
+vae_encode_batch_size shuffle_buffer_samples max_image_pixels student_steps fake_updates
 """.split()
 FROM_ZERO = "dataloader_num_workers fake_warmup_steps lr_warmup_steps seed min_image_side_px".split()
 POSITIVE = (
