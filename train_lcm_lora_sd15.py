@@ -402,6 +402,9 @@ def check_args(args, error):
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
         error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, as validation draws with 8 steps")
+    k = max(1, 1000 // args.num_ddim_timesteps)
+    if args.phases > 1 and (k == 1 or 1000 // args.phases % k):
+        error(f"--phases {args.phases}: each must end at a timestep of the solver; give --num_ddim_timesteps 40")
     for flag in ("learning_rate", "fake_learning_rate"):
         if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
             error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
@@ -2514,7 +2517,8 @@ def usage_of(args):
     kind, _, eta = sampler_of(args)
     is_for_all = args.objective == "matching" or args.phases == 1
     steps = "2 to 8 steps" if is_for_all else f"{args.phases} steps or a multiple"
-    return "LCM sampler" if kind is LCMScheduler else f"DDIM with eta {eta:g}", steps
+    ddim = f"DDIM with eta {eta:g} (elsewhere Euler{' a' * bool(eta)}, SGM Uniform)"
+    return "LCM sampler" if kind is LCMScheduler else ddim, steps
 
 
 @torch.no_grad()

@@ -11,7 +11,7 @@ Input: a .safetensors file with kohya's, diffusers' or PEFT's keys, or the folde
 --format kohya: the released LCM-LoRAs' layout, which diffusers, ComfyUI, A1111 and Forge load.
 --format diffusers: diffusers' keys, alpha multiplied into B, so that a reader that ignores alpha is right.
 --merge_into: one checkpoint in the original layout where --output ends in .safetensors, else a diffusers
-folder. The model draws in 2 to 8 steps at guidance 1 with the LCM sampler; the folder has it as scheduler.
+folder with the LCM sampler, at guidance 1 for 2 to 8 steps; docs/using.md says which LoRAs want another.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
