@@ -128,7 +128,7 @@ WRONG = {
     "aesthetic": [("min_aesthetic", value) for value in ("nan", "-inf")],
     "others": [
         ("resolution", 60), ("validation_steps", -2), ("validation_steps", 0.5), ("seed", 2**63),
-        ("lora_target_modules", " , "), ("num_ddim_timesteps", 7),
+        ("lora_target_modules", " , "), ("num_ddim_timesteps", 7), ("phases", "x"), ("phases", 3), ("phases", 4),
     ],
     "paths": [
         ("pretrained_teacher_model", "/nowhere/teacher"), ("pretrained_teacher_model", "./nowhere"),
