@@ -402,9 +402,6 @@ def check_args(args, error):
         error(f"--w_max {args.w_max}: must be at least --w_min {args.w_min}")
     if args.num_ddim_timesteps < max(VALIDATION_STEPS):
         error(f"--num_ddim_timesteps {args.num_ddim_timesteps}: must be at least 8, as validation draws with 8 steps")
-    k = max(1, 1000 // args.num_ddim_timesteps)
-    if args.phases > 1 and (k == 1 or 1000 // args.phases % k):
-        error(f"--phases {args.phases}: each must end at a timestep of the solver; give --num_ddim_timesteps 40")
     for flag in ("learning_rate", "fake_learning_rate"):
         if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
             error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
@@ -421,6 +418,9 @@ def check_objective(args, error):
         values = [value for value in args.train_shards_path_or_url if not re.match(r"pipe:|\w+://", value)]
         if any(value.endswith(".txt") for value in values):
             error("--prompts_file: prompts without pictures are for --objective matching")
+        k = max(1, 1000 // args.num_ddim_timesteps)
+        if args.phases > 1 and (k == 1 or 1000 // args.phases % k):
+            error(f"--phases {args.phases}: each must end at a timestep of the solver; give --num_ddim_timesteps 40")
     elif not args.init_lora:
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     elif max(args.student_steps) > args.num_ddim_timesteps:
@@ -1949,10 +1949,9 @@ def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, u
 def training_loss(job, latents, conditioning, uncond, draws):
     """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student)."""
     schedule, dtype = job.schedule, job.dtype
-    # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n, and not beyond the end of its phase.
+    # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n.
     timesteps = schedule.ddim_timesteps[draws.index]
-    ends = phase_ends(schedule, timesteps, job.args.phases)
-    prev_timesteps = (timesteps - schedule.k).maximum(ends)
+    prev_timesteps = (timesteps - schedule.k).clamp(min=0)
     # 2. Noise the latents to t_{n+k}.
     z_t = add_noise(schedule, latents, draws.eps, timesteps)
     has_dropout = job.args.lora_dropout > 0  # switching modes walks the whole UNet, 9,810 modules of SDXL
@@ -1965,7 +1964,8 @@ def training_loss(job, latents, conditioning, uncond, draws):
         )
         # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
         target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
-        if job.args.phases > 1:
+        if job.args.phases > 1:  # what leads to the same end; its phase ends at t_n or below
+            ends = phase_ends(schedule, timesteps, job.args.phases)
             target = through_end(schedule, target, z_prev, prev_timesteps, z_t, timesteps, ends)
     # 5. Prediction: the student's clean estimate at (z_t, t_{n+k}); both should agree.
     if has_dropout:

@@ -404,7 +404,7 @@ def test_two_processes_learn_from_captions_alone(script, teacher, shards, prompt
     [
         ({"init_lora": None}, "--init_lora"), ({"objective": None}, "--objective matching"),
         ({"student_steps": [4, 99]}, "--student_steps 99"),
-        ({"phases": 2, "num_ddim_timesteps": 501}, "--phases 2"),
+        ({"objective": None, "phases": 2, "num_ddim_timesteps": 501, "train_shards_path_or_url": "x"}, "--phases 2"),
         ({"lr_scheduler": "polynomial", "fake_learning_rate": 5e-8}, "--fake_learning_rate 5e-08"),
     ],
 )  # fmt: skip

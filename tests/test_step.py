@@ -93,13 +93,15 @@ def row(conditioning, n):
     return {k: row(v, n) if isinstance(v, dict) else v[n : n + 1] for k, v in conditioning.items()}
 
 
-def plain_loss(unet, config, latents, conditioning, uncond, draws, phases=1, adapter=True, w_offset=0.0, swap=False):
-    """Return the loss written from its definition, sample by sample; the last three arguments break it."""
+def plain_loss(
+    unet, config, latents, conditioning, uncond, draws, adapter=True, w_offset=0.0, swap=False, phases=1, k=20
+):
+    """Return the loss written from its definition, sample by sample; `adapter`, `w_offset` and `swap` break it."""
     changes = {"timestep_spacing": "trailing", "set_alpha_to_one": False, "clip_sample": False}
     ddim, lcm = DDIMScheduler.from_config(config, **changes), LCMScheduler.from_config(config)
     alphas, sigmas = ddim.alphas_cumprod.sqrt(), (1 - ddim.alphas_cumprod).sqrt()
     edges = [0, *(1000 * part // phases - 1 for part in range(1, phases))]
-    ddim.set_timesteps(50)
+    ddim.set_timesteps(1000 // k)
 
     def jump(z0, z, t, end):
         return alphas[end] * z0 + sigmas[end] * (z - alphas[t] * z0) / sigmas[t]
@@ -111,15 +113,14 @@ def plain_loss(unet, config, latents, conditioning, uncond, draws, phases=1, ada
 
     losses = []
     for n, index in enumerate(draws.index.tolist()):
-        t, w = 20 * index + 19, draws.w[n] + w_offset
+        t, t_prev, w = k * index + k - 1, max(k * index - 1, 0), draws.w[n] + w_offset
         end = max(edge for edge in edges if edge < t)
-        t_prev = max(t - 20, end)
         given = row(conditioning, n)
         z_t = ddim.add_noise(latents[n : n + 1], draws.eps[n : n + 1], torch.tensor([t]))
         with torch.no_grad():
             unet.disable_adapters()
             cond, free = unet(z_t, t, **given).sample, unet(z_t, t, **row(uncond, n)).sample
-            z_prev = jump(ddim.step((1 + w) * cond - w * free, t, z_t).pred_original_sample, z_t, t, t_prev)
+            z_prev = ddim.step((1 + w) * cond - w * free, t, z_t).prev_sample
             if adapter:
                 unet.enable_adapters()
             target = consistency(z_prev, t if swap else t_prev, given)
@@ -139,12 +140,15 @@ def plain_loss(unet, config, latents, conditioning, uncond, draws, phases=1, ada
 )  # fmt: skip
 def test_loss_is_the_definition(script, pipe, unet, args, prediction_type):
     config = dict(pipe.scheduler.config) | {"prediction_type": prediction_type}
-    schedule = schedule_of(script, pipe, args, prediction_type=prediction_type)
-    # With 2 phases 519 steps to the end of its own, 499 begins one. With 4 (on this grid refused) 259 stops at 249.
-    for phases, index in (1, (0, 7, 24, 49)), (2, (0, 7, 24, 25, 49)), (4, (0, 7, 12, 24, 37, 49)):
-        args.phases, data = phases, inputs(script, args, pipe, index)
+    # With 2 phases 519 steps to the end of its own, and 499 begins one; with 4 and k = 25 274 and 249 do.
+    for phases, k, index in (1, 20, (0, 7, 24, 49)), (2, 20, (0, 7, 24, 25, 49)), (4, 25, (0, 4, 9, 10, 39)):
+        args.phases, args.num_ddim_timesteps = phases, 1000 // k
+        schedule, data = (
+            schedule_of(script, pipe, args, prediction_type=prediction_type),
+            inputs(script, args, pipe, index),
+        )
         loss = loss_of(script, unet, pipe, args, schedule, data=data)
-        torch.testing.assert_close(loss, plain_loss(unet, config, *data, phases), rtol=1e-5, atol=0)
+        torch.testing.assert_close(loss, plain_loss(unet, config, *data, phases=phases, k=k), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("broken", [{"adapter": False}, {"w_offset": -1.0}, {"swap": True}])
@@ -613,9 +617,8 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     assert pipe.scheduler is scheduler, "the teacher's own is put back"
     pipe.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=20, timestep_scaling=1e-3)
     generator = torch.Generator().manual_seed(args.seed + 1)
-    expected = pipe(
-        "hill", num_inference_steps=4, guidance_scale=1.0, height=32, width=32, generator=generator
-    ).images[0]
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
+    expected = pipe("hill", generator=generator, **options).images[0]
     pipe.scheduler = scheduler
     assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
     grid = np.asarray(Image.open(tmp_path / "validation" / "step-0000000.png"))
@@ -633,7 +636,6 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     assert not np.array_equal(first, second), "drawn with the eta that the card names"
     args.objective, args.phases = "consistency", 4
     assert np.array_equal(first, np.asarray(script.validate(job)[4][1])), "phases are for DDIM with eta 0"
-    args.phases = 1
     modes = []
 
     def raise_it():
