@@ -7,7 +7,7 @@
     --lora outputs/lcm-lora=1.0 --lora path/to/style=0.8           with a style, which is on in every row
     --lora outputs/lcm-lora/checkpoint-1000/unet                   a checkpoint's PEFT folder
     --steps 1 2 3 4 5 6 7 8 --base_steps 1 4 8 15 20 25 30 50      LCM rows, and the teacher's
-    --samplers lcm-lora lcm-lora-ddim                              LCMScheduler, and DDIM with eta 0.3
+    --samplers lcm-lora lcm-lora-ddim lcm-lora-euler               LCMScheduler, DDIM with eta 0.3, with eta 0
     --image photo.png --strength 0.6                               image-to-image
     --image photo.png --mask mask.png                              inpainting: white is drawn anew
     --controlnet MODEL --control_image edges.png                   ControlNet, alone or with --image

@@ -255,22 +255,26 @@ def test_samplers_start_in_noise_and_end_clean(models):
         torch.testing.assert_close(latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4)
 
 
-def test_an_lcm_lora_drawn_by_ddim(models):
+def test_an_lcm_lora_drawn_by_ddim_and_euler(models):
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
-    given = pipelines.set_sampler(pipe, "lcm-lora-ddim")
-    (latents,), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent", **given)
-    assert pipe.scheduler.timesteps[0] == 999
-    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
-    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **options)
-    noise = torch.Generator().manual_seed(0)
-    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "generator": noise}
-    torch.testing.assert_close(latents, pipe("sea", eta=0.3, **options).images[0])
-    noise.manual_seed(0)
-    assert (latents - pipe("sea", eta=0.0, **options).images[0]).abs().max() > 1e-3, "eta must act"
+    schedule, drawn = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}, {}
+    for name in ("lcm-lora-ddim", "lcm-lora-euler"):
+        given = pipelines.set_sampler(pipe, name)
+        (drawn[name],), _ = pipelines.draw(pipe, ["sea"], 4, 1.0, [0], output_type="latent", **given)
+        assert pipe.scheduler.timesteps[0] == 999
+    pipe.scheduler = DDIMScheduler.from_config(pipe.scheduler.config, **schedule)
+
+    def latents(eta):
+        noise = torch.Generator().manual_seed(0)
+        options = {"num_inference_steps": 4, "guidance_scale": 1.0, "output_type": "latent", "generator": noise}
+        return pipe("sea", eta=eta, **options).images[0]
+
+    torch.testing.assert_close(drawn["lcm-lora-ddim"], latents(0.3))
+    torch.testing.assert_close(drawn["lcm-lora-euler"], latents(0.0))
+    assert (latents(0.3) - drawn["lcm-lora-euler"]).abs().max() > 1e-3, "eta must act"
     pipe.disable_lora()
-    noise.manual_seed(0)
-    assert (latents - pipe("sea", eta=0.3, **options).images[0]).abs().max() > 1e-3, "the LoRA must be on"
+    assert (latents(0.0) - drawn["lcm-lora-euler"]).abs().max() > 1e-3, "the LoRA must be on"
 
 
 def test_batch_equals_single_pictures(models):

@@ -12,9 +12,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-LORA_SAMPLERS = ("lcm-lora", "lcm-lora-ddim")
+LORA_SAMPLERS = ("lcm-lora", "lcm-lora-ddim", "lcm-lora-euler")
 SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", *LORA_SAMPLERS, "lcm-without-lora")
-NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, DDIM", "LCM without LoRA")
+NAMES = ("DDIM", "DPM-Solver", "DPM-Solver++", "LCM-LoRA", "LCM-LoRA, DDIM", "LCM-LoRA, Euler", "LCM without LoRA")
 TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")

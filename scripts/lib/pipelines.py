@@ -206,7 +206,7 @@ def set_sampler(pipe, name, weights=None):
     # Clipping to [-1, 1] is for pixels, not latents; DDIMScheduler does it when a config does not mention it.
     options = {"timestep_spacing": "trailing", "clip_sample": False, "thresholding": False}
     kind = diffusers.LCMScheduler
-    if name.endswith("ddim"):
+    if name.endswith(("ddim", "euler")):  # Euler is DDIM with eta 0
         kind = diffusers.DDIMScheduler
         options["set_alpha_to_one"] = True
     elif name.startswith("dpmsolver"):
