@@ -11,7 +11,7 @@ Input: a .safetensors file with kohya's, diffusers' or PEFT's keys, or the folde
 --format kohya: the released LCM-LoRAs' layout, which diffusers, ComfyUI, A1111 and Forge load.
 --format diffusers: diffusers' keys, alpha multiplied into B, so that a reader that ignores alpha is right.
 --merge_into: one checkpoint in the original layout where --output ends in .safetensors, else a diffusers
-folder with the LCM sampler, at guidance 1 for 2 to 8 steps; docs/using.md says which LoRAs want another.
+folder with the sampler that the LoRA's header names, LCM if none, to be drawn at guidance 1.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
@@ -70,8 +70,8 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below, which take seconds
 
 import torch
-from diffusers import LCMScheduler
 from lib.original_layout import original_state
+from lib.pipelines import set_sampler
 from lib.trainers import DTYPES, INPUT_ERRORS, UnusableInput, exit_code, sd15, sdxl
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -92,6 +92,12 @@ def text_width(loras):
     return next((lora.down.shape[1] for name, lora in loras.items() if name.endswith("attn2.to_k")), None)
 
 
+def header_of(args):
+    """Return (header fields, names of the tensors) of the LoRA's file; a checkpoint's has no fields."""
+    with safe_open(sd15.lora_file(args.input), framework="pt") as file:
+        return file.metadata() or {}, list(file.keys())
+
+
 def find_trainer(args, loras):
     """Return the family's script: by --family, the LoRA's text width, names and header, or args.json."""
     width = text_width(loras)
@@ -99,12 +105,10 @@ def find_trainer(args, loras):
     if args.family != "auto" and family not in (None, args.family):
         fault = f"the LoRA's attention reads text of width {width}, which {family} models have"
         raise UnusableInput(f"--family {args.family}: {fault}; leave the flag out")
-    path = sd15.lora_file(args.input)
-    with safe_open(path, framework="pt") as file:
-        header = file.metadata() or {}
-        is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in file.keys())
+    header, names = header_of(args)
+    is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in names)
     facts = [str(header.get(name)) for name in ("ss_base_model_version", "modelspec.architecture")]
-    for record in (folder / "args.json" for folder in path.parents[:2]):
+    for record in (folder / "args.json" for folder in sd15.lora_file(args.input).parents[:2]):
         if record.is_file():
             text = record.read_text("utf-8", "replace")
             teacher = (re.findall(r'"pretrained_teacher_model": "([^"]+)"', text) or ["none"])[0]
@@ -207,7 +211,7 @@ def merge(args, loras, path, dtype):
             fault = f"the LoRA's layer {name} {[*delta.shape]} does not fit"
             raise UnusableInput(f"--merge_into {args.merge_into}: {fault}; name a model of its architecture")
         weight += delta.view_as(weight)
-    pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)
+    set_sampler(pipe, "ddim" if "DDIM" in header_of(args)[0].get("modelspec.usage_hint", "") else "lcm-without-lora")
     pipe.to(dtype)
     if path.suffix == ".safetensors":
         save_file(original_state(pipe), path, metadata={"format": "pt"})

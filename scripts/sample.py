@@ -12,10 +12,9 @@
     --image photo.png --mask mask.png                              inpainting: white is drawn anew
     --controlnet MODEL --control_image edges.png                   ControlNet, alone or with --image
 
-The grid has a row per sampler, all from the same noise. So that the teacher is shown at its best, DDIM and
-the DPM-Solvers (second order, multistep) use "trailing" timesteps, which start where there is only noise
-(arXiv:2305.08891; the "leading" ones of most model folders start at timestep 1 if there is one step), and
-like LCM sampling they end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
+The grid has a row per sampler, all from the same noise. DDIM and the DPM-Solvers (second order, multistep) use
+"trailing" timesteps, which start where there is only noise and show the teacher at its best (arXiv:2305.08891),
+and end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of the first 16 prompts), samples.json.
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
@@ -164,8 +163,7 @@ def start_pictures(args):
         extra = {"image": fitted_picture(args.image, args.resolution), "strength": args.strength}
     if args.mask:
         width, height = extra["image"].size
-        mask = pipelines.read_picture(args.mask).convert("L")
-        mask = mask.resize((width, height), Image.Resampling.NEAREST)
+        mask = pipelines.read_picture(args.mask).convert("L").resize((width, height), Image.Resampling.NEAREST)
         extra |= {"mask_image": mask, "width": width, "height": height}
     if args.controlnet:
         picture = fitted_picture(args.control_image, args.resolution)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, flags, load_script, tiny_text
 from diffusers import (
+    DDIMScheduler,
     DiffusionPipeline,
     LCMScheduler,
     StableDiffusionPipeline,
@@ -132,7 +133,8 @@ def write_sources(unet, trainer, folder, args):
     header = {"lora_adapter_metadata": json.dumps({f"unet.{name}": value for name, value in config.items()})}
     save_file({f"unet.{n}": v for n, v in state.items()}, folder / trainer.WEIGHTS_NAME, metadata=header)
     kohya = trainer.kohya_weights(state, args.lora_alpha, unet.config.layers_per_block)
-    save_file(kohya, folder / SOURCES["kohya"])
+    args.phases = 2
+    save_file(kohya, folder / SOURCES["kohya"], metadata={"modelspec.usage_hint": trainer.usage_of(args)[0]})
     unet.peft_config["default"].save_pretrained(folder / "unet")
     peft = {f"base_model.model.{name}": value for name, value in state.items()}
     save_file(peft, folder / "unet" / "adapter_model.safetensors")
@@ -426,6 +428,11 @@ def test_a_merged_model_has_the_weights_of_the_model_with_its_lora(tool, merging
         merged = DiffusionPipeline.from_pretrained(out)
         assert isinstance(merged.scheduler, LCMScheduler)
         assert merged.scheduler.config.prediction_type == "v_prediction"
+        words[1] = lora / SOURCES["kohya"]  # whose header names DDIM
+        run(tool, *words, "--output", tmp_path / "of-phases")
+        scheduler = DiffusionPipeline.from_pretrained(tmp_path / "of-phases").scheduler
+        assert isinstance(scheduler, DDIMScheduler) and scheduler.config.timestep_spacing == "trailing"
+        shutil.rmtree(tmp_path / "of-phases")
     else:
         merged = PIPELINES[family].from_single_file(out, config=str(model), local_files_only=True)
         with safe_open(out, "pt") as file:  # by these a loader knows what the UNet predicts

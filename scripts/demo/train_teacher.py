@@ -68,11 +68,9 @@ def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_si
     set_seed(accelerator.process_index)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=1e-3)
-
-    def rate(step):
-        return min(1.0, (step + 1) / 100, 4 * (updates - step) / updates)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 100, 4 * (updates - step) / updates)
+    )
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     losses = []
     for step in range(1, updates + 1):
