@@ -90,6 +90,7 @@ LORA_TARGETS = (
     "conv1,conv2,conv_shortcut,downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
 )
 SIGMA_DATA = 0.5  # of the boundary condition; LCMScheduler's value
+PICTURE_FROM = 0.775  # share of T: with --phases, too, the student jumps to the picture from this timestep on
 VALIDATION_STEPS = (1, 2, 4, 8)
 NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures become public
     "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
@@ -273,9 +274,9 @@ def add_objective_args(parser):
     add("--loss_space", choices=("sample", "epsilon"), default="sample",
         help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
         "latents and so gives small timesteps more weight")
-    add("--phases", type=int, choices=(1, 2, 4, 8), default=1,
-        help="equal parts of the timesteps, to whose ends the student jumps, for DDIM with so many steps or a "
-        "multiple; 1 is LCM, which jumps to the picture, for LCMScheduler")
+    add("--phases", type=int, choices=(1, 2, 4), default=1,
+        help="equal parts of the timesteps, to whose ends the student jumps where it does not start from nearly pure "
+        "noise, for DDIM or Euler; 1 is LCM, which always jumps to the picture, for LCMScheduler")
     add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
@@ -618,16 +619,24 @@ def ddim_step(schedule, z0, eps, prev_timesteps):
 
 
 def phase_ends(schedule, timesteps, phases):
-    """Return the timestep at which each timestep's phase ends: 0, or one less than a multiple of T / phases."""
-    size = len(schedule.alphas) // phases
-    return (timesteps // size * size - 1).clamp(min=0)
+    """Return where the student jumps to from each timestep: to the end of its phase (arXiv:2405.18407), 0 or one less
+    than a multiple of T / phases; from nearly pure noise to the picture, so that a drawing of one step ends there.
+    """
+    num_timesteps = len(schedule.alphas)
+    size = num_timesteps // phases
+    ends = (timesteps // size * size - 1).clamp(min=0)
+    return torch.where(timesteps < PICTURE_FROM * num_timesteps, ends, 0)
 
 
-def through_end(schedule, z0_prev, z_prev, prev_timesteps, z_t, timesteps, ends):
-    """Return the z0 with which DDIM goes from z_t to where it goes with z0_prev from z_prev (arXiv:2405.18407)."""
-    (alpha_prev, sigma_prev), (alpha_t, sigma_t) = schedule.at(prev_timesteps), schedule.at(timesteps)
-    alpha_end, sigma_end = schedule.at(ends)
-    z_end = ddim_step(schedule, z0_prev, (z_prev - alpha_prev * z0_prev) / sigma_prev, ends)
+def jump(schedule, z0, z_t, timesteps, ends):
+    """Return the z at which DDIM arrives from z_t with the clean estimate z0."""
+    alpha_t, sigma_t = schedule.at(timesteps)
+    return ddim_step(schedule, z0, (z_t - alpha_t * z0) / sigma_t, ends)
+
+
+def estimate_of_jump(schedule, z_end, ends, z_t, timesteps):
+    """Return the clean estimate with which DDIM arrives at z_end from z_t."""
+    (alpha_t, sigma_t), (alpha_end, sigma_end) = schedule.at(timesteps), schedule.at(ends)
     return (sigma_t * z_end - sigma_end * z_t) / (alpha_end * sigma_t - sigma_end * alpha_t)
 
 
@@ -1862,7 +1871,7 @@ class Draws:
 
     posterior_eps: torch.Tensor  # [B,4,h,w], for the VAE's posterior
     eps: torch.Tensor  # [B,4,h,w], the forward process's noise
-    index: torch.Tensor  # [B] int64 in 0..N-1, position in the solver's grid
+    index: torch.Tensor  # [B] int64 in 0..N-1, position in the solver's grid; on the CPU
     w: torch.Tensor  # [B,1,1,1] guidance
     empty: torch.Tensor  # [B] bool, captions to drop; on the CPU
 
@@ -1889,7 +1898,7 @@ def draw(args, shape, global_step, micro_step, process_index, device):
     index = torch.randint(args.num_ddim_timesteps, (batch,), generator=generator)
     w = args.w_min + (args.w_max - args.w_min) * torch.rand(batch, 1, 1, 1, generator=generator)
     empty = torch.rand(batch, generator=generator) < args.proportion_empty_prompts
-    return Draws(posterior_eps, eps, send(index, device), send(w, device), empty)
+    return Draws(posterior_eps, eps, index, send(w, device), empty)
 
 
 def encode(job, batch):
@@ -1946,11 +1955,34 @@ def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, u
     return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
 
 
+def phase_target(job, target, z_prev, z_t, index, conditioning):
+    """Return the clean estimate that leads from z_t to where the student arrives from z_prev, with its `target` there.
+
+    Where that is above the end from t_{n+k}, which alone is nearly pure noise, the student jumps on, end by end.
+    """
+    schedule, phases = job.schedule, job.args.phases
+    timesteps = (index + 1) * schedule.k - 1  # on the CPU, so that choosing samples does not wait for the GPU
+    prev_timesteps = (timesteps - schedule.k).clamp(min=0)
+    ends, ends_prev = (phase_ends(schedule, each, phases) for each in (timesteps, prev_timesteps))
+    numbers = timesteps, prev_timesteps, ends, (ends_prev > ends).nonzero()[:, 0]
+    timesteps, reached, ends, rows = (send(each, z_t.device) for each in numbers)
+    if len(rows):
+        z0, z, t, own = slice_tensors((target, z_prev, reached, conditioning), rows)
+        for _ in range(phases - 1):  # a further jump from timestep 0 changes nothing
+            start, t = t, phase_ends(schedule, t, phases)
+            z = jump(schedule, z0, z, start, t)
+            z0 = consistency(job.student_unet, schedule, z, t, own, job.dtype)
+        pairs = (target, z0), (z_prev, z), (reached, t)
+        target, z_prev, reached = (whole.index_copy(0, rows, part) for whole, part in pairs)
+    z_end = jump(schedule, target, z_prev, reached, ends)
+    return estimate_of_jump(schedule, z_end, ends, z_t, timesteps)
+
+
 def training_loss(job, latents, conditioning, uncond, draws):
     """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student)."""
     schedule, dtype = job.schedule, job.dtype
     # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n.
-    timesteps = schedule.ddim_timesteps[draws.index]
+    timesteps = schedule.ddim_timesteps[send(draws.index, latents.device)]
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
     # 2. Noise the latents to t_{n+k}.
     z_t = add_noise(schedule, latents, draws.eps, timesteps)
@@ -1964,9 +1996,8 @@ def training_loss(job, latents, conditioning, uncond, draws):
         )
         # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
         target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
-        if job.args.phases > 1:  # what leads to the same end; its phase ends at t_n or below
-            ends = phase_ends(schedule, timesteps, job.args.phases)
-            target = through_end(schedule, target, z_prev, prev_timesteps, z_t, timesteps, ends)
+        if job.args.phases > 1:
+            target = phase_target(job, target, z_prev, z_t, draws.index, conditioning)
     # 5. Prediction: the student's clean estimate at (z_t, t_{n+k}); both should agree.
     if has_dropout:
         job.student_unet.train()
@@ -2644,10 +2675,9 @@ def save_gallery(folder, pictures):
 
 
 def write_card(job, drawn):
-    """Write the pictures at 4 steps, those of 8 phases at 8, and the model card `README.md`."""
+    """Write the pictures at 4 steps and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    shown = max(4, args.phases)
-    save_gallery(folder, drawn.get(shown, []))
+    save_gallery(folder, drawn.get(4, []))
     teacher = masked(args.pretrained_teacher_model)
     from_hub = "://" not in teacher and not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
@@ -2674,11 +2704,11 @@ pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
 pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
-picture = pipe({prompt}, num_inference_steps={shown}, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
+picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
 Use {steps} and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: {sampler}, CFG 1 to 2. Pictures: {shown} steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+file: {sampler}, CFG 1 to 2. Pictures: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
