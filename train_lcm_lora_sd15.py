@@ -90,7 +90,7 @@ LORA_TARGETS = (
     "conv1,conv2,conv_shortcut,downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
 )
 SIGMA_DATA = 0.5  # of the boundary condition; LCMScheduler's value
-PICTURE_FROM = 0.775  # share of T: with --phases, too, the student jumps to the picture from this timestep on
+PICTURE_FROM = 0.775  # share of T from which the student jumps to the picture with --phases 2, too
 VALIDATION_STEPS = (1, 2, 4, 8)
 NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures become public
     "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
@@ -274,9 +274,9 @@ def add_objective_args(parser):
     add("--loss_space", choices=("sample", "epsilon"), default="sample",
         help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
         "latents and so gives small timesteps more weight")
-    add("--phases", type=int, choices=(1, 2, 4), default=1,
-        help="equal parts of the timesteps, to whose ends the student jumps where it does not start from nearly pure "
-        "noise, for DDIM or Euler; 1 is LCM, which always jumps to the picture, for LCMScheduler")
+    add("--phases", type=int, choices=(1, 2), default=1,
+        help="2: from the timesteps between nearly pure noise and the middle, the student jumps to the middle, for "
+        "Euler or DDIM; 1 is LCM, which always jumps to the picture, for LCMScheduler")
     add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
@@ -420,8 +420,8 @@ def check_objective(args, error):
         if any(value.endswith(".txt") for value in values):
             error("--prompts_file: prompts without pictures are for --objective matching")
         k = max(1, 1000 // args.num_ddim_timesteps)
-        if args.phases > 1 and (k == 1 or 1000 // args.phases % k):
-            error(f"--phases {args.phases}: each must end at a timestep of the solver; give --num_ddim_timesteps 40")
+        if args.phases == 2 and (k == 1 or 500 % k):
+            error("--phases 2: the middle must be a timestep of the solver; give --num_ddim_timesteps 50")
     elif not args.init_lora:
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     elif max(args.student_steps) > args.num_ddim_timesteps:
@@ -618,14 +618,14 @@ def ddim_step(schedule, z0, eps, prev_timesteps):
     return add_noise(schedule, z0, eps, prev_timesteps)
 
 
-def phase_ends(schedule, timesteps, phases):
-    """Return where the student jumps to from each timestep: to the end of its phase (arXiv:2405.18407), 0 or one less
-    than a multiple of T / phases; from nearly pure noise to the picture, so that a drawing of one step ends there.
+def phase_ends(schedule, timesteps):
+    """Return where the student of two phases jumps to from each timestep: 0, the picture, or T / 2 - 1, half way.
+
+    From the second half it is half way (PCM, arXiv:2405.18407), but not from nearly pure noise, where drawing begins.
     """
-    num_timesteps = len(schedule.alphas)
-    size = num_timesteps // phases
-    ends = (timesteps // size * size - 1).clamp(min=0)
-    return torch.where(timesteps < PICTURE_FROM * num_timesteps, ends, 0)
+    half = len(schedule.alphas) // 2
+    is_between = (timesteps >= half) & (timesteps < PICTURE_FROM * len(schedule.alphas))
+    return is_between * (half - 1)
 
 
 def jump(schedule, z0, z_t, timesteps, ends):
@@ -1928,21 +1928,20 @@ def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, u
 def phase_target(job, target, z_prev, z_t, index, conditioning):
     """Return the clean estimate that leads from z_t to where the student arrives from z_prev, with its `target` there.
 
-    Where that is above the end from t_{n+k}, which alone is nearly pure noise, the student jumps on, end by end.
+    Where that is half way, and t_{n+k} is the first that leads to the picture, the student jumps on.
     """
-    schedule, phases = job.schedule, job.args.phases
+    schedule = job.schedule
     timesteps = (index + 1) * schedule.k - 1  # on the CPU, so that choosing samples does not wait for the GPU
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
-    ends, ends_prev = (phase_ends(schedule, each, phases) for each in (timesteps, prev_timesteps))
+    ends, ends_prev = phase_ends(schedule, timesteps), phase_ends(schedule, prev_timesteps)
     numbers = timesteps, prev_timesteps, ends, (ends_prev > ends).nonzero()[:, 0]
     timesteps, reached, ends, rows = (send(each, z_t.device) for each in numbers)
     if len(rows):
         z0, z, t, own = slice_tensors((target, z_prev, reached, conditioning), rows)
-        for _ in range(phases - 1):  # a further jump from timestep 0 changes nothing
-            start, t = t, phase_ends(schedule, t, phases)
-            z = jump(schedule, z0, z, start, t)
-            z0 = consistency(job.student_unet, schedule, z, t, own, job.dtype)
-        pairs = (target, z0), (z_prev, z), (reached, t)
+        half_way = phase_ends(schedule, t)
+        z = jump(schedule, z0, z, t, half_way)
+        z0 = consistency(job.student_unet, schedule, z, half_way, own, job.dtype)
+        pairs = (target, z0), (z_prev, z), (reached, half_way)
         target, z_prev, reached = (whole.index_copy(0, rows, part) for whole, part in pairs)
     z_end = jump(schedule, target, z_prev, reached, ends)
     return estimate_of_jump(schedule, z_end, ends, z_t, timesteps)
@@ -1966,7 +1965,7 @@ def training_loss(job, latents, conditioning, uncond, draws):
         )
         # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
         target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
-        if job.args.phases > 1:
+        if job.args.phases == 2:
             target = phase_target(job, target, z_prev, z_t, draws.index, conditioning)
     # 5. Prediction: the student's clean estimate at (z_t, t_{n+k}); both should agree.
     if has_dropout:
@@ -2536,7 +2535,7 @@ class Log:
 
 def sampler_of(args):
     """Return (scheduler class, its options, eta) with which the LoRA is drawn."""
-    if args.objective == "matching" or args.phases > 1:
+    if args.objective == "matching" or args.phases == 2:
         options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
         return DDIMScheduler, options, args.student_eta if args.objective == "matching" else 0.0
     options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
@@ -2547,7 +2546,7 @@ def usage_of(args):
     """Return the names of the sampler and of the step counts that the LoRA is for."""
     kind, _, eta = sampler_of(args)
     is_for_all = args.objective == "matching" or args.phases == 1
-    steps = "2 to 8 steps" if is_for_all else f"{args.phases} steps or a multiple"
+    steps = "2 to 8 steps" if is_for_all else "2, 4 or 8 steps"
     ddim = f"DDIM with eta {eta:g} (elsewhere Euler{' a' * bool(eta)}, SGM Uniform)"
     return "LCM sampler" if kind is LCMScheduler else ddim, steps
 
