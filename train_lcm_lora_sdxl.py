@@ -90,7 +90,7 @@ LORA_TARGETS = (
     "conv1,conv2,conv_shortcut,downsamplers.0.conv,upsamplers.0.conv,time_emb_proj"
 )
 SIGMA_DATA = 0.5  # of the boundary condition; LCMScheduler's value
-PICTURE_FROM = 0.775  # share of T from which the student jumps to the picture with --phases 2, too
+PICTURE_FROM = 0.775  # share of T from which on the student jumps to the picture even with --phases 2
 VALIDATION_STEPS = (1, 2, 4, 8)
 NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures become public
     "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
@@ -275,7 +275,7 @@ def add_objective_args(parser):
         help="compare clean latents, or the noise that they imply, which is alpha_t / sigma_t times the clean "
         "latents and so gives small timesteps more weight")
     add("--phases", type=int, choices=(1, 2), default=1,
-        help="2: from the timesteps between nearly pure noise and the middle, the student jumps to the middle, for "
+        help="2: from the timesteps between the middle and nearly pure noise the student jumps to the middle, for "
         "Euler or DDIM; 1 is LCM, which always jumps to the picture, for LCMScheduler")
     add("--timestep_scaling_factor", type=POSITIVE, default=10.0, help="timestep scaling of the boundary condition")
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
@@ -1964,9 +1964,10 @@ def phase_target(job, target, z_prev, z_t, index, conditioning):
     timesteps = (index + 1) * schedule.k - 1  # on the CPU, so that choosing samples does not wait for the GPU
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
     ends, ends_prev = phase_ends(schedule, timesteps), phase_ends(schedule, prev_timesteps)
-    numbers = timesteps, prev_timesteps, ends, (ends_prev > ends).nonzero()[:, 0]
-    timesteps, reached, ends, rows = (send(each, z_t.device) for each in numbers)
+    rows = (ends_prev > ends).nonzero()[:, 0]
+    timesteps, reached, ends = (send(each, z_t.device) for each in (timesteps, prev_timesteps, ends))
     if len(rows):
+        rows = send(rows, z_t.device)
         z0, z, t, own = slice_tensors((target, z_prev, reached, conditioning), rows)
         half_way = phase_ends(schedule, t)
         z = jump(schedule, z0, z, t, half_way)
@@ -3180,6 +3181,8 @@ def make_job(args, accelerator, samples, cache, state, is_resumed=False):
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
+    if args.phases == 2 and len(schedule.alphas) != 1000:
+        raise UnusableInput(f"--phases 2: the teacher has {len(schedule.alphas)} timesteps, not 1000; leave it out")
     teacher_unet, fake = make_twin(student_unet), None
     if args.objective == "matching":
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)

@@ -7,8 +7,8 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 family=${1:-sd15}
 case $family in
-  sd15) data=outputs/demo-data kind=() ;;
-  sdxl) data=outputs/demo-data-varied kind=(--varied) ;;
+  sd15) data=outputs/demo-data kind=() updates=360 ;;
+  sdxl) data=outputs/demo-data-varied kind=(--varied) updates=270 ;;
   *) echo "error: $family: name sd15 or sdxl" >&2; exit 2 ;;
 esac
 teacher=assets/demo-teacher-$family out=outputs/demo-$family
@@ -27,7 +27,7 @@ say "2/4 training: $out"
 if [ ! -e "$out/pytorch_lora_weights.safetensors" ]; then
   torchrun --nproc_per_node 2 "train_lcm_lora_$family.py" \
     --pretrained_teacher_model "$teacher" --train_shards_path_or_url "$data" --output_dir "$out" \
-    --resolution 64 --train_batch_size 16 --max_train_steps 360 --learning_rate 2e-3 \
+    --resolution 64 --train_batch_size 16 --max_train_steps "$updates" --learning_rate 2e-3 \
     --lr_scheduler linear --lora_rank 32 --num_ddim_timesteps 20 --w_min 5.5 --w_max 7.5 \
     --loss_space epsilon --phases 2 --vae_encode_batch_size 16 --validation_steps 180 --checkpointing_steps 90 \
     --checkpoints_total_limit 1 --dataloader_num_workers 0

@@ -53,7 +53,7 @@ def add_picture_flags(group):
     add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
-    text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: those without LoRA; with --lora lcm-lora)"
+    text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: those without LoRA, and lcm-lora with --lora)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
     add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)

@@ -11,7 +11,7 @@ Input: a .safetensors file with kohya's, diffusers' or PEFT's keys, or the folde
 --format kohya: the released LCM-LoRAs' layout, which diffusers, ComfyUI, A1111 and Forge load.
 --format diffusers: diffusers' keys, alpha multiplied into B, so that a reader that ignores alpha is right.
 --merge_into: one checkpoint in the original layout where --output ends in .safetensors, else a diffusers
-folder with the sampler that the LoRA's header names, LCM if none, to be drawn at guidance 1.
+folder with the scheduler that the LoRA's header names, LCM's if none; an eta belongs into the call (docs/using.md).
 Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
@@ -182,7 +182,8 @@ def write_lora(args, loras, path, dtype):
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise UnusableInput(f"--dtype {args.dtype}: the weights are too large for it; give bf16 or fp32")
-    save_file(state, path, metadata={"format": "pt"} | header)
+    hint = {} if args.bare_header else {k: v for k, v in header_of(args)[0].items() if k == "modelspec.usage_hint"}
+    save_file(state, path, metadata={"format": "pt"} | hint | header)
     back = sd15.read_lora(path, layers_per_block)
     if back.keys() != loras.keys() or not all(
         torch.equal(back[name].down, lora.down.to(dtype)) and back[name].up.shape == lora.up.shape

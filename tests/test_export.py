@@ -613,7 +613,7 @@ def test_the_header_names_model_and_strength_and_nothing_of_the_input(tool, trai
     family, *_, folder = trained
     state = load_file(folder / SOURCES["kohya"])
     secrets = {"ss_sd_model_name": "/home/someone/model.safetensors", "note": "hf_secretSECRETsecret"}
-    save_file(state, tmp_path / "in.safetensors", metadata=secrets)
+    save_file(state, tmp_path / "in.safetensors", metadata=secrets | {"modelspec.usage_hint": "DDIM with eta 0"})
     for keys in ("kohya", "diffusers"):
         out = tmp_path / f"{keys}.safetensors"
         words = ["--input", tmp_path / "in.safetensors", "--family", family, "--format", keys]
@@ -622,6 +622,7 @@ def test_the_header_names_model_and_strength_and_nothing_of_the_input(tool, trai
             header = file.metadata()
         text = json.dumps(header)
         assert not any(value in text for value in (*secrets.values(), str(tmp_path)))
+        assert header["modelspec.usage_hint"] == "DDIM with eta 0"
         if keys == "kohya":
             assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "7.0")
             assert header["ss_base_model_version"].startswith({"sd": "sd_v1", "sdxl": "sdxl_"}[family])

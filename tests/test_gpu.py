@@ -236,7 +236,7 @@ def test_04_lora_layers_equal_float64(script, precision):
 @pytest.mark.parametrize("cached", [False, True], ids=["pictures", "cache"])
 def test_05_no_update_waits_for_the_gpu(script, make, cached, large_shards, tmp_path):
     cache = make_cache(script, large_shards, tmp_path) if cached else None
-    job, batches = make(mixed_precision="bf16", cache=cache)
+    job, batches = make(mixed_precision="bf16", cache=cache, phases=1 if cached else 2, num_ddim_timesteps=10)
     for _ in range(2):
         script.update(job, batches)
     torch.cuda.synchronize()

@@ -279,8 +279,7 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
 def make_grid(prompts, labels, steps, pictures):
     """Return one picture: a block per prompt, in it a row per sampler (labels: name -> text).
 
-    `pictures` maps (prompt index, name, steps) to a picture; a cell without one stays white. `steps` is a list, or
-    {key: heading}.
+    `pictures` maps (prompt index, name, steps) to a picture; other cells are white. `steps`: list or {key: heading}.
     """
     columns = steps if isinstance(steps, dict) else {n: f"{n} step{'s' * (n > 1)}" for n in steps}
     cell = next(iter(pictures.values()))

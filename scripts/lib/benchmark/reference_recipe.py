@@ -64,7 +64,7 @@ class PlainRecipe:
     def loss(self, job, latents, conditioning, uncond, draws):
         """Return the loss as common scripts order it: student, teacher twice, target."""
         trainer, schedule, device = self.trainer, job.schedule, latents.device.type
-        timesteps = schedule.ddim_timesteps[draws.index]
+        timesteps = schedule.ddim_timesteps[trainer.send(draws.index, latents.device)]
         prev_timesteps = (timesteps - schedule.k).clamp(min=0)
         z_t = trainer.add_noise(schedule, latents, draws.eps, timesteps)
         with torch.autocast(device, dtype=job.dtype, enabled=job.dtype != torch.float32):
