@@ -774,6 +774,10 @@ LOSSES = {
     SCRIPTS[0]: [0.0382649228, 0.0861518010, 0.0587451309, 0.0682021528, 0.0358752906, 0.0631143302],
     SCRIPTS[1]: [0.0384599790, 0.1000485271, 0.0836332440, 0.0765896440, 0.0432646684, 0.1061746925],
 }
+LOSSES_OF_PHASES = {
+    SCRIPTS[0]: [0.0924505740, 0.1712479889, 0.3014631271, 0.0840762332, 0.1068837717, 0.1991000772],
+    SCRIPTS[1]: [0.1096347123, 0.1708735824, 0.3035626228, 0.0966276228, 0.1168561876, 0.2720854878],
+}
 
 
 def landscapes(folder, count, varied=False):
@@ -804,6 +808,9 @@ def test_losses_of_the_demo_teachers_are_the_stored_ones(tmp_path, monkeypatch, 
     )  # fmt: skip
     finish(load_script(name), line, tmp_path / "said")
     assert [row["loss"] for row in read_log(tmp_path / "out")] == pytest.approx(LOSSES[name], rel=1e-4)
+    line[line.index(str(tmp_path / "out"))] = str(tmp_path / "phases")
+    finish(load_script(name), [*line, "--phases", "2"], tmp_path / "said")
+    assert [row["loss"] for row in read_log(tmp_path / "phases")] == pytest.approx(LOSSES_OF_PHASES[name], rel=1e-4)
 
 
 def frechet(first, second):
