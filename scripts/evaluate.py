@@ -5,12 +5,11 @@
         --lora outputs/lcm-lora --prompts_file prompts.txt --num_images 1000 --output_dir outputs/evaluation
     accelerate launch scripts/evaluate.py ...        the pictures are shared among the processes
 
-Prompts: a text file, one a line; for COCO or PartiPrompts put their captions there (the first column of
-PartiPrompts' tsv). Picture i has prompt i modulo their number, and the same noise in every row.
-Distances need no real pictures: they are to the teacher's own --teacher_steps samples of the same prompts
-with other noise. A second such draw is the first row: its distance is the floor, what a perfect LoRA would
-have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, and later
-runs measure to that file.
+Prompts: a text file, one a line, such as the captions of COCO. Picture i has prompt i modulo their number, and
+the same noise in every row. Distances need no real pictures: they are to the teacher's own --teacher_steps samples
+of the same prompts with other noise. A second such draw is the first row: its distance is the floor, what a perfect
+LoRA would have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, to
+which later runs measure.
 Pictures are drawn once, to <output_dir>/pictures/<row>/, and kept: the same command again resumes.
 Output: results.json, table.md, report.html. Exit codes: 0 done, 2 wrong usage or unusable input, 1 other.
 """
@@ -36,7 +35,7 @@ def parse_args(argv=None):
     add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
     add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
     args = parser.parse_args(argv)
-    args.samplers = args.samplers or [*cli.SAMPLERS[:3], *["lcm-lora"] * bool(args.lora), "lcm-without-lora"]
+    args.samplers = args.samplers or [*cli.SAMPLERS[:3], *cli.samplers_for(args.lora), "lcm-without-lora"]
     for name in ("samplers", "steps", "guidance_scale", "lcm_guidance_scale", "lora", "features"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     cli.refuse(parser, yardstick_problems(args))
@@ -53,7 +52,7 @@ def add_picture_flags(group):
     add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
     text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
     add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
-    text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: those without LoRA, and lcm-lora with --lora)"
+    text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: those without LoRA, and what each LoRA is for)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
     add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)

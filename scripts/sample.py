@@ -63,7 +63,7 @@ def add_sampling_flags(group):
     text = "solver steps, 1 to 1000, LCM rows to 50; a column each (default: those of 1 2 4 8 of which "
     add("--steps", nargs="+", type=int, metavar="N", help=text + "--strength leaves a step)")
     add("--base_steps", nargs="+", type=int, metavar="N", help="steps of the teacher rows (default: --steps)")
-    text = f"rows, of {', '.join(cli.SAMPLERS)} (default: ddim dpmsolver++, and lcm-lora with --lora)"
+    text = f"rows, of {', '.join(cli.SAMPLERS)} (default: ddim dpmsolver++, and what the LoRA is for)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidance of the teacher rows, the paper's w + 1; up to 1 is off (default: %(default)s)"
     add("--guidance_scale", type=cli.GUIDANCE, default=7.5, metavar="G", help=text)
@@ -82,10 +82,10 @@ def fill_in(args):
     if args.image and not args.strength:
         args.strength = 1.0 if args.mask else 0.8
     args.steps = args.steps or [n for n in (1, 2, 4, 8) if n * (args.strength if args.image else 1) >= 1] or [8]
-    args.samplers = args.samplers or ["ddim", "dpmsolver++"] + ["lcm-lora"] * bool(args.lora)
+    args.loras = [cli.split_weight(text) for text in args.lora]
+    args.samplers = args.samplers or ["ddim", "dpmsolver++", *cli.samplers_for(source for source, _ in args.loras[:1])]
     for name in ("samplers", "steps", "base_steps", "lcm_guidance_scale", "lora_strengths"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name) or args.steps)))
-    args.loras = [cli.split_weight(text) for text in args.lora]
 
 
 def task_problems(args):

@@ -255,7 +255,18 @@ def test_samplers_start_in_noise_and_end_clean(models):
         torch.testing.assert_close(latents, eps / pipe.scheduler.alphas_cumprod[999].sqrt(), rtol=1e-4, atol=1e-4)
 
 
-def test_an_lcm_lora_drawn_by_ddim_and_euler(models):
+def test_an_lcm_lora_drawn_by_ddim_and_euler(models, sample, tmp_path):
+    kinds = {"lcm-lora": ("consistency", 1), "lcm-lora-euler": ("consistency", 2), "lcm-lora-ddim": ("matching", 1)}
+    for name, (objective, phases) in kinds.items():  # by default the sampler that the LoRA's header names
+        trained = argparse.Namespace(
+            objective=objective, phases=phases, student_eta=0.3, timestep_scaling_factor=10.0, num_ddim_timesteps=50
+        )
+        (tmp_path / name).mkdir()
+        hint = {"modelspec.usage_hint": ", ".join(sd15.usage_of(trained))}
+        save_file({"a": torch.zeros(1)}, tmp_path / name / sd15.WEIGHTS_NAME, metadata=hint)
+        args = sample.parse_args(usual_flags(models, tmp_path, "--prompts", "a", "--lora", f"{tmp_path / name}=0.8"))
+        assert args.samplers == ["ddim", "dpmsolver++", name]
+    assert sample.cli.samplers_for(["none/there", models / "lora", *map(tmp_path.joinpath, kinds)]) == [*kinds]
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
     schedule, drawn = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}, {}

@@ -150,11 +150,9 @@ class Scene:
 
     def colours(self):
         """Return the three ground colours, far to near, jittered, lit and faded into the fog."""
-        jitter = self.rng.normal(0, 8, 3)
-        result = []
+        jitter, result = self.rng.normal(0, 8, 3), []
         for depth, colour in enumerate(GROUND[self.terrain]):
-            fade = (0.35, 0.15, 0.0)[depth]
-            lit = (np.array(colour) + jitter) * self.light
+            fade, lit = (0.35, 0.15, 0.0)[depth], (np.array(colour) + jitter) * self.light
             if self.weather == "snow" and self.terrain != "sea":
                 lit = lit * 0.45 + np.array((235, 238, 245)) * np.maximum(self.light, 0.4) * 0.55
             result.append(self.shade(lit * (1 - fade) + self.fog * fade, lit=False))
@@ -178,11 +176,9 @@ class Scene:
 
     def draw_desert(self):
         for depth, colour in enumerate(self.colours()):
-            base = self.horizon + 0.04 + 0.13 * depth
-            heights = self.layer(base, 0.06, 0.22, colour)
-            crest = int(heights.argmin())
-            fall = np.linspace(0, 1, max(2, int(self.side * 0.22)))
-            lee = [(crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in range(len(fall))]
+            heights = self.layer(self.horizon + 0.04 + 0.13 * depth, 0.06, 0.22, colour)
+            crest, fall = int(heights.argmin()), range(max(2, int(self.side * 0.22)))
+            lee = [(crest + i, (heights[min(crest + i, self.side - 1)]) * self.side) for i in fall]
             shadow = tuple(int(c * 0.78) for c in colour)
             self.canvas.polygon([*lee, (crest - self.side * 0.1, (heights[crest] + 0.13) * self.side)], shadow)
 
@@ -195,8 +191,7 @@ class Scene:
         crest = tuple(int(c) for c in np.clip(np.array(middle) * 1.25 + 14, 0, 255))
         for _ in range(16):
             depth = self.rng.uniform(0.03, 1)
-            x, y = self.rng.uniform(), self.horizon + depth * (1 - self.horizon)
-            w = 0.03 + 0.09 * depth
+            x, y, w = self.rng.uniform(), self.horizon + depth * (1 - self.horizon), 0.03 + 0.09 * depth
             self.canvas.line([self.point(x - w, y), self.point(x + w, y)], crest, width=SUPERSAMPLING)
 
     def draw_forest(self):
@@ -213,9 +208,8 @@ class Scene:
 
     def stand(self):
         """Return x, foot and size of an object on the ground; on the sea it gets an islet."""
-        rng = self.rng
-        x, size = rng.uniform(0.2, 0.8), rng.uniform(0.16, 0.24)
-        foot = rng.uniform(max(self.horizon + 0.14, 0.68), 0.9)
+        x, size = self.rng.uniform(0.2, 0.8), self.rng.uniform(0.16, 0.24)
+        foot = self.rng.uniform(max(self.horizon + 0.14, 0.68), 0.9)
         if self.terrain == "sea":
             self.canvas.ellipse(self.box(x, foot + 0.01, size * 0.95, 0.05), self.shade((170, 150, 105)))
         return x, foot, size
@@ -227,10 +221,9 @@ class Scene:
         return (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
 
     def draw_balloon(self):
-        rng = self.rng
+        rng, basket = self.rng, self.shade((130, 85, 45))
         x, y, r = rng.uniform(0.18, 0.82), rng.uniform(0.18, 0.42), rng.uniform(0.1, 0.14)
         colour = self.pick((230, 60, 50), (245, 190, 40), (60, 110, 220), (170, 70, 180))
-        basket = self.shade((130, 85, 45))
         for side in (-0.35, 0.35):
             rope = [self.point(x + side * r * 2, y + r * 0.6), self.point(x + side * r, y + r * 1.7)]
             self.canvas.line(rope, basket, 2)
@@ -260,8 +253,7 @@ class Scene:
             colour = stripe if i % 2 else self.shade((245, 245, 240))
             self.polygon(colour, (x - wl, bottom), (x + wl, bottom), (x + wh, top), (x - wh, top))
         self.canvas.rectangle(self.box(x, foot - h - 0.035, w * 0.45, 0.035), (255, 235, 130))
-        eaves = foot - h - 0.065
-        self.polygon(stripe, (x - w * 0.75, eaves), (x + w * 0.75, eaves), (x, foot - h - 0.13))
+        self.polygon(stripe, *((x + side * w * 0.75, foot - h - 0.065) for side in (-1, 1)), (x, foot - h - 0.13))
 
     def draw_tent(self):
         x, foot, size = self.stand()
@@ -285,9 +277,8 @@ class Scene:
             self.canvas.line([self.point(x, foot - h), tip], sail, width=int(self.side * 0.035))
 
     def draw_birds(self):
-        rng = self.rng
+        rng, colour = self.rng, (215, 220, 235) if self.time == "night" else (35, 30, 40)
         cx, cy = rng.uniform(0.25, 0.75), rng.uniform(0.16, 0.36)
-        colour = (215, 220, 235) if self.time == "night" else (35, 30, 40)
         for _ in range(rng.integers(4, 7)):
             x, y, w = cx + rng.uniform(-0.22, 0.22), cy + rng.uniform(-0.12, 0.12), rng.uniform(0.05, 0.075)
             wings = [self.point(x - w, y - w * 0.55), self.point(x, y), self.point(x + w, y - w * 0.55)]

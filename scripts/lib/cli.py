@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flags that name a model, its LoRAs and its prompts, and the checks of their values.
-
-Imports the standard library only, so that --help and wrong flags answer before torch and diffusers load.
-"""
+"""The flags of models, LoRAs and prompts, and the checks of their values; nothing slow is imported, for --help."""
 
 import argparse
 import difflib
@@ -10,7 +7,10 @@ import math
 import re
 import sys
 import tempfile
+from contextlib import suppress
 from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
 
 LORA_SAMPLERS = ("lcm-lora", "lcm-lora-ddim", "lcm-lora-euler")
 SAMPLERS = ("ddim", "dpmsolver", "dpmsolver++", *LORA_SAMPLERS, "lcm-without-lora")
@@ -128,6 +128,17 @@ def split_weight(text):
         return source, math.nan
 
 
+def samplers_for(loras):
+    """Return the samplers that the headers of LoRA files, or of those in folders, name; without one, lcm-lora."""
+    found = {}
+    for path in (Path(lora, LORA_FILE) if Path(lora).is_dir() else Path(lora) for lora in loras):
+        hint = ""
+        with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+            hint = (file.metadata() or {}).get("modelspec.usage_hint", hint)
+        found["lcm-lora" if "DDIM" not in hint else "lcm-lora-euler" if "eta 0 " in hint else "lcm-lora-ddim"] = path
+    return list(found)
+
+
 # Each of these functions returns pairs (whether a value is wrong, message), for `refuse`.
 
 
@@ -150,11 +161,10 @@ def model_problems(args):
 def lora_problems(loras):
     found = []
     for source, weight in loras:
-        files = [LORA_FILE, PEFT_FILES[0]]
-        no_file = Path(source).is_dir() and not any((Path(source) / name).exists() for name in files)
+        no_file = Path(source).is_dir() and not any(Path(source, name).exists() for name in (LORA_FILE, PEFT_FILES[0]))
         found += [
             (not is_source(source), f"--lora {source}: not there; give a file, folder or Hub id"),
-            (no_file, f"--lora {source}: holds no {' nor '.join(files)}; name the file itself"),
+            (no_file, f"--lora {source}: holds no {LORA_FILE} nor {PEFT_FILES[0]}; name the file itself"),
             (not math.isfinite(weight), f"--lora {source}: the weight after = is no number; give PATH=0.8"),
         ]
     return found

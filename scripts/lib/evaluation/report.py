@@ -53,8 +53,7 @@ def full_table(results):
     titles, body = columns(results), []
     for row in results["rows"]:
         figures = [with_interval(row["figures"].get(key)) for key in titles]
-        first = [row["label"], str(row["steps"]), f"{row['guidance']:g}"]
-        body.append([*first, *figures, f"{row['evaluations']:g}"])
+        body.append([row["label"], str(row["steps"]), f"{row['guidance']:g}", *figures, f"{row['evaluations']:g}"])
     return ["sampler", "steps", "guidance", *titles.values(), "UNet evaluations a picture"], body
 
 
@@ -124,10 +123,9 @@ def plots(results):
         for label, rows in lines.items():
             places = [(row["steps"], row["figures"]["seconds"]["value"]) for row in rows if row["figures"].get(key)]
             figures = [row["figures"][key] for row in rows if row["figures"].get(key)]
-            values = [figure["value"] for figure in figures]
             halves = [0 if figure["low"] is None else figure["high"] - figure["value"] for figure in figures]
             for ax, x in zip(axes, zip(*places, strict=True), strict=False):  # no place where there is no figure
-                ax.errorbar(x, values, halves, marker="o", capsize=2, label=label)
+                ax.errorbar(x, [figure["value"] for figure in figures], halves, marker="o", capsize=2, label=label)
         for ax, x_title in zip(axes, ("steps", "seconds a picture"), strict=True):
             ax.set(title=title, xlabel=x_title, xscale="log", yscale="log" if key.startswith("FD") else "linear")
     drawing.legend(*grid[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=3)
