@@ -26,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from lib.cli import COUNT, ToolParser, refuse
+from lib.cli import COUNT, ToolParser, refuse, samplers_for
 
 # What names a family in a header, in a run's args.json or in a model's unet/config.json.
 FAMILY_MARKS = {
@@ -212,7 +212,7 @@ def merge(args, loras, path, dtype):
             fault = f"the LoRA's layer {name} {[*delta.shape]} does not fit"
             raise UnusableInput(f"--merge_into {args.merge_into}: {fault}; name a model of its architecture")
         weight += delta.view_as(weight)
-    set_sampler(pipe, "ddim" if "DDIM" in header_of(args)[0].get("modelspec.usage_hint", "") else "lcm-without-lora")
+    set_sampler(pipe, "lcm-without-lora" if samplers_for([args.input]) == ["lcm-lora"] else "ddim")
     pipe.to(dtype)
     if path.suffix == ".safetensors":
         save_file(original_state(pipe), path, metadata={"format": "pt"})

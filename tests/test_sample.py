@@ -267,6 +267,9 @@ def test_an_lcm_lora_drawn_by_ddim_and_euler(models, sample, tmp_path):
         args = sample.parse_args(usual_flags(models, tmp_path, "--prompts", "a", "--lora", f"{tmp_path / name}=0.8"))
         assert args.samplers == ["ddim", "dpmsolver++", name]
     assert sample.cli.samplers_for(["none/there", models / "lora", *map(tmp_path.joinpath, kinds)]) == [*kinds]
+    (tmp_path / name / "checkpoint-7" / "unet").mkdir(parents=True)  # whose files have no such header
+    for part in ("checkpoint-7", "checkpoint-7/unet"):
+        assert sample.cli.samplers_for([tmp_path / name / part]) == [name]
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
     schedule, drawn = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}, {}

@@ -129,10 +129,11 @@ def split_weight(text):
 
 
 def samplers_for(loras):
-    """Return the samplers that the headers of LoRA files, or of those in folders, name; without one, lcm-lora."""
+    """Return the samplers that LoRA files' headers name, also a folder's or its run's; lcm-lora without a name."""
     found = {}
-    for path in (Path(lora, LORA_FILE) if Path(lora).is_dir() else Path(lora) for lora in loras):
-        hint = ""
+    for lora in map(Path, loras):
+        places = [folder / LORA_FILE for folder in (lora, *lora.parents[:2]) if lora.is_dir()]
+        path, hint = next(filter(Path.is_file, places), lora), ""
         with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
             hint = (file.metadata() or {}).get("modelspec.usage_hint", hint)
         found["lcm-lora" if "DDIM" not in hint else "lcm-lora-euler" if "eta 0 " in hint else "lcm-lora-ddim"] = path
