@@ -592,6 +592,8 @@ def make_schedule(scheduler_config, args, device):
     k = len(alphas_cumprod) // num_steps
     if k == 0:
         raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
+    if args.phases == 2 and len(alphas_cumprod) != 1000:
+        raise UnusableInput(f"--phases 2: the teacher has {len(alphas_cumprod)} timesteps, not 1000; leave it out")
     grid = (torch.arange(1, num_steps + 1) * k - 1).to(device)
     alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
     return Schedule(alphas, sigmas, grid, k, prediction_type, args.timestep_scaling_factor)
@@ -3181,8 +3183,6 @@ def make_job(args, accelerator, samples, cache, state, is_resumed=False):
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
-    if args.phases == 2 and len(schedule.alphas) != 1000:
-        raise UnusableInput(f"--phases 2: the teacher has {len(schedule.alphas)} timesteps, not 1000; leave it out")
     teacher_unet, fake = make_twin(student_unet), None
     if args.objective == "matching":
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)

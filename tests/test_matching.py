@@ -62,7 +62,7 @@ def job_of(script, line):
 
 def schedule_of(script, teacher, prediction_type="epsilon"):
     scheduler = DDIMScheduler.from_pretrained(teacher, subfolder="scheduler", prediction_type=prediction_type)
-    args = SimpleNamespace(num_ddim_timesteps=50, loss_space="sample", timestep_scaling_factor=10.0)
+    args = SimpleNamespace(num_ddim_timesteps=50, phases=1, loss_space="sample", timestep_scaling_factor=10.0)
     return script.make_schedule(scheduler.config, args, CPU), scheduler
 
 

@@ -71,6 +71,8 @@ def test_solver_grid_is_trailing(script):
     assert schedule_of(script, ddim(), num_ddim_timesteps=1000).ddim_timesteps.tolist() == list(range(1000))
     with pytest.raises(script.UnusableInput, match="--num_ddim_timesteps 1001"):
         schedule_of(script, ddim(), num_ddim_timesteps=1001)
+    with pytest.raises(script.UnusableInput, match="--phases 2: the teacher has 500 timesteps"):
+        schedule_of(script, ddim(num_train_timesteps=500), phases=2)
 
 
 @pytest.mark.parametrize("timestep_scaling", [10.0, 0.5])

@@ -150,10 +150,8 @@ def test_loss_is_the_definition(script, pipe, unet, args, prediction_type):
     grids = (1, 20, (0, 7, 24, 49)), (2, 20, (0, 38, 24, 25, 27, 38, 49)), (2, 25, (0, 19, 20, 22, 39))
     for phases, k, index in grids:
         args.phases, args.num_ddim_timesteps = phases, 1000 // k
-        schedule, data = (
-            schedule_of(script, pipe, args, prediction_type=prediction_type),
-            inputs(script, args, pipe, index),
-        )
+        schedule = schedule_of(script, pipe, args, prediction_type=prediction_type)
+        data = inputs(script, args, pipe, index)
         loss = loss_of(script, unet, pipe, args, schedule, data=data)
         torch.testing.assert_close(loss, plain_loss(unet, config, *data, phases=phases, k=k), rtol=1e-5, atol=0)
 
