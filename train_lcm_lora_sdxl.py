@@ -2313,7 +2313,6 @@ def kohya_metadata(args, text_width):
         "ss_resolution": f"({args.resolution}, {args.resolution})",
         "modelspec.sai_model_spec": "1.0.0",
         "modelspec.implementation": "diffusers",
-        "modelspec.title": "LCM-LoRA",
     }
 
 
@@ -2321,7 +2320,8 @@ def save_lora(unet, path, args):
     """Write the LoRA as the released LCM-LoRAs are: diffusers, ComfyUI, A1111 and Forge read every layer."""
     weights = kohya_weights(get_peft_model_state_dict(unet), args.lora_alpha, unet.config.layers_per_block)
     header = kohya_metadata(args, unet.config.cross_attention_dim)
-    header["modelspec.usage_hint"] = "{}, {}, guidance 1 to 2".format(*usage_of(args))
+    header["modelspec.title"], *usage = usage_of(args)
+    header["modelspec.usage_hint"] = "{}, {}, guidance 1 to 2".format(*usage)
     write_atomically(path, tensors_to_bytes(weights, header))
 
 
@@ -2588,12 +2588,12 @@ def sampler_of(args):
 
 
 def usage_of(args):
-    """Return the names of the sampler and of the step counts that the LoRA is for."""
+    """Return the LoRA's title, and the names of the sampler and of the step counts that it is for."""
     kind, _, eta = sampler_of(args)
     is_for_all = args.objective == "matching" or args.phases == 1
     steps = "2 to 8 steps" if is_for_all else "2, 4 or 8 steps"
     ddim = f"DDIM with eta {eta:g} (elsewhere Euler{' a' * bool(eta)}, SGM Uniform)"
-    return "LCM sampler" if kind is LCMScheduler else ddim, steps
+    return ("LCM-LoRA", "LCM sampler", steps) if kind is LCMScheduler else ("LoRA of few steps", ddim, steps)
 
 
 @torch.no_grad()
@@ -2686,14 +2686,14 @@ def write_card(job, drawn):
     source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
     scheduler, options, eta = sampler_of(args)
     options["prediction_type"] = job.schedule.prediction_type
-    usual, (sampler, steps) = scheduler().config, usage_of(args)
+    usual, (title, sampler, steps) = scheduler().config, usage_of(args)
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps seed".split()
     )
     training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
-    description = f"""# LCM-LoRA
+    description = f"""# {title}
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in {steps}.
 
@@ -2763,7 +2763,7 @@ def make_repository(args):
 def push(args, folder):
     """Upload a folder's LoRA, pictures and card, twice tried; a failure never costs the run."""
     name, files = repository_name(args), [WEIGHTS_NAME, "README.md", "image_*.png"]
-    options = {"commit_message": "LCM-LoRA", "allow_patterns": files, "token": args.hub_token}
+    options = {"commit_message": "LoRA of few steps", "allow_patterns": files, "token": args.hub_token}
     for attempt in range(2):
         try:
             get_session().timeout = COMMAND_STALL_S  # by itself it waits for the Hub without end

@@ -134,7 +134,7 @@ def write_sources(unet, trainer, folder, args):
     save_file({f"unet.{n}": v for n, v in state.items()}, folder / trainer.WEIGHTS_NAME, metadata=header)
     kohya = trainer.kohya_weights(state, args.lora_alpha, unet.config.layers_per_block)
     args.phases = 2
-    save_file(kohya, folder / SOURCES["kohya"], metadata={"modelspec.usage_hint": trainer.usage_of(args)[0]})
+    save_file(kohya, folder / SOURCES["kohya"], metadata={"modelspec.usage_hint": trainer.usage_of(args)[1]})
     unet.peft_config["default"].save_pretrained(folder / "unet")
     peft = {f"base_model.model.{name}": value for name, value in state.items()}
     save_file(peft, folder / "unet" / "adapter_model.safetensors")
