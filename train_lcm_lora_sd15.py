@@ -308,7 +308,8 @@ def add_data_args(parser):
         help="SDXL only: condition on the training resolution and a zero crop offset in place of each picture's own")
     add("--dataloader_num_workers", type=WHOLE,
         help="loader processes for each training process; default: up to 4 on a GPU, by the CPU cores, else 0")
-    add("--shuffle_buffer_samples", type=COUNT, default=1000, help="undecoded samples that a loader shuffles among")
+    add("--shuffle_buffer_samples", type=COUNT, default=1000,
+        help="undecoded samples of tars that a loader holds in memory, to shuffle among")
     add("--max_train_samples", type=COUNT, help="samples in one epoch, where epochs set the length of the run")
     add("--min_image_side_px", type=WHOLE, default=0, help="skip originals whose smaller side is less")
     add("--max_image_pixels", type=COUNT, default=100_000_000, help="skip pictures with more pixels, undecoded")
@@ -821,7 +822,7 @@ def check_shard(path):
 
 
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
-    """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes}.
+    """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes, or the path of a folder's picture}.
 
     A broken shard is read again, up to `attempts` times in which no sample is new, then counted in `skipped` and
     left. Where `cache` is the head of the first shard of a cache, shards cached in another way are counted and left.
@@ -866,9 +867,15 @@ class Member(tarfile.TarInfo):
 
 
 def shard_members(shard):
-    """Yield (name, bytes) of the files in a shard that are data; raises one of STREAM_ERRORS if it breaks off."""
+    """Yield (name, bytes, or the path of a folder's picture) of the files in a shard that are data.
+
+    Raises one of STREAM_ERRORS if it breaks off.
+    """
     if isinstance(shard, PictureFolder):
-        yield from ((name, (shard.folder / name).read_bytes()) for name in shard.files)
+        for name in shard.files:
+            path = shard.folder / name
+            # Pictures are read when their turn comes: a thousand of a camera, shuffled, would fill the memory.
+            yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
         return
     if shard.endswith(".txt") and not is_remote(shard):  # prompts
         lines = enumerate(Path(shard).read_text("utf-8-sig").splitlines())
@@ -1074,13 +1081,21 @@ def caption_of(sample, metadata):
         raise SkippedSample("caption is not UTF-8") from error
 
 
-def open_picture(data, max_pixels, draft_px=None):
-    """Return (upright RGB picture, original (width, height)) of encoded bytes, or raise SkippedSample.
+def encoded(picture):
+    """Return the bytes of a sample's picture, which in a folder is a path."""
+    try:
+        return Path(picture).read_bytes() if isinstance(picture, str) else picture
+    except OSError as error:
+        raise SkippedSample("picture cannot be read") from error
+
+
+def open_picture(picture, max_pixels, draft_px=None):
+    """Return (upright RGB picture, original (width, height)) of encoded bytes or a path, or raise SkippedSample.
 
     `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
     """
     try:
-        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
+        picture = Image.open(io.BytesIO(encoded(picture)), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
         # Pictures stored on their side; Pillow gives the size of a TIFF upright already.

@@ -138,7 +138,7 @@ def metadata_with_size(trainer, raw):
     if "side" in trainer.metadata_of(raw):
         return raw["json"]
     data = next(raw[suffix] for suffix in trainer.IMAGE_SUFFIXES if suffix in raw)
-    width, height = Image.open(io.BytesIO(data), formats=trainer.PICTURE_FORMATS).size
+    width, height = Image.open(io.BytesIO(trainer.encoded(data)), formats=trainer.PICTURE_FORMATS).size
     record = json.loads(raw["json"].decode("utf-8-sig")) if "json" in raw else {}
     return json.dumps(record | {"original_width": width, "original_height": height}).encode()
 

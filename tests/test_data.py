@@ -725,6 +725,12 @@ def test_a_picture_that_goes_while_a_run_lasts_is_counted(script, folder, monkey
     monkeypatch.setattr(script.time, "sleep", lambda _: None)
     stream, skipped = make_stream(script, folder), Counter()
     (folder / "part1" / "01.png").unlink()
+    raws = list(stream.raw_samples(0, 0, skipped))
+    # A thousand pictures of a camera, waiting to be shuffled, would fill the memory.
+    assert len(raws) == 20 and all(Path(raw["png"]).suffix == ".png" for raw in raws) and not skipped
+    skips = sum((Counter(batch["skipped"]) for batch in batches_of(script, stream, 12)), Counter())
+    assert set(skips) == {"picture cannot be read"}
+    (folder / "part1" / "04.txt").unlink()
     assert len(list(stream.raw_samples(0, 0, skipped))) >= 12
     ((cause, count),) = skipped.items()
     assert "broke off" in cause and count == 1
