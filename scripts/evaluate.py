@@ -31,8 +31,7 @@ def parse_args(argv=None):
     add_picture_flags(parser.add_argument_group("pictures"))
     add_figure_flags(parser.add_argument_group("figures"))
     add = parser.add_argument_group("output").add_argument
-    text = "pictures of each row in the report (default: %(default)s)"
-    add("--shown", type=cli.within(int, 0), default=4, metavar="N", help=text)
+    add("--shown", type=cli.within(int, 0), default=4, metavar="N", help="pictures of each row in the report (4)")
     add("--output_dir", type=Path, required=True, help="folder for pictures, results and report")
     args = parser.parse_args(argv)
     args.samplers = args.samplers or [*cli.SAMPLERS[:3], *cli.samplers_for(args.lora), "lcm-without-lora"]
@@ -77,8 +76,7 @@ def add_figure_flags(group):
     add("--reference", nargs="+", default=[], metavar="PATH", help=text)
     text = "kept features of the teacher's pictures, and their prompts (default: draw the pictures)"
     add("--yardstick", type=Path, metavar="FILE", help=text)
-    text = "write --yardstick from N pictures of each prompt, and end"
-    add("--draw_yardstick", type=cli.within(int, 2), metavar="N", help=text)
+    add("--draw_yardstick", type=cli.within(int, 2), metavar="N", help="write --yardstick, of N pictures a prompt")
 
 
 def yardstick_problems(args):

@@ -307,7 +307,7 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):
     os.utime(weights, ns=(1, 1))
     assert fingerprint(tmp_path / "lora") != before
     assert fingerprint("owner/name") != fingerprint("owner/other")
-    monkeypatch.setattr("lib.evaluation.pictures.hf_hub_download", lambda *_: weights)  # pushed anew
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: weights)  # pushed anew
     assert fingerprint("owner/name") == fingerprint(weights)
     two = [tmp_path / name for name in ("one", "two")]
     for folder, text in zip(two, ("xy", "x"), strict=True):

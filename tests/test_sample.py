@@ -267,6 +267,10 @@ def test_an_lcm_lora_drawn_by_ddim_and_euler(models, sample, tmp_path):
         args = sample.parse_args(usual_flags(models, tmp_path, "--prompts", "a", "--lora", f"{tmp_path / name}=0.8"))
         assert args.samplers == ["ddim", "dpmsolver++", name]
     assert sample.cli.samplers_for(["none/there", models / "lora", *map(tmp_path.joinpath, kinds)]) == [*kinds]
+    with pytest.MonkeyPatch.context() as patched:
+        download = str(tmp_path / "lcm-lora-euler" / sd15.WEIGHTS_NAME)
+        patched.setattr("huggingface_hub.hf_hub_download", lambda *_: download)
+        assert sample.cli.samplers_for(["me/a-lora-of-phases"]) == ["lcm-lora-euler"]
     (tmp_path / name / "checkpoint-7" / "unet").mkdir(parents=True)  # whose files have no such header
     for part in ("checkpoint-7", "checkpoint-7/unet"):
         assert sample.cli.samplers_for([tmp_path / name / part]) == [name]

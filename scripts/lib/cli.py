@@ -97,8 +97,7 @@ def add_model_flags(cli, required=True):
     text = "VAE that replaces the model's own (default: none; SDXL from the Hub in half precision: fp16-fix)"
     add("--pretrained_vae_model_name_or_path", metavar="MODEL", help=text)
     add("--cache_dir", metavar="DIR", help="folder for files from the Hub (default: the Hub's own cache)")
-    text = "compute precision; no is float32 (default: fp16 on CUDA, else no)"
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help=text)
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="no: float32 (default: fp16 on CUDA, else no)")
     text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
     add("--offload", action="store_true", help=text)
     return add
@@ -107,8 +106,7 @@ def add_model_flags(cli, required=True):
 def add_prompt_flags(group, required=True):
     prompts = group.add_mutually_exclusive_group(required=required)
     prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
-    text = "UTF-8 text, one prompt a line"
-    prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help=text)
+    prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help="a prompt a line")
 
 
 def is_source(name):
@@ -128,10 +126,20 @@ def split_weight(text):
         return source, math.nan
 
 
+def local_lora(source):
+    """Return the path of a LoRA; of its download where it is a Hub id, as long as the Hub can be reached."""
+    if not Path(source).exists():
+        from huggingface_hub import errors, hf_hub_download  # slow to import
+
+        with suppress(OSError, ValueError, errors.HTTPError):  # loading it tells the user
+            return Path(hf_hub_download(str(source), LORA_FILE))
+    return Path(source)
+
+
 def samplers_for(loras):
     """Return the samplers that LoRA files' headers name, also a folder's or its run's; lcm-lora without a name."""
     found = {}
-    for lora in map(Path, loras):
+    for lora in map(local_lora, loras):
         places = [folder / LORA_FILE for folder in (lora, *lora.parents[:2]) if lora.is_dir()]
         path, hint = next(filter(Path.is_file, places), lora), ""
         with suppress(OSError, SafetensorError), safe_open(path, "np") as file:

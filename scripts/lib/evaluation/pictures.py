@@ -9,7 +9,6 @@ neither an interruption nor the number of processes changes a picture.
 import hashlib
 import json
 import re
-from contextlib import suppress
 from dataclasses import dataclass
 from itertools import islice, product
 from pathlib import Path
@@ -17,12 +16,11 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-from huggingface_hub import hf_hub_download
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES
-from lib.pipelines import LOAD_ERRORS, MAX_PICTURE_PX, draw, set_sampler
+from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES, local_lora
+from lib.pipelines import MAX_PICTURE_PX, draw, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
@@ -44,10 +42,8 @@ class Row:
 
 def fingerprint(source):
     """Return 8 hex digits of a Hub id, or of a LoRA's or local model's files: what they hold, up to 1 GiB each."""
-    if not Path(source).exists():
-        with suppress(*LOAD_ERRORS):  # a LoRA of the Hub may be pushed anew
-            source = hf_hub_download(str(source), LORA_FILE)
-    path, digest = Path(source), hashlib.sha256(b"" if Path(source).exists() else str(source).encode())
+    path = local_lora(source)  # a LoRA of the Hub may be pushed anew
+    digest = hashlib.sha256(b"" if path.exists() else str(source).encode())
     inside = path.glob(LORA_FILE if (path / LORA_FILE).exists() else "**/*")
     for file in filter(Path.is_file, [path] if path.is_file() else sorted(inside)):
         stat = file.stat()
