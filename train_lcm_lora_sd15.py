@@ -323,8 +323,9 @@ def add_optimizer_args(parser):
     add = parser.add_argument_group("optimization").add_argument
     add("--train_batch_size", type=COUNT, default=16, help="samples of one process in one forward pass")
     add("--gradient_accumulation_steps", type=COUNT, default=1, help="forward passes averaged into one update")
-    add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs and --max_train_samples")
-    add("--num_train_epochs", type=COUNT, default=100, help="passes over --max_train_samples, to set the updates")
+    add("--max_train_steps", type=COUNT, help="updates; default: from --num_train_epochs")
+    add("--num_train_epochs", type=COUNT,
+        help="passes over the data, or over --max_train_samples (then 100 by default), to set the updates")
     add("--learning_rate", type=POSITIVE, default=1e-4, help="peak learning rate")
     add("--scale_lr", action="store_true", help="multiply the rate by batch size, accumulation and processes")
     add("--lr_scheduler", default="constant", choices=LR_SCHEDULERS, help="schedule, as in diffusers")
@@ -363,7 +364,8 @@ def add_output_args(parser):
 
     add = parser.add_argument_group("system").add_argument
     add("--seed", type=SEED, default=0, help="seeds sample order, noise, timesteps, w and LoRA weights")
-    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="compute dtype; default: accelerate's configuration")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"),
+        help="compute dtype; default: that of `accelerate launch`, else no (float32)")
     add("--allow_tf32", action="store_true", help="TF32 matrix products; convolutions use it anyway")
     add("--gradient_checkpointing", action="store_true", help="recompute activations: less memory, slower")
     add("--use_4bit_base", action="store_true",
@@ -407,8 +409,8 @@ def check_args(args, error):
     for flag in ("learning_rate", "fake_learning_rate"):
         if args.lr_scheduler == "polynomial" and (getattr(args, flag) or 1) <= 1e-7:
             error(f"--{flag} {getattr(args, flag)}: must be over 1e-7, where the polynomial schedule ends")
-    if args.max_train_steps is None and args.max_train_samples is None:
-        error("--max_train_steps is missing; or give --num_train_epochs with --max_train_samples, the data's size")
+    if not (args.max_train_steps or args.max_train_samples or args.num_train_epochs):
+        error("--max_train_steps is missing; or give --num_train_epochs")
     if args.push_checkpoints_to_hub and not args.push_to_hub:
         error("--push_checkpoints_to_hub: needs --push_to_hub")
     if not args.lora_target_modules.strip(", "):
@@ -2294,7 +2296,7 @@ def save_lora(unet, path, args):
     weights = kohya_weights(get_peft_model_state_dict(unet), args.lora_alpha, unet.config.layers_per_block)
     header = kohya_metadata(args, unet.config.cross_attention_dim)
     header["modelspec.title"], *usage = usage_of(args)
-    header["modelspec.usage_hint"] = "{}, {}, guidance 1 to 2".format(*usage)
+    header["modelspec.usage_hint"] = "sampler {}, {}, guidance 1 to 2".format(*usage)
     write_atomically(path, tensors_to_bytes(weights, header))
 
 
@@ -2565,8 +2567,9 @@ def usage_of(args):
     kind, _, eta = sampler_of(args)
     is_for_all = args.objective == "matching" or args.phases == 1
     steps = "2 to 8 steps" if is_for_all else "2, 4 or 8 steps"
-    ddim = f"DDIM with eta {eta:g} (elsewhere Euler{' a' * bool(eta)}, SGM Uniform)"
-    return ("LCM-LoRA", "LCM sampler", steps) if kind is LCMScheduler else ("LoRA of few steps", ddim, steps)
+    euler = f"Euler a with eta {eta:g}" if eta else "Euler"
+    ddim = f"DDIM with eta {eta:g} in diffusers, elsewhere {euler}, SGM Uniform"
+    return ("LCM-LoRA", "LCM", steps) if kind is LCMScheduler else ("LoRA of few steps", ddim, steps)
 
 
 @torch.no_grad()
@@ -2658,9 +2661,10 @@ def write_card(job, drawn):
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
     scheduler, options, eta = sampler_of(args)
+    usual, (title, sampler, steps) = {"timestep_scaling": 10.0, "original_inference_steps": 50}, usage_of(args)
     options["prediction_type"] = job.schedule.prediction_type
-    usual, (title, sampler, steps) = scheduler().config, usage_of(args)
-    changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual[name])
+    # Any other option is written out, because `from_config` would take the teacher's value in place of a default.
+    changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual.get(name))
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
         "lora_rank lora_alpha w_min w_max num_ddim_timesteps seed".split()
@@ -2678,12 +2682,13 @@ from diffusers import {scheduler.__name__}, DiffusionPipeline
 pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
-pipe.load_lora_weights("{job.state.repository or repository_name(args)}", adapter_name="lcm")
+pipe.load_lora_weights("{job.state.repository or args.hub_model_id or "PATH/TO/THIS/FOLDER"}", adapter_name="lcm")
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
 Use {steps} and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file: {sampler}, CFG 1 to 2. Pictures: 4 steps, guidance 1. The LoRA inherits the teacher's limits and biases.
+file, with CFG 1 to 2. Sampler: {sampler}. Pictures: 4 steps, guidance 1.
+The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
@@ -2907,7 +2912,11 @@ def samples_per_update(args, accelerator):
 def count_updates(args, accelerator):
     updates = args.max_train_steps
     if not updates:
-        updates = math.ceil(args.num_train_epochs * args.max_train_samples / samples_per_update(args, accelerator))
+        if not args.max_train_samples:
+            lack = "the data does not tell how many samples it holds"
+            raise UnusableInput(f"--num_train_epochs {args.num_train_epochs}: {lack}; give --max_train_samples, too")
+        samples = (args.num_train_epochs or 100) * args.max_train_samples
+        updates = math.ceil(samples / samples_per_update(args, accelerator))
     of_lora = updates - args.fake_warmup_steps * (args.objective == "matching")
     if of_lora < 1:
         raise UnusableInput(f"--fake_warmup_steps {args.fake_warmup_steps}: give fewer than the {updates} updates")
@@ -3228,6 +3237,8 @@ def main(args, state):
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
+    if not (args.max_train_steps or args.max_train_samples):
+        args.max_train_samples = agree(accelerator, count_samples, shards)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)
@@ -3241,7 +3252,7 @@ def main(args, state):
             if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
                 push(args, args.output_dir)
             return
-        say(f"resuming from {folder}")
+        say(f"resuming from {folder}" + "; --init_lora was read when the run began" * bool(args.init_lora))
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.init_lora and not manifest:

@@ -394,6 +394,9 @@ def test_a_run_is_as_long_as_its_epochs(script):
         assert script.count_updates(args, SimpleNamespace(num_processes=processes)) == updates
     args = parse(script, num_train_epochs=2, max_train_samples=10, max_train_steps=7)
     assert script.count_updates(args, ONE) == 7, "--max_train_steps wins"
+    args = parse(script, num_train_epochs=3, max_train_steps=None)
+    with pytest.raises(script.UnusableInput, match="--num_train_epochs 3: .*does not tell.*--max_train_samples"):
+        script.count_updates(args, ONE)
 
 
 # Optimizer

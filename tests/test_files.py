@@ -274,13 +274,15 @@ def test_card_of_a_hub_teacher(script, args):
 def test_card_without_pictures_has_no_gallery_of_them(script, args):
     front, text = write_card(script, args, drawn=False)
     assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
-    assert "LCM sampler, CFG" in text and "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
+    assert "Sampler: LCM. P" in text and "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
     assert "\n# LCM-LoRA\n" in text
     args.phases = 2
     _, text = write_card(script, args, drawn=False)
-    for words in ("DDIM with eta 0 (elsewhere Euler, SGM Uniform), CFG", "Use 2, 4 or 8 steps"):
+    for words in ("DDIM with eta 0 in diffusers, elsewhere Euler, SGM Uniform.", "Use 2, 4 or 8 steps"):
         assert words in text and "\n# LoRA of few steps\n" in text  # "LCM" would be taken for the sampler
     assert "timestep_spacing='trailing'" in text and "DDIMScheduler.from_config" in text
+    assert "set_alpha_to_one=True" in text, "a default, which the teacher's config may contradict"
+    assert 'load_lora_weights("PATH/TO/THIS/FOLDER"' in text, "a bare name is a Hub id"
 
 
 def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(

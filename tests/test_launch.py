@@ -407,6 +407,11 @@ def test_epochs_and_samples_set_the_length_and_no_pictures_are_drawn(script, tea
     assert [row["step"] for row in read_log(tmp_path / "out")] == [1, 2, 3, 4, 5]  # 10 samples in batches of 2
     assert not (tmp_path / "out" / "validation").exists() and not list((tmp_path / "out").glob("*.png"))
     assert (tmp_path / "out" / "README.md").exists()
+    for number in range(3):  # a folder tells how many it holds
+        Image.new("RGB", (64, 64)).save(tmp_path / f"{number}.png")
+        (tmp_path / f"{number}.txt").write_text("a sea")
+    line = flags(teacher, tmp_path, tmp_path / "folder", max_train_steps=None, num_train_epochs=4, dry_run=True)
+    assert any("6 updates" in text for text in finish(script, line, tmp_path / "told"))
 
 
 def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_path):
