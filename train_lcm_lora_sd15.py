@@ -1485,12 +1485,16 @@ def check_teacher(args):
     if "://" in teacher or Path(teacher).is_file():
         return args.teacher_revision
     try:
-        diffusers.DiffusionPipeline.load_config(teacher, **place)
-        if Path(teacher).exists():
-            return args.teacher_revision
-        return Path(hf_hub_download(teacher, "model_index.json", **place)).parent.name
+        kind = diffusers.DiffusionPipeline.load_config(teacher, **place).get("_class_name") or ""
+        revision = args.teacher_revision
+        if not Path(teacher).exists():
+            revision = Path(hf_hub_download(teacher, "model_index.json", **place)).parent.name
     except Exception as error:
         raise UnusableInput(loading_error(args, error)) from error
+    # Before gigabytes of it are downloaded.
+    if re.match("StableDiffusion(XL)?[A-Z]", kind) and ("XL" in kind) == ("sdxl" in OTHER_SCRIPT):
+        raise UnusableInput(f"--pretrained_teacher_model {teacher}: is a {kind}; use {OTHER_SCRIPT}")
+    return revision
 
 
 def loading_error(args, error, flag="pretrained_teacher_model"):
@@ -2875,7 +2879,8 @@ def describe_data(shards, report, args, accelerator, workers):
     updates, together = count_updates(args, accelerator), samples_per_update(args, accelerator)
     if total:
         epochs = updates * together / total
-        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs:.2g} epochs")
+        epochs = f"{epochs:.2g}" if epochs < 100 else f"{epochs:.0f}"
+        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs} epochs")
     if total and together > total:
         lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
     needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2

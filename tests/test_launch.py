@@ -695,7 +695,7 @@ REAL = {  # flag and value to change, what the last line has to name
 IN_PROCESS = {
     "garbage shard": ("train_shards_path_or_url", "{}/garbage.tar", "picture cannot be decoded: 8"),
     "inpainting teacher": ("pretrained_teacher_model", "{}/inpainting", "inpainting"),
-    "other family": ("pretrained_teacher_model", "{}/other-family", "use train_lcm_lora_"),
+    "other family": ("pretrained_teacher_model", "{}/other-family", "{}/other-family: is a StableDiffusion"),
     "truncated UNet": ("pretrained_teacher_model", "{}/cut-unet", "{}/cut-unet"),
     "truncated text encoder": ("pretrained_teacher_model", "{}/cut-text_encoder", "{}/cut-text_encoder"),
     "truncated VAE": ("pretrained_teacher_model", "{}/cut-vae", "{}/cut-vae"),
