@@ -212,8 +212,11 @@ def test_the_other_familys_teacher_is_refused_with_the_script_for_it(teachers, n
     script = load_script(name)
     (other,) = set(SCRIPTS) - {name}
     args = make_args(script, teachers[other.removesuffix(".py")])
-    with pytest.raises(script.UnusableInput, match=f"use {other}"):
-        script.load_teacher(args, F32, CPU)
+    for refuses in (script.check_teacher, lambda args: script.load_teacher(args, F32, CPU)):
+        with pytest.raises(script.UnusableInput, match=f"use {other}"):
+            refuses(args)
+    args.pretrained_teacher_model = str(teachers[name.removesuffix(".py")])
+    assert script.check_teacher(args) is None
 
 
 def test_the_refiner_is_refused(script, pipe):
