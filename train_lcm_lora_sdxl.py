@@ -2341,8 +2341,8 @@ def save_lora(unet, path, args):
     """Write the LoRA as the released LCM-LoRAs are: diffusers, ComfyUI, A1111 and Forge read every layer."""
     weights = kohya_weights(get_peft_model_state_dict(unet), args.lora_alpha, unet.config.layers_per_block)
     header = kohya_metadata(args, unet.config.cross_attention_dim)
-    header["modelspec.title"], *usage = usage_of(args)
-    header["modelspec.usage_hint"] = "sampler {}, {}, guidance 1 to 2".format(*usage)
+    header["modelspec.title"], sampler = usage_of(args)
+    header["modelspec.usage_hint"] = f"sampler {sampler}, 2 to 8 steps, guidance 1 to 2"
     write_atomically(path, tensors_to_bytes(weights, header))
 
 
@@ -2609,13 +2609,11 @@ def sampler_of(args):
 
 
 def usage_of(args):
-    """Return the LoRA's title, and the names of the sampler and of the step counts that it is for."""
+    """Return the LoRA's title, and the name of the sampler that it is for."""
     kind, _, eta = sampler_of(args)
-    is_for_all = args.objective == "matching" or args.phases == 1
-    steps = "2 to 8 steps" if is_for_all else "2, 4 or 8 steps"
     euler = f"Euler a with eta {eta:g}" if eta else "Euler"
     ddim = f"DDIM with eta {eta:g} in diffusers, elsewhere {euler}, SGM Uniform"
-    return ("LCM-LoRA", "LCM", steps) if kind is LCMScheduler else ("LoRA of few steps", ddim, steps)
+    return ("LCM-LoRA", "LCM") if kind is LCMScheduler else ("LoRA of few steps", ddim)
 
 
 @torch.no_grad()
@@ -2707,7 +2705,7 @@ def write_card(job, drawn):
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
     scheduler, options, eta = sampler_of(args)
-    usual, (title, sampler, steps) = {"timestep_scaling": 10.0, "original_inference_steps": 50}, usage_of(args)
+    usual, (title, sampler) = {"timestep_scaling": 10.0, "original_inference_steps": 50}, usage_of(args)
     options["prediction_type"] = job.schedule.prediction_type
     # Any other option is written out, because `from_config` would take the teacher's value in place of a default.
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual.get(name))
@@ -2718,7 +2716,7 @@ def write_card(job, drawn):
     training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
     description = f"""# {title}
 
-Distilled from {teacher if from_hub else "a local teacher"}; draws in {steps}.
+Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
 
 {"<Gallery />" if drawn else ""}
 
@@ -2732,7 +2730,7 @@ pipe.load_lora_weights("{job.state.repository or args.hub_model_id or "PATH/TO/T
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
-Use {steps} and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
+Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
 file, with CFG 1 to 2. Sampler: {sampler}. Pictures: 4 steps, guidance 1.
 The LoRA inherits the teacher's limits and biases.
 

@@ -278,8 +278,8 @@ def test_card_without_pictures_has_no_gallery_of_them(script, args):
     assert "\n# LCM-LoRA\n" in text
     args.phases = 2
     _, text = write_card(script, args, drawn=False)
-    for words in ("DDIM with eta 0 in diffusers, elsewhere Euler, SGM Uniform.", "Use 2, 4 or 8 steps"):
-        assert words in text and "\n# LoRA of few steps\n" in text  # "LCM" would be taken for the sampler
+    for words in ("DDIM with eta 0 in diffusers, elsewhere Euler, SGM Uniform.", "\n# LoRA of few steps\n"):
+        assert words in text, "a title with LCM in it would be taken for the sampler"
     assert "timestep_spacing='trailing'" in text and "DDIMScheduler.from_config" in text
     assert "set_alpha_to_one=True" in text, "a default, which the teacher's config may contradict"
     assert 'load_lora_weights("PATH/TO/THIS/FOLDER"' in text, "a bare name is a Hub id"
