@@ -877,7 +877,8 @@ def shard_members(shard):
         for name in shard.files:
             path = shard.folder / name
             # Pictures are read when their turn comes: a thousand of a camera, shuffled, would fill the memory.
-            yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
+            with suppress(OSError):  # a caption that has gone is counted as such, its sample alone
+                yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
         return
     if shard.endswith(".txt") and not is_remote(shard):  # prompts
         lines = enumerate(Path(shard).read_text("utf-8-sig").splitlines())
@@ -1162,7 +1163,8 @@ def prepare_sample(sample, args, epoch, cached=False):
         return cached_tensors(sample) | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
     check_metadata({"side": min(original)} | metadata, args)
-    rng = random.Random(f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}")
+    key = f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}"
+    rng = random.Random(key.encode(errors="surrogateescape"))  # names of old zips are not UTF-8
     pixels, corner = crop(picture, args, rng)
     inputs = size_and_crop(original[::-1], corner, pixels.shape[:2], args)
     return {"pixels": pixels, "caption": caption, "is_enlarged": min(original) < args.resolution} | inputs
