@@ -145,7 +145,7 @@ from accelerate.utils import gather_object, release_memory
 from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
 from lib.evaluation.report import full_table, html_report, markdown_table, summary
-from lib.pipelines import device_name, load_lora, load_teacher, start_offload, writing_to
+from lib.pipelines import device_name, family_of, load_lora, load_teacher, start_offload, writing_to
 from lib.trainers import exit_code, sd15
 from tqdm import tqdm
 
@@ -196,9 +196,9 @@ def write_report(args, results, gallery, rows):
     head, body, floor = summary(results)
     brief = f"{markdown_table(head, body)}\n\n{floor}"
     table = "\n\n".join([brief, markdown_table(*full_table(results)), *m.NOTES])
-    (args.output_dir / "report.html").write_text(html_report(results, pictures), "utf-8")
-    (args.output_dir / "table.md").write_text(table + "\n", "utf-8")
-    (args.output_dir / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False), "utf-8")
+    sd15.write_atomically(args.output_dir / "report.html", html_report(results, pictures))
+    sd15.write_atomically(args.output_dir / "table.md", table + "\n")
+    sd15.write_atomically(args.output_dir / "results.json", json.dumps(results, indent=1, ensure_ascii=False))
     print(f"{brief}\n\n{args.output_dir / 'report.html'}")
 
 
@@ -219,7 +219,7 @@ def main(args):
     judges = m.Measures(args, accelerator.device)  # before hours of drawing, because one may not load
     if args.reference:
         m.check_real(args.reference, accelerator)
-    args.teacher_revision = sd15.check_teacher(args)
+    args.teacher_revision = family_of(args).check_teacher(args)
     gallery = Gallery(args, accelerator.process_index, accelerator.num_processes, args.gap)
     if args.draw_yardstick:
         rows = [teacher_row(args, "yardstick", args.seed + len(args.prompts))]

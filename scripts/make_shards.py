@@ -100,7 +100,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below
 
 from lib.image_sources import encode_picture, open_source
-from lib.pipelines import choose_device, read_stats, writing_alone, writing_to
+from lib.pipelines import choose_device, family_of, read_stats, writing_alone, writing_to
 from lib.trainers import UnusableInput, exit_code, sd15
 from PIL import Image
 from tqdm import tqdm
@@ -170,7 +170,7 @@ def describe_run(args, source):
     settings = {name: value for name, value in vars(args).items() if name not in UNRECORDED}
     if args.prompts_file:
         is_half = choose_device(args.device).type == "cuda"
-        settings["teacher_revision"] = args.teacher_revision = sd15.check_teacher(args)
+        settings["teacher_revision"] = args.teacher_revision = family_of(args).check_teacher(args)
         settings["mixed_precision"] = args.mixed_precision or ("fp16" if is_half else "no")
         model = Path(args.pretrained_teacher_model)
         parts = [part for part in (model, model / "unet") if part.exists()]

@@ -667,6 +667,12 @@ def test_spread_in_the_report(evaluate, evaluated, teacher, judges, tmp_path):
     assert [line.split("|")[column].strip() for line in lines] == ["–", "–"]
 
 
+def test_an_sdxl_teacher_is_judged_too(evaluate, teachers, judges, tmp_path):
+    line = flags(teachers["train_lcm_lora_sdxl"], judges, tmp_path, "--samplers", "ddim", "--num_images", "2")
+    line[line.index("--lora") : line.index("--lora") + 2] = []
+    assert run(evaluate, line) == 0 and (tmp_path / "report.html").exists()
+
+
 def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora, tmp_path, capsys):
     """The kept features give the distance to the pictures that they are of, in noise of their own."""
     from lib.evaluation.measures import frechet_to

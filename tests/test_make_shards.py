@@ -148,6 +148,8 @@ def test_linked_folders_are_followed_once_and_loops_end(tool, tmp_path):
     (folder / "aaa").symlink_to(folder / "deep")
     (folder / "deep" / "loop").symlink_to(folder)
     (tmp_path / "elsewhere" / "loop").symlink_to(tmp_path / "elsewhere")
+    os.mkfifo(folder / "001.text")  # reading it would wait for ever
+    (folder / "nowhere.png").symlink_to(tmp_path / "nowhere.png")
     expected = {"000.png", "001.png", "deep/000.png", "again/000.png", "again/001.png"}
     assert set(captions(make(tool, tmp_path, folder)[1])) == expected
 
@@ -799,7 +801,7 @@ def test_drawn_pictures_are_what_sample_py_draws(drawn, teacher, tmp_path):
     assert ours.shape == (SIDE, SIDE, 3) and np.abs(ours - theirs).max() <= 1, "but for the batch's rounding"
 
 
-def test_drawing_is_resumed_and_shared(tool, drawn, tmp_path, monkeypatch):
+def test_drawing_is_resumed_and_shared(tool, drawn, teachers, tmp_path, monkeypatch):
     changes, unbroken = drawn
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "1")
@@ -810,6 +812,8 @@ def test_drawing_is_resumed_and_shared(tool, drawn, tmp_path, monkeypatch):
     assert contents(out) == contents(unbroken)
     with pytest.raises(UnusableInput, match="guidance_scale was 5.0, is 6.0"):
         make(tool, tmp_path, None, **changes | {"guidance_scale": 6})
+    sdxl = changes | {"pretrained_teacher_model": teachers["train_lcm_lora_sdxl"], "num_images": 1}
+    assert len(read_shards(make(tool, tmp_path, None, out="sdxl", **sdxl)[1])) == 3
 
 
 WRONG_FLAGS = [

@@ -189,7 +189,8 @@ def walk(folder):
             seen.add(identity)
             folders[:] = sorted(name for name in folders if not name.startswith("."))
             waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
-            yield from (Path(parent, name) for name in names if not name.startswith("."))
+            found = (Path(parent, name) for name in names if not name.startswith("."))
+            yield from (path for path in found if path.is_file() or not path.exists())  # opening a FIFO would wait
 
 
 def refuse_folder(error):
