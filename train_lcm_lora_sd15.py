@@ -70,6 +70,7 @@ OTHER_SCRIPT = "train_lcm_lora_sdxl.py"
 DEFAULT_RESOLUTION_PX = 512
 DEFAULT_W_MIN = 5.0  # range of the released SD 1.5 recipe
 TEXT_PARTS = ("tokenizer", "text_encoder")
+CACHED_TENSORS = {"moments", "prompt_embeds"}
 CARD_TAGS = (
     "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
     "stable-diffusion stable-diffusion-diffusers"
@@ -167,7 +168,7 @@ class StopWaiting(BaseException):
 
 # >>> shared: arguments
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, and reads files of flags (`@FILE`, # begins a comment)."""
+    """Reports a wrong command line in one line, and reads files of flags: `@FILE`, # begins a comment, ~/ is home."""
 
     def error(self, message):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
@@ -182,10 +183,13 @@ class OneLineParser(argparse.ArgumentParser):
                 yield word
                 continue
             try:
-                for line in Path(word[1:]).read_text("utf-8-sig").splitlines():
+                for line in Path(os.path.expanduser(word[1:])).read_text("utf-8-sig").splitlines():
+                    # As a shell does: a comment begins with a word, and not in C#7 or in quotes.
+                    line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)
                     inner = shlex.shlex(line, posix=True)
-                    inner.whitespace_split, inner.escape = True, "\\" * (os.sep == "/")  # not of Windows' paths
-                    yield from self.expand(list(inner))
+                    inner.whitespace_split, inner.commenters = True, ""
+                    inner.escape = "\\" * (os.sep == "/")  # not of Windows' paths
+                    yield from self.expand(os.path.expanduser(each) for each in inner)
             except (OSError, ValueError, RecursionError) as error:
                 cause = getattr(error, "strerror", None) or error
                 self.error(f"{word}: {cause}; a word that begins with @ names a file of flags: mend it")
@@ -226,6 +230,7 @@ def checked(kind, holds, allowed):
 COUNT = checked(int, lambda value: value >= 1, "a whole number, at least 1")
 WHOLE = checked(int, lambda value: value >= 0, "a whole number, at least 0")
 SIDE_PX = checked(int, lambda value: value >= 8 and value % 8 == 0, "a multiple of 8, at least 8")
+ALPHA = checked(float, lambda value: 1e-3 <= value <= 65504, "in [0.001, 65504], as its file holds it in float16")
 SEED = checked(int, lambda value: 0 <= value < 2**63, "in [0, 2^63)")
 VALIDATION_INTERVAL = checked(int, lambda value: value >= -1, "a whole number, at least -1")
 FINITE = checked(float, math.isfinite, "a finite number")
@@ -256,7 +261,7 @@ def add_model_args(parser):
 def add_objective_args(parser):
     add = parser.add_argument_group("LoRA").add_argument
     add("--lora_rank", type=COUNT, default=64, help="rank of every LoRA matrix")
-    add("--lora_alpha", type=POSITIVE, help="scale is alpha / rank; default: the rank, scale 1")
+    add("--lora_alpha", type=ALPHA, help="scale is alpha / rank; default: the rank, scale 1")
     add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
     add("--init_lora", metavar="LORA",
@@ -398,6 +403,10 @@ def unknown_flag(word, parser):
 
 def check_args(args, error):
     """Call `error` where flags contradict each other or one is missing; single values are checked by their type."""
+    for flag, value in vars(args).items():
+        values = value if isinstance(value, list) else [value]
+        if flag != "validation_prompts" and not all(each.strip() for each in values if isinstance(each, str)):
+            error(f"--{flag}: its value is empty, as that of an unset variable is; give one, or leave the flag out")
     for flag in ("pretrained_teacher_model", "train_shards_path_or_url"):
         if not getattr(args, flag):
             error(f"--{flag} is missing")
@@ -424,7 +433,7 @@ def check_objective(args, error):
             error("--prompts_file: prompts without pictures are for --objective matching")
         k = max(1, 1000 // args.num_ddim_timesteps)
         if args.phases == 2 and (k == 1 or 500 % k):
-            error("--phases 2: the middle must be a timestep of the solver; give --num_ddim_timesteps 50")
+            error("--phases 2: the solver's timesteps must hold the middle, and not 0; give --num_ddim_timesteps 50")
     elif not args.init_lora:
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     elif max(args.student_steps) > args.num_ddim_timesteps:
@@ -589,13 +598,14 @@ def make_schedule(scheduler_config, args, device):
         raise UnusableInput(f"teacher: prediction_type {prediction_type!r} is not epsilon, v_prediction or sample")
     alphas_cumprod = scheduler.alphas_cumprod.to(torch.float32)
     # Pure noise at the last timestep: eps gives no clean latent there, and a clean latent no eps.
-    if "epsilon" in (prediction_type, args.loss_space) and alphas_cumprod[-1] < 1e-6:
+    is_consistency = args.objective == "consistency"
+    if "epsilon" in (prediction_type, is_consistency and args.loss_space) and alphas_cumprod[-1] < 1e-6:
         only = "only v_prediction and sample can be distilled, with --loss_space sample"
         raise UnusableInput(f"teacher: its schedule ends at zero terminal SNR, where {only}")
     k = len(alphas_cumprod) // num_steps
     if k == 0:
         raise UnusableInput(f"--num_ddim_timesteps {num_steps}: the teacher has {len(alphas_cumprod)}")
-    if args.phases == 2 and len(alphas_cumprod) != 1000:
+    if is_consistency and args.phases == 2 and len(alphas_cumprod) != 1000:
         raise UnusableInput(f"--phases 2: the teacher has {len(alphas_cumprod)} timesteps, not 1000; leave it out")
     grid = (torch.arange(1, num_steps + 1) * k - 1).to(device)
     alphas, sigmas = alphas_cumprod.sqrt().to(device), (1 - alphas_cumprod).sqrt().to(device)
@@ -761,9 +771,8 @@ def list_folder(folder):
         if number := sum(split_name(path.name)[1] in IMAGE_SUFFIXES for path in folder.glob("*.*")):
             tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
         return tars
-    samples, keys, unread, seen = {}, {}, Counter(), set()
-    found = []
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    samples, keys, unread, seen, found, faults = {}, {}, Counter(), set(), [], []
+    for parent, folders, names in os.walk(folder, onerror=faults.append, followlinks=True):
         if (real := os.path.realpath(parent)) in seen:  # linked folders count once, and a loop of links ends
             folders.clear()
             continue
@@ -777,6 +786,7 @@ def list_folder(folder):
             keys[key] = True  # in order
         elif not suffix and path.name[0] != ".":
             unread[path.suffix.lower() or path.name] += 1
+    unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
     if unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     if not keys:
@@ -881,7 +891,7 @@ def shard_members(shard):
                 yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
         return
     if shard.endswith(".txt") and not is_remote(shard):  # prompts
-        lines = enumerate(Path(shard).read_text("utf-8-sig").splitlines())
+        lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
         return
     with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
@@ -998,6 +1008,8 @@ def group_members(members, lost):
         sample = waiting.pop(key)
         held -= sum(map(len, sample.values()))
         given[key] = frozenset(sample)
+        if (number := sum(KINDS[suffix] == "picture" for suffix in sample)) > 1:
+            lost["second picture of a sample, such as a.png beside a.jpg"] += number - 1
         # K.mask.png beside K.png belongs to K and is no sample of its own.
         parents = accumulate(key.split(".")[:-1], "{}.{}".format)
         is_extra = len(sample) == 1 and any(parent in given or parent in waiting for parent in parents)
@@ -1163,7 +1175,8 @@ def prepare_sample(sample, args, epoch, cached=False):
         return cached_tensors(sample) | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
     check_metadata({"side": min(original)} | metadata, args)
-    key = f"{args.seed} {epoch} {sample['__url__']} {sample['__key__']}"
+    shard = re.split(r"[/\\]", sample["__url__"])[-1]  # wherever it lies: who resumes may spell its path anew
+    key = f"{args.seed} {epoch} {shard} {sample['__key__']}"
     rng = random.Random(key.encode(errors="surrogateescape"))  # names of old zips are not UTF-8
     pixels, corner = crop(picture, args, rng)
     inputs = size_and_crop(original[::-1], corner, pixels.shape[:2], args)
@@ -1178,8 +1191,8 @@ def cached_tensors(sample):
         raise SkippedSample("no cached tensors") from None
     except SafetensorError as error:
         raise SkippedSample("cached tensors cannot be read") from error
-    if not {"moments", "prompt_embeds"} <= tensors.keys():
-        raise SkippedSample("cached tensors lack moments or embeddings")
+    if tensors.keys() != CACHED_TENSORS or not all(value.isfinite().all() for value in tensors.values()):
+        raise SkippedSample("cached tensors are incomplete or not finite")
     return tensors
 
 
@@ -1277,7 +1290,7 @@ def audit(shards, args):
     skipped, usable, examined, cache = Skipped(), [], 0, None
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
-        if sample["__key__"] == CACHE_KEY:
+        if sample["__key__"] == CACHE_KEY and not sample.keys() & {*IMAGE_SUFFIXES}:
             if usable:  # of remote shards; local ones were looked at before
                 raise UnusableInput("--train_shards_path_or_url mixes pictures with cached shards; name one kind")
             cache = sample  # `samples` is lazy: from here it leaves out the shards of other caches
@@ -2445,11 +2458,21 @@ def find_checkpoint(args, say):
     for folder in existing[::-1] if wanted == "latest" else named:
         manifest, reason = read_manifest(folder)
         if manifest:
+            if not existing:  # it lies elsewhere
+                check_unused(args)
             return folder, manifest
         if wanted != "latest":
             raise UnusableInput(f"--resume_from_checkpoint {folder}: {reason}; name a complete checkpoint or 'latest'")
         say(f"passing over {folder}: {reason}")
+    check_unused(args)
     return None, None
+
+
+def check_unused(args):
+    """Raise UnusableInput where a run that begins would replace a LoRA, its log, or another README.md."""
+    for name in (WEIGHTS_NAME, "README.md"):
+        if (path := Path(args.output_dir) / name).exists():
+            raise UnusableInput(f"--output_dir {args.output_dir}: the run would replace {path}; name another folder")
 
 
 def check_resume(folder, manifest, settings, max_train_steps):
@@ -2664,6 +2687,9 @@ def write_card(job, drawn):
     from_hub = "://" not in teacher and not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
     source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
+    kind, load = "DiffusionPipeline", "from_pretrained"
+    if "://" in teacher or Path(teacher).is_file():
+        kind, load = type(job.pipe).__name__, "from_single_file"
     scheduler, options, eta = sampler_of(args)
     usual, (title, sampler) = {"timestep_scaling": 10.0, "original_inference_steps": 50}, usage_of(args)
     options["prediction_type"] = job.schedule.prediction_type
@@ -2682,8 +2708,8 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 
 ```python
 import torch
-from diffusers import {scheduler.__name__}, DiffusionPipeline
-pipe = DiffusionPipeline.from_pretrained({source}, torch_dtype=torch.float16)
+from diffusers import {scheduler.__name__}, {kind}
+pipe = {kind}.{load}({source}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
 pipe.load_lora_weights("{job.state.repository or args.hub_model_id or "PATH/TO/THIS/FOLDER"}", adapter_name="lcm")
@@ -3264,6 +3290,7 @@ def main(args, state):
         agree(accelerator, init_lora_file, args)  # a wrong id is told, and a LoRA downloaded, before models load
     if args.dry_run:
         say(json.dumps(public_flags(args), indent=1))
+        say("dry run: flags and data can be used; models were not loaded, and nothing was written")
         return
     agree(accelerator, open_output, args, state)
     state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""

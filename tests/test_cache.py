@@ -544,7 +544,7 @@ def damaged(samples):
 
 CAUSES = {
     "no cached tensors": 2, "cached tensors cannot be read": 1,
-    "cached tensors lack moments or embeddings": 1,
+    "cached tensors are incomplete or not finite": 1,
 }  # fmt: skip
 
 
@@ -566,6 +566,13 @@ def test_damaged_samples_of_a_cache_are_counted(script, teacher, cached, tmp_pat
     assert all(f"{cause}: {count}" in report for cause, count in CAUSES.items()), report
     captions, counts = skips(script, tmp_path / "cache", teacher, num_batches=4)
     assert sorted(captions) == sorted(f"sea {i}" for i in range(4, 12)) and counts.keys() <= CAUSES.keys()
+    whole = load([*script.read_shard(str(cached / "00000.tar"), Counter())][1]["safetensors"])
+    assert script.cached_tensors({"safetensors": save(whole)}).keys() == script.CACHED_TENSORS
+    for name, value in whole.items():  # a bit of a name, of a number
+        for wrong in ({name[:-1]: value}, {name + "x": value.clone(), name: value}, {name: value / 0}):
+            rest = {other: tensor for other, tensor in whole.items() if other != name}
+            with pytest.raises(script.SkippedSample, match="incomplete or not finite"):
+                script.cached_tensors({"safetensors": save(rest | wrong)})
 
 
 @one_family

@@ -201,6 +201,10 @@ def test_a_damaged_checkpoint_does_not_push_out_a_new_one(again, unbroken, tmp_p
     shutil.copytree(unbroken, out)
     shutil.rmtree(out / "checkpoint-4")
     (out / "checkpoint-6" / "training_state.pt").write_bytes(b"")
+    said = again(2)  # rather than replace the LoRA of a finished run
+    assert "the run would replace" in said[-1]
+    for name in ("README.md", "pytorch_lora_weights.safetensors"):
+        (out / name).unlink()
     again(3, at_call("draw", 6, send(signal.SIGTERM)), checkpoints_total_limit=1)
     assert "checkpoint-3" in checkpoints(out)
     again()
@@ -476,6 +480,14 @@ def test_the_newest_complete_checkpoint_is_found(script, tmp_path):
     assert find(script, tmp_path) == ("checkpoint-10", [])
     for wanted in (tmp_path / "checkpoint-2", "checkpoint-2"):
         assert find(script, tmp_path, wanted) == ("checkpoint-2", [])
+    for name in (script.WEIGHTS_NAME, "README.md"):  # of another LoRA, perhaps that of --init_lora
+        (tmp_path / name / name).parent.mkdir()
+        (tmp_path / name / name).touch()
+        for wanted in ("latest", "none", tmp_path / "checkpoint-2"):
+            with pytest.raises(script.UnusableInput, match=f"would replace .*{name}/{name}; name another folder"):
+                find(script, tmp_path / name, wanted)
+        make_checkpoint(script, tmp_path / name, 4)
+        assert find(script, tmp_path / name) == ("checkpoint-4", [])
 
 
 DAMAGES = {

@@ -137,6 +137,11 @@ WRONG = {
         ("resume_from_checkpoint", "/nowhere/checkpoint-2"), ("output_dir", f"{__file__}/below"),
         ("pretrained_teacher_model", r"C:\nowhere\teacher"), ("init_lora", "./nowhere"),
     ],
+    "empty": [
+        (name, value) for name in "init_lora output_dir train_shards_path_or_url hub_token variant".split()
+        for value in ("", " ")
+    ],
+    "float16": [("lora_alpha", value) for value in (1e-4, 65505)],
     "missing": [(name, None) for name in "pretrained_teacher_model train_shards_path_or_url max_train_steps".split()],
     "unknown": [("unknown_flag", 1), ("lora_ran", 4), ("validation_prompts", "m\udce4r")],
 }  # fmt: skip
@@ -201,7 +206,7 @@ def test_a_data_set_of_the_hub_is_answered_with_the_line_that_makes_shards(scrip
         {"max_train_steps": None, "max_train_samples": 10},
         {"train_shards_path_or_url": ["pipe:cat 0.tar", "https://host/{0..9}.tar"]},
         {"resume_from_checkpoint": "none", "lr_warmup_steps": 0, "adam_weight_decay": 0, "seed": 2**63 - 1},
-        {"validation_steps": -1, "report_to": "all"},
+        {"validation_steps": -1, "report_to": "all", "validation_prompts": [""], "lora_alpha": 65504},
     ],
 )
 def test_values_at_the_edge_are_accepted(script, changes):
@@ -222,13 +227,14 @@ def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
     """Several words a line, comments, quotes; what comes later wins."""
     (tmp_path / "card.txt").write_text(
         "\ufeff# for 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
-        "--validation_prompts \"sea at dawn\" 'a # in a prompt'\n"
+        '--validation_prompts "sea at dawn" \'a # in a prompt\' C#7 "don\'t"  # don\'t cut "C#7"\n--cache_dir ~/hub'
     )
     line = flags("owner/name", "pipe:cat 0.tar", "unused", train_batch_size=None, mixed_precision=None)
     args = script.parse_args([f"@{tmp_path / 'card.txt'}", *line, "--train_batch_size", "8"])
     assert (args.mixed_precision, args.train_batch_size, args.gradient_checkpointing) == ("fp16", 8, True)
     args = script.parse_args([*line, f"@{tmp_path / 'card.txt'}"])
-    assert args.validation_prompts == ["sea at dawn", "a # in a prompt"] and args.train_batch_size == 4
+    assert args.validation_prompts == ["sea at dawn", "a # in a prompt", "C#7", "don't"]
+    assert args.train_batch_size == 4 and args.cache_dir == str(Path.home() / "hub")
     (tmp_path / "paths.txt").write_text("--cache_dir C:\\models\\new  # of Windows\n--output_dir 'C:\\my runs\\a'\n")
     monkeypatch.setattr(script, "os", Windows())
     args = script.parse_args([*line, f"@{tmp_path / 'paths.txt'}"])

@@ -4,6 +4,7 @@ import http.server
 import io
 import itertools
 import json
+import os
 import random
 import signal
 import struct
@@ -307,15 +308,12 @@ def test_odd_samples_are_trained_on(script, tmp_path, members, changes):
     assert not batch["skipped"]
 
 
-def test_a_strip_is_not_blown_up(script, monkeypatch):
+def test_the_flag_alone_limits_the_pixels_and_a_strip_is_not_blown_up(script, monkeypatch):
     """A resize to the training resolution must not cost a strip's length times that."""
     asked, resize = [], Image.Image.resize
     monkeypatch.setattr(Image.Image, "resize", lambda *args, **kw: asked.append(args[1]) or resize(*args, **kw))
     outcome(script, {}, {"png": png(9000, 1)}, max_image_pixels=9999)
     assert all(width * height < 10**6 for width, height in asked)
-
-
-def test_the_flag_alone_limits_the_pixels(script):
     data = png(1, 1)
     start = data.index(b"IHDR")
     header = b"IHDR" + struct.pack(">II", 20_000, 10_000) + data[start + 12 : start + 17]
@@ -565,8 +563,8 @@ def test_a_crop_keeps_the_aspect(script, size):
 def test_a_sample_is_a_function_of_seed_epoch_and_key(script):
     data = encode(ruler(200, 40))
 
-    def left(key="a", epoch=0, **changes):
-        sample = {"png": data, "txt": b"sea", "__key__": key, "__url__": "0.tar"}
+    def left(key="a", epoch=0, shard="0.tar", **changes):
+        sample = {"png": data, "txt": b"sea", "__key__": key, "__url__": shard}
         prepared = script.prepare_sample(sample, make_args(script, "pipe:", **changes), epoch)
         return prepared["pixels"][0, 0, 0]  # of the ruler: grows with x
 
@@ -574,6 +572,9 @@ def test_a_sample_is_a_function_of_seed_epoch_and_key(script):
     assert len({left(key) for key in "abcdef"}) > 3
     assert len({left(epoch=epoch) for epoch in range(6)}) > 3
     assert len({left(seed=seed) for seed in range(6)}) > 3
+    assert len({left(shard=f"{n}.tar") for n in range(6)}) > 3
+    # However the place is spelled when a run is resumed.
+    assert len({left(shard=place + "0.tar") for place in ("", "./", "/data/", "C:\\data\\", "https://host/a/")}) == 1
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -711,11 +712,23 @@ def test_a_folder_of_pictures_resumes_where_it_stopped(script, folder):
     assert captions_of(resumed) == captions_of(unbroken[7:])
 
 
-def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path):
+def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monkeypatch, capsys):
     (folder / "part1" / "01.txt").unlink()
     (folder / "part2" / "02.png").write_bytes(b"garbage")
+    (folder / "part2" / "05.jpg").write_bytes(picture_bytes(5))  # beside 05.png
+    (folder / "part2" / "_cache.jpg").write_bytes(picture_bytes(6))  # a name of its own use
+    (folder / "part2" / "_cache.txt").write_text("sea 20")
+    walk = os.walk
+
+    def walk_with_a_fault(top, onerror=None, **options):
+        onerror(PermissionError(13, "Permission denied", "lost+found"))
+        return walk(top, **options)
+
+    monkeypatch.setattr(os, "walk", walk_with_a_fault)
     usable, report, _ = script.audit(script.list_shards([str(folder)]), make_args(script, folder))
-    assert len(usable) == 18 and "no caption: 1" in report and "picture cannot be decoded: 1" in report
+    assert len(usable) == 19 and "no caption: 1" in report and "picture cannot be decoded: 1" in report
+    assert "second picture of a sample, such as a.png beside a.jpg: 1" in report
+    assert "folder lost+found (Permission denied): 1" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()
     with pytest.raises(script.UnusableInput, match="empty.*no picture"):
         script.list_shards([str(tmp_path / "empty")])

@@ -245,6 +245,7 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
     (script.Path(args.output_dir) / f"image_{2 * drawn}.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
+    job.pipe = type("StableDiffusionPipeline", (), {})()
     script.write_card(job, {1: [], 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
@@ -297,6 +298,8 @@ def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
     (tmp_path / "teacher" / "README.md").write_text("---\nlicense: creativeml-openrail-m\n---\n# teacher\n")
     args.pretrained_teacher_model = str(tmp_path / "teacher")
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"
+    args.pretrained_teacher_model = str(tmp_path / "teacher" / "README.md")  # a single file
+    assert 'StableDiffusionPipeline.from_single_file("THE-TEACHER"' in write_card(script, args)[1]
     monkeypatch.setattr(script, "hf_hub_download", lambda *_, **__: tmp_path / "teacher" / "README.md")
     args.pretrained_teacher_model = "owner/teacher"
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"

@@ -62,7 +62,7 @@ def job_of(script, line):
 
 def schedule_of(script, teacher, prediction_type="epsilon"):
     scheduler = DDIMScheduler.from_pretrained(teacher, subfolder="scheduler", prediction_type=prediction_type)
-    args = SimpleNamespace(num_ddim_timesteps=50, phases=1, loss_space="sample", timestep_scaling_factor=10.0)
+    args = SimpleNamespace(objective="matching", num_ddim_timesteps=50, timestep_scaling_factor=10.0)
     return script.make_schedule(scheduler.config, args, CPU), scheduler
 
 
@@ -456,10 +456,10 @@ def test_prompts_that_cannot_be_read_are_named(script, tmp_path, content, named)
 
 @one_family
 def test_prompts_are_the_lines_of_a_text_file_or_the_captions_alone(script, shards, start_lora, tmp_path):
-    (tmp_path / "mine.txt").write_bytes("\ufeffsea\r\n\r\n hills \nété".encode())
+    (tmp_path / "mine.txt").write_bytes("\ufeffsea\r\n\r\n hills \nété\u2028été".encode())
     line = matching_flags("owner/name", tmp_path / "mine.txt", start_lora, "out", resolution=64)
     samples, report, cache = script.audit([str(tmp_path / "mine.txt")], script.parse_args(line))
-    assert [sample["caption"].strip() for sample in samples] == ["sea", "hills", "été"] and cache is None
+    assert [sample["caption"].strip() for sample in samples] == ["sea", "hills", "été\u2028été"] and cache is None
     assert "3 samples 3 can be used" in report
     args = script.parse_args(matching_flags("owner/name", shards, start_lora, "out"))
     stream = script.ShardStream(script.list_shards([str(shards)]), args, 1, 0, 1)

@@ -95,7 +95,7 @@ def test_a_fixed_crop_and_size_is_that_of_a_whole_picture(script, pipe):
     args = make_args(script)
     args.objective = "matching"  # of a caption alone the same
     sample = {"txt": b"sea", "__key__": "a", "__url__": "0.tar"}
-    cached = sample | {"safetensors": save({n: torch.zeros(6) for n in ("moments", "prompt_embeds", "time_ids")})}
+    cached = sample | {"safetensors": save({name: torch.zeros(6) for name in script.CACHED_TENSORS})}
     for each, is_cached in ((sample, False), (cached, True)):
         given = script.prepare_sample(each, args, 0, is_cached)
         assert torch.equal(given["time_ids"], told(pipe, (SIDE, SIDE), (0, 0)))

@@ -78,9 +78,12 @@ def check(tmp_path, monkeypatch, capsys):
 
     def run(*flags):
         monkeypatch.setattr(sys, "argv", ["check_shared.py", "--folder", str(tmp_path), *flags])
-        code = tool.main()
+        try:
+            code, said = tool.main(), ""
+        except SystemExit as stop:  # with a text the exit code is 1
+            code, said = 1, str(stop)
         printed = capsys.readouterr()
-        return code, printed.out + printed.err
+        return code, printed.out + printed.err + said
 
     return run
 

@@ -34,14 +34,11 @@ DIFFERENT_FOR_A_REASON = {
     "kohya_model": "names the models",
     "kohya_name": "kohya's files name SDXL's modules otherwise",
     "TEXT_PARTS": "one text encoder or two",
+    "CACHED_TENSORS": "SDXL's pooled embeddings and time ids",
     "ARGS": "the flags, read before the heavy imports",
     "EXIT_CODE": "of the script when it is run",
 }
 REGION = re.compile(r"^# >>> shared: (\w+)\n(.*?)^# <<< shared: \1\n", re.M | re.S)
-
-
-class Difference(Exception):
-    """The scripts are not what they should be; the message says where."""
 
 
 def split_regions(path):
@@ -50,10 +47,10 @@ def split_regions(path):
     found = list(REGION.finditer(text))
     outside = REGION.sub(lambda region: "\n" * region[0].count("\n"), text)  # line numbers stay what they are
     if wrong := re.search(r"^[^\w\n]*(>>>|<<<)\s*shared.*", "".join(region[2] for region in found) + outside, re.M):
-        raise Difference(f"{path.name}: {wrong[0].strip()!r} is malformed, has no partner, or lies in a region")
+        sys.exit(f"{path.name}: {wrong[0].strip()!r} is malformed, has no partner, or lies in a region")
     regions = {region[1]: region[0] for region in found}
     if len(regions) < len(found):
-        raise Difference(f"{path.name}: a region is there twice")
+        sys.exit(f"{path.name}: a region is there twice")
     return regions | {"": outside}
 
 
@@ -98,14 +95,11 @@ def main():
     cli.add_argument("--copy_from", choices=SCRIPTS, help="first copy this script's regions to the other")
     args = cli.parse_args()
     first, second = (args.folder / name for name in SCRIPTS)
-    try:
-        if args.copy_from:
-            source, target = (first, second) if args.copy_from == SCRIPTS[0] else (second, first)
-            regions, text = split_regions(source), target.read_text(encoding="utf-8")
-            target.write_text(REGION.sub(lambda region: regions.get(region[1], region[0]), text), encoding="utf-8")
-        found = compare(first, second)
-    except Difference as error:
-        found = [str(error)]
+    if args.copy_from:
+        source, target = (first, second) if args.copy_from == SCRIPTS[0] else (second, first)
+        regions, text = split_regions(source), target.read_text(encoding="utf-8")
+        target.write_text(REGION.sub(lambda region: regions.get(region[1], region[0]), text), encoding="utf-8")
+    found = compare(first, second)
     print("\n".join(found) or "the shared regions are the same", file=sys.stderr if found else sys.stdout)
     return 1 if found else 0
 
