@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measure speed and memory on this machine: training steps and the data loader.
 
-    python scripts/benchmark.py train --all --minutes 8 --json outputs/gpu.json --markdown outputs/gpu.md
+    python scripts/benchmark.py train --all --minutes 8 --json outputs/gpu.json
     python scripts/benchmark.py train --model sdxl --train_batch_size 4 --mixed_precision fp16 \\
         --gradient_checkpointing --json outputs/one.json
     python scripts/benchmark.py table outputs/gpu.json        # the table of README.md and docs/performance.md
@@ -48,8 +48,7 @@ def add_train(commands):
     add("--json", type=Path, metavar="FILE", help="figures as JSON")
     add("--all", action="store_true", help="measure the list of cases; give no --model and no trainer flags")
     add("--tiny", action="store_true", help="--all with the demo teachers at 64 px, to try it on a CPU")
-    add("--minutes", type=float, default=8, metavar="M", help="time for --all (default: %(default)s)")
-    add("--markdown", type=Path, metavar="FILE", help="table of --all as Markdown")
+    add("--minutes", type=cli.within(float, 0), default=8, metavar="M", help="time for --all (default: %(default)s)")
 
 
 def add_loader(commands):
@@ -97,6 +96,9 @@ def parse_args(argv=None):
         parser.error(f"unrecognized arguments: {' '.join(words)}")
     elif args.command == "table" and args.figures and not args.figures.is_file():
         parser.error(f"{args.figures}: no such file; `train --all --json FILE` writes one")
+    folder, file = (vars(args).get(name) for name in ("output_dir", "json"))
+    if folder or file:
+        cli.refuse(parser, cli.folder_problems(folder or file.parent, "--output_dir" if folder else "--json"))
     return args, words
 
 

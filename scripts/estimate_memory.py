@@ -129,12 +129,12 @@ def meta_job(own, trainer, args):
         parameters = trainer.add_lora(pipe.unet, args)
     for unet in (pipe.unet, teacher_unet, fake_unet):
         trainer.prepare_unet(unet, args)
-    fake = SimpleNamespace(unet=fake_unet, grids=trainer.student_grids(pipe.scheduler.config, args))
     job = SimpleNamespace(
         args=args, pipe=pipe, teacher_unet=teacher_unet, student_unet=pipe.unet, student=pipe.unet, dtype=dtype,
         scaling_factor=1.0, schedule=trainer.make_schedule(pipe.scheduler.config, args, META),
         accelerator=SimpleNamespace(device=META, process_index=0), state=SimpleNamespace(global_step=0),
-        uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()}, fake=fake,
+        uncond_embeds={name: value.detach() for name, value in uncond_embeds.items()},
+        fake=SimpleNamespace(unet=fake_unet, grids=trainer.student_grids(pipe.scheduler.config, args)),
     )  # fmt: skip
     return job, parameters, fake_parameters, saved
 

@@ -18,6 +18,7 @@ Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 import json
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections import Counter
@@ -45,7 +46,6 @@ def parse_args(argv=None):
     add("--rank", type=COUNT, metavar="R", help="smaller rank, each layer's best approximation (SVD)")
     text = "model family; auto: by the LoRA's text width, names and header, and a run's args.json (default: auto)"
     add("--family", choices=("auto", "sd", "sdxl"), default="auto", help=text)
-    add("--bare_header", action="store_true", help="kohya header without title and rank")
     add("--merge_into", metavar="MODEL", help="Hub id, diffusers folder or single file to add the LoRA to")
     text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
     add("--teacher_config", metavar="MODEL", help=text)
@@ -59,7 +59,6 @@ def parse_args(argv=None):
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
         (args.output.exists(), f"--output {args.output}: exists; name a new one"),
         (args.format and args.output.suffix != ".safetensors", f"--output {args.output}: must end in .safetensors"),
-        (args.bare_header and args.format != "kohya", "--bare_header: only with --format kohya"),
         (of_model and not args.merge_into, "--teacher_config, --variant, --prediction_type: only with --merge_into"),
     ]
     refuse(cli, problems)
@@ -71,7 +70,7 @@ if __name__ == "__main__":
 
 import torch
 from lib.original_layout import original_state
-from lib.pipelines import set_sampler
+from lib.pipelines import TEACHER_FLAGS, set_sampler
 from lib.trainers import DTYPES, INPUT_ERRORS, UnusableInput, exit_code, sd15, sdxl
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -156,7 +155,7 @@ def kohya_file(args, loras, layers_per_block):
     flags = SimpleNamespace(lora_rank=largest_rank(loras), lora_alpha=alpha, resolution=None)
     header = trainer.kohya_metadata(flags, text_width(loras))
     del header["ss_resolution"]  # a LoRA does not tell
-    return state, {} if args.bare_header else header
+    return state, header
 
 
 def diffusers_file(loras):
@@ -182,7 +181,7 @@ def write_lora(args, loras, path, dtype):
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise UnusableInput(f"--dtype {args.dtype}: the weights are too large for it; give bf16 or fp32")
-    hint = {} if args.bare_header else {k: v for k, v in header_of(args)[0].items() if k == "modelspec.usage_hint"}
+    hint = {name: value for name, value in header_of(args)[0].items() if name == "modelspec.usage_hint"}
     save_file(state, path, metadata={"format": "pt"} | hint | header)
     back = sd15.read_lora(path, layers_per_block)
     if back.keys() != loras.keys() or not all(
@@ -195,11 +194,8 @@ def write_lora(args, loras, path, dtype):
 @torch.no_grad()
 def merge(args, loras, path, dtype):
     """Write the model of --merge_into with the LoRA added to its UNet; raises UnusableInput where it does not fit."""
-    model = SimpleNamespace(
-        pretrained_teacher_model=args.merge_into, teacher_config=args.teacher_config, variant=args.variant,
-        prediction_type=args.prediction_type, teacher_revision=None, cache_dir=None,
-        pretrained_vae_model_name_or_path=None,
-    )  # fmt: skip
+    flags = dict.fromkeys(TEACHER_FLAGS) | vars(args)
+    model = SimpleNamespace(**flags | {"pretrained_teacher_model": args.merge_into})
     try:
         pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
     except INPUT_ERRORS as error:
@@ -221,6 +217,7 @@ def merge(args, loras, path, dtype):
 
 
 def main(args):
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # so that nothing half done is left
     loras = sd15.read_lora(args.input)
     dtype = DTYPES["no" if args.dtype == "fp32" else args.dtype]
     with whole_output(args.output) as path:

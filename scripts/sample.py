@@ -71,7 +71,7 @@ def add_sampling_flags(group):
     add("--lcm_guidance_scale", type=cli.GUIDANCE, nargs="+", default=[1.0], metavar="G", help=text)
     text = "strengths of the LCM-LoRA, times its weight; a row each (default: 1.0)"
     add("--lora_strengths", type=cli.within(float, -100, 100), nargs="+", default=[1.0], metavar="S", help=text)
-    add("--negative_prompt", metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
+    add("--negative_prompt", type=cli.utf8, metavar="TEXT", help="works in rows with guidance above 1 (default: none)")
     add("--seed", type=cli.within(int, 0, 2**62), default=0, help="image i of a prompt starts from seed + i")
     add("--num_images", type=cli.COUNT, default=1, metavar="N", help="images per prompt (default: %(default)s)")
     add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side, a multiple of 8 (default: model's or picture's)")

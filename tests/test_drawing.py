@@ -114,7 +114,7 @@ def test_a_kohya_file_with_alphas_that_differ_is_drawn_as_it_says(teacher, loras
 def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras):
     folder, _ = loras
     pipe, by_peft = load(teacher), load(teacher)
-    pipelines.load_lora(pipe, folder / "lcm" / "unet")
+    pipelines.load_lora(pipe, folder / "lcm" / "unet" / "adapter_model.safetensors")
     by_peft.unet = PeftModel.from_pretrained(by_peft.unet, folder / "lcm" / "unet")
     ours = latents_of(pipe, "lcm-lora")
     pipelines.set_sampler(by_peft, "lcm-without-lora", {})

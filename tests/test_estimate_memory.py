@@ -50,6 +50,7 @@ def test_what_the_flags_change(tool):
     saved = 242_196_480 * (2 - 0.5 - 4 / 64) - 2 * 1280 * 10240
     assert fixed["unet"] - small_fixed["unet"] == pytest.approx(saved)
     assert "validation" not in figures(tool, "--train_batch_size", "1", "--validation_steps", "-1")[1]
+    assert tool.exit_code(lambda _: figures(tool, "--num_ddim_timesteps", "2000"), None) == 2
 
 
 def test_the_step_is_left_as_it_was(tool):

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import stat
 import subprocess
 import sys
@@ -255,12 +256,13 @@ def test_the_released_sd15_file_to_the_byte(tool, tmp_path):
     state = {f"unet.{name}": torch.zeros(value.shape, dtype=torch.half) for name, value in state.items()}
     save_file(state, tmp_path / "in.safetensors")
     out = tmp_path / "out.safetensors"
-    run(tool, "--input", tmp_path / "in.safetensors", "--format", "kohya", "--output", out, "--bare_header")
+    run(tool, "--input", tmp_path / "in.safetensors", "--format", "kohya", "--output", out)
+    save_file(load_file(out), out, metadata={"format": "pt"})  # the released one has no other field
     with out.open("rb") as file:
         assert int.from_bytes(file.read(8), "little") == 116_544
     assert out.stat().st_size == 134_621_556
     with safe_open(out, "pt") as file:
-        assert len(file.keys()) == 834 and file.metadata() == {"format": "pt"}
+        assert len(file.keys()) == 834
 
 
 @pytest.mark.parametrize("model", NARROW)
@@ -595,6 +597,10 @@ def test_an_output_that_cannot_be_written_is_named(tool, trained, tmp_path, monk
     monkeypatch.setattr(tool, "save_file", full)
     with pytest.raises(tool.UnusableInput, match="--output .*No space left on device"):
         run(tool, *words, tmp_path / "lora.safetensors")
+    monkeypatch.setattr(tool, "save_file", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGTERM))
+    with pytest.raises(SystemExit, match="143"):
+        run(tool, *words, tmp_path / "lora.safetensors")
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -674,7 +680,6 @@ def test_wrong_usage_ends_with_one_line_and_2(tool, tmp_path, capsys):
         ([*kohya, "x.safetensors", "--rank", 0], "--rank: 0"),
         (["--input", file, "--merge_into", "a/b", "--output", tmp_path], "exists"),
         ([*kohya, file], "exists"),
-        (["--input", file, "--format", "diffusers", "--output", "x.safetensors", "--bare_header"], "kohya"),
         ([*kohya, "x.safetensors", "--teacher_config", "a/b"], "only with --merge_into"),
         ([*kohya, "x.safetensors", "--network_dim", 8], "--network_dim"),
         (["--format", "kohya"], "--input"),
@@ -697,6 +702,9 @@ def test_a_real_process_names_what_is_wrong_and_ends_with_2(tmp_path):
     command = [sys.executable, "-c", "import lib; print('山')"]
     variables = ENVIRONMENT | {"PYTHONIOENCODING": "cp1252", "PYTHONPATH": str(ROOT / "scripts")}
     assert subprocess.run(command, capture_output=True, env=variables).returncode == 0
+    command[-1] = "import lib, signal; signal.raise_signal(signal.SIGINT)"  # Ctrl-C while libraries load
+    done = subprocess.run(command, capture_output=True, env=variables)
+    assert done.returncode == -signal.SIGINT and not done.stderr
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -272,8 +272,19 @@ def test_an_lcm_lora_drawn_by_ddim_and_euler(models, sample, tmp_path):
         patched.setattr("huggingface_hub.hf_hub_download", lambda *_: download)
         assert sample.cli.samplers_for(["me/a-lora-of-phases"]) == ["lcm-lora-euler"]
     (tmp_path / name / "checkpoint-7" / "unet").mkdir(parents=True)  # whose files have no such header
-    for part in ("checkpoint-7", "checkpoint-7/unet"):
+    for file in sample.cli.PEFT_FILES:
+        (tmp_path / name / "checkpoint-7" / "unet" / file).touch()
+    (tmp_path / "link.safetensors").symlink_to(tmp_path / name / sd15.WEIGHTS_NAME)
+    for part in (
+        "checkpoint-7",
+        "checkpoint-7/unet",
+        "checkpoint-7/unet/adapter_model.safetensors",
+        "../link.safetensors",
+    ):
         assert sample.cli.samplers_for([tmp_path / name / part]) == [name]
+    with pytest.MonkeyPatch.context() as patched:
+        patched.chdir(tmp_path / name)
+        assert sample.cli.samplers_for(["."]) == sample.cli.samplers_for(["checkpoint-7/unet"]) == [name]
     pipe = load(models / "teacher")
     pipelines.load_lora(pipe, models / "lora")
     schedule, drawn = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}, {}
@@ -342,6 +353,10 @@ def test_wrong_values_exit_with_2(sample, models, tmp_path, capsys, flags, named
 
 
 def test_prompts_file_without_prompts(sample, models, tmp_path, capsys):
+    for flag in ("--prompts", "--negative_prompt"):  # nor a prompt of another encoding
+        with pytest.raises(SystemExit) as stop:
+            sample.parse_args([*usual_flags(models, tmp_path, "--prompts", "a"), flag, "m\udce4r"])
+        assert stop.value.code == 2 and "is not UTF-8" in capsys.readouterr().err
     for name in ("blank.txt", "no-file.txt"):
         with pytest.raises(SystemExit) as stop:
             sample.parse_args([*usual_flags(models, tmp_path), "--prompts_file", str(models / name)])
@@ -349,10 +364,10 @@ def test_prompts_file_without_prompts(sample, models, tmp_path, capsys):
 
 
 def test_prompts_file_is_read_line_by_line(sample, models, tmp_path):
-    (tmp_path / "prompts.txt").write_text("\ufeffa hill\n\n  die See bei Nacht, schön \r\n", encoding="utf-8")
+    (tmp_path / "prompts.txt").write_text("\ufeffa hill\n\n  die See\u2028bei Nacht, schön \r\n", encoding="utf-8")
     usual = usual_flags(models, tmp_path)
     args = sample.parse_args([*usual, "--prompts_file", str(tmp_path / "prompts.txt")])
-    assert args.prompts == ["a hill", "die See bei Nacht, schön"]
+    assert args.prompts == ["a hill", "die See\u2028bei Nacht, schön"]
 
 
 @pytest.mark.parametrize(

@@ -73,10 +73,16 @@ def a_file(text):
     return Path(text)
 
 
+def utf8(text):
+    if re.search("[\ud800-\udfff]", text):
+        raise argparse.ArgumentTypeError(f"{text!r}: is not UTF-8")
+    return text
+
+
 def prompts_in(text):
     """Return the prompts of a text file, one a line, without blank lines."""
     try:
-        lines = Path(text).read_text("utf-8-sig").splitlines() if Path(text).is_file() else []
+        lines = Path(text).read_text("utf-8-sig").split("\n") if Path(text).is_file() else []
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(f"{text}: is not UTF-8 ({error.reason}); save it as UTF-8") from error
     if not (prompts := [line.strip() for line in lines if line.strip()]):
@@ -105,7 +111,7 @@ def add_model_flags(cli, required=True):
 
 def add_prompt_flags(group, required=True):
     prompts = group.add_mutually_exclusive_group(required=required)
-    prompts.add_argument("--prompts", nargs="+", metavar="TEXT", help="prompts, each in quotes")
+    prompts.add_argument("--prompts", nargs="+", type=utf8, metavar="TEXT", help="prompts, each in quotes")
     prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help="a prompt a line")
 
 
@@ -127,19 +133,20 @@ def split_weight(text):
 
 
 def local_lora(source):
-    """Return the path of a LoRA; of its download where it is a Hub id, as long as the Hub can be reached."""
+    """Return the path of a LoRA, PEFT's as its folder; of the download where it is a Hub id that can be reached."""
     if not Path(source).exists():
         from huggingface_hub import errors, hf_hub_download  # slow to import
 
         with suppress(OSError, ValueError, errors.HTTPError):  # loading it tells the user
             return Path(hf_hub_download(str(source), LORA_FILE))
-    return Path(source)
+    folder = Path(source).parent
+    return folder if Path(source).name == PEFT_FILES[1] and (folder / PEFT_FILES[0]).exists() else Path(source)
 
 
 def samplers_for(loras):
     """Return the samplers that LoRA files' headers name, also a folder's or its run's; lcm-lora without a name."""
     found = {}
-    for lora in map(local_lora, loras):
+    for lora in (local_lora(lora).resolve() for lora in loras):
         places = [folder / LORA_FILE for folder in (lora, *lora.parents[:2]) if lora.is_dir()]
         path, hint = next(filter(Path.is_file, places), lora), ""
         with suppress(OSError, SafetensorError), safe_open(path, "np") as file:

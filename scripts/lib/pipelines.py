@@ -23,7 +23,7 @@ from peft import LoraConfig, get_peft_model_state_dict, load_peft_weights, set_p
 from PIL import Image, ImageDraw, ImageFont
 from safetensors import SafetensorError
 
-from lib.cli import LORA_SAMPLERS, PEFT_FILES
+from lib.cli import LORA_SAMPLERS, PEFT_FILES, local_lora
 from lib.trainers import DTYPES, UnusableInput, sd15, sdxl
 
 MIN_CELL_PX = 128
@@ -142,18 +142,18 @@ def start_offload(pipe, args, device):
 
 def load_lora(pipe, lora, name="lcm"):
     """Load a LoRA (file, folder, PEFT folder or Hub id) as adapter `name`; refuse one that does not fit."""
-    logs = diffusers.utils.logging
+    logs, source = diffusers.utils.logging, local_lora(lora)
     logs.set_verbosity(logs.CRITICAL)  # diffusers logs what it raises, and only warns of keys without a place
     try:
-        if all((Path(lora) / file).exists() for file in PEFT_FILES):
-            found = add_peft_adapter(pipe.unet, lora, name)
+        if all((source / file).exists() for file in PEFT_FILES):
+            found = add_peft_adapter(pipe.unet, source, name)
         else:
-            if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(lora))):
+            if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(source))):
                 raise ValueError("it is a DoRA, whose scales diffusers leaves out")
-            weights, alphas = pipe.lora_state_dict(str(lora), unet_config=pipe.unet.config)
+            weights, alphas = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
             found = sum(key.startswith("unet.") and weight.ndim > 1 for key, weight in weights.items())
             is_uneven = len(set((alphas or {}).values())) > 1
-            pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(lora), adapter_name=name)
+            pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(source), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
         taken = "" if Path(lora).exists() else " (no such path here, so it was taken for a Hub id)"

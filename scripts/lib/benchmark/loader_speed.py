@@ -71,6 +71,5 @@ def loader_table(records):
 def measure_loader(args):
     torch.set_num_threads(1)
     records = [measure_rates(*case, args) for case in args.cases]
-    args.output_dir.mkdir(parents=True, exist_ok=True)
     (args.output_dir / "loader.json").write_text(json.dumps(records, indent=1))
     print(loader_table(records))

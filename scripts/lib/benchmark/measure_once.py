@@ -31,7 +31,7 @@ from tqdm.auto import tqdm
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
 from lib.pipelines import device_name, peak_gib, reset_peak, resident_gib, synchronize
-from lib.trainers import DTYPES, exit_code
+from lib.trainers import DTYPES, UnusableInput, exit_code, sd15
 
 
 def parse_args(argv=None):
@@ -98,6 +98,8 @@ def make_recipe_job(own, trainer, args, folder):
     if own.model in REAL_MODELS:
         trainer.load_teacher = partial(build_teacher, own.model)
     if own.recipe == "reference":
+        if args.phases > 1:
+            raise UnusableInput("the reference recipe does not know --phases 2; give --recipe ours")
         args.use_4bit_base = args.compile = False  # which the recipe does not know
         reference_recipe.replace_step(trainer)
     elif own.cached:
@@ -156,4 +158,5 @@ def main(words):
 
 
 if __name__ == "__main__":
+    sd15.end_with_parent(9)
     sys.exit(exit_code(main, sys.argv[1:] or json.loads(sys.stdin.readline())))

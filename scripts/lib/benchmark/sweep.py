@@ -44,9 +44,8 @@ def list_cases():
 
 def start_worker(**streams):
     """Return a process that imports its packages and then waits for the words of one measurement."""
-    return subprocess.Popen(
-        [sys.executable, str(MEASURE_ONCE)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams
-    )
+    line = [sys.executable, str(MEASURE_ONCE)]
+    return subprocess.Popen(line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, **streams)
 
 
 def words_of(model, recipe, args, flags):
@@ -67,8 +66,7 @@ def measure_one(args, words):
             measured[recipe] = json.loads(output.splitlines()[-1])
     report = {"model": args.model, "cached": args.cached, "trainer_flags": words, "rounds": rounds, "ratios": {}}
     if set(args.recipe) == set(RECIPES):
-        for name in COMPARED:
-            report["ratios"][name] = [each["ours"][name] / each["reference"][name] for each in rounds]
+        report["ratios"] = {n: [each["ours"][n] / each["reference"][n] for each in rounds] for n in COMPARED}
         pairs = [pair for each in rounds for pair in zip(*(each[name]["losses"] for name in RECIPES), strict=True)]
         report["loss_difference"] = max(abs(ours - plain) / plain for plain, ours in pairs)
     show_rounds(report)
@@ -132,8 +130,6 @@ class Sweep:
 
     def write(self):
         write_whole(self.args.json, json.dumps(self.report, indent=1))
-        if self.args.markdown:
-            write_whole(self.args.markdown, gpu_table(self.report))
 
 
 def measure_all(args):

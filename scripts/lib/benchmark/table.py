@@ -69,7 +69,6 @@ def gpu_table(report, is_short=False):
 
 def write_whole(path, text):
     """Write a text file so that a reader never sees half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)
@@ -79,11 +78,14 @@ def write_tables(figures, root=ROOT):
     """Write the tables between their markers; the exit code is 2 where a file has no markers."""
     tables = {"short": f"{NOT_MEASURED}\n", "full": f"{NOT_MEASURED}\n"}
     if figures:
-        report = json.loads(figures.read_text(encoding="utf-8"))
+        try:
+            report = json.loads(figures.read_text(encoding="utf-8"))
+            tables = {"short": gpu_table(report, is_short=True), "full": gpu_table(report)}
+        except (ValueError, LookupError, TypeError, AttributeError):
+            report = {"rows": []}
         if not report["rows"]:
-            print(f"error: {figures}: holds no row; measure again", file=sys.stderr)
+            print(f"error: {figures}: holds no rows of `train --all`; measure again", file=sys.stderr)
             return 2
-        tables = {"short": gpu_table(report, is_short=True), "full": gpu_table(report)}
     code = 0
     for path in (root / "README.md", root / "docs" / "performance.md"):
         text = path.read_text(encoding="utf-8")

@@ -56,7 +56,7 @@ def load_features(spec, device="cpu"):
             return DemoJudge(spec)
         return TransformerFeatures(source or HUB_MODELS.get(name, spec))
 
-    remedy = "without network give a folder, --features clip=FOLDER, or the demo's judge: --features judge.safetensors"
+    remedy = "without network give --features clip=FOLDER, or for the demo assets/demo-teacher-sd15/judge.safetensors"
     return load_judge("--features", spec, device, kind, remedy)
 
 

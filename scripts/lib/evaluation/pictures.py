@@ -180,28 +180,26 @@ def real_files(paths):
 
 
 def encoded_pictures(paths, skipped):
-    """Yield a function for each real picture, in order of name, that returns its bytes."""
+    """Yield each real picture, in order of name: its path, or its bytes."""
     for file in real_files(paths):
         if not sd15.TAR_NAMES.search(file.name):
-            yield file.read_bytes
+            yield str(file)
             continue
         # Members of a shard are never decoded by their suffix: a decoder of .pkl or .pth runs what it reads.
         # An absolute path, because a file may be called "pipe:COMMAND.tar".
         for sample in sd15.read_shard(str(file.absolute()), skipped):
             found = [sample[suffix] for suffix in sd15.IMAGE_SUFFIXES if suffix in sample]
-            if found:
-                yield lambda data=found[0]: data
-            else:
-                skipped["no picture"] += 1
+            yield from found[:1]
+            skipped["no picture"] += not found
 
 
 def real_pictures(paths, skipped, rank=0, processes=1):
     """Yield this process's share of the real pictures, upright RGB; count those that cannot be used."""
     # Every process reads the shards; the first one counts what is wrong with them.
-    for number, read in enumerate(encoded_pictures(paths, sd15.Skipped() if rank else skipped)):
+    for number, picture in enumerate(encoded_pictures(paths, sd15.Skipped() if rank else skipped)):
         if number % processes == rank:
             try:
-                yield sd15.open_picture(read(), MAX_PICTURE_PX)[0]
+                yield sd15.open_picture(picture, MAX_PICTURE_PX)[0]
             except sd15.SkippedSample as cause:
                 skipped[str(cause)] += 1
 

@@ -21,7 +21,6 @@ h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { fon
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
 td { white-space: nowrap; } th { vertical-align: bottom; min-width: 4rem; }
-.wide td:first-child { position: sticky; left: 0; background: Canvas; }
 thead th { background: var(--soft); }
 td small { opacity: 0.7; display: block; }
 .plots { width: 100%; height: auto; background: white; }
