@@ -168,7 +168,7 @@ class StopWaiting(BaseException):
 
 # >>> shared: arguments
 class OneLineParser(argparse.ArgumentParser):
-    """Reports a wrong command line in one line, and reads files of flags: `@FILE`, # begins a comment, ~/ is home."""
+    """Reports a wrong command line in one line, and reads files of flags (`@FILE`)."""
 
     def error(self, message):
         self.exit(2, f"error: {masked(message)}; --help lists all flags\n")
@@ -183,16 +183,22 @@ class OneLineParser(argparse.ArgumentParser):
                 yield word
                 continue
             try:
-                for line in Path(os.path.expanduser(word[1:])).read_text("utf-8-sig").splitlines():
-                    # As a shell does: a comment begins with a word, and not in C#7 or in quotes.
-                    line = re.sub(r"""("[^"]*"|'[^']*')|(?<!\S)#.*""", r"\1", line)
-                    inner = shlex.shlex(line, posix=True)
-                    inner.whitespace_split, inner.commenters = True, ""
-                    inner.escape = "\\" * (os.sep == "/")  # not of Windows' paths
-                    yield from self.expand(os.path.expanduser(each) for each in inner)
+                for line in Path(os.path.expanduser(word[1:])).read_text("utf-8-sig").split("\n"):
+                    yield from self.expand(words_of(line))
             except (OSError, ValueError, RecursionError) as error:
                 cause = getattr(error, "strerror", None) or error
                 self.error(f"{word}: {cause}; a word that begins with @ names a file of flags: mend it")
+
+
+def words_of(line):
+    """Yield the words of a line as a shell does: a comment begins with a word (not in C#7), ~/ is the home folder."""
+    inner = shlex.shlex(line, posix=True)
+    inner.whitespace_split, inner.commenters = True, ""
+    inner.escape = "\\" * (os.sep == "/")  # not of Windows' paths
+    while not line[inner.instream.tell() :].lstrip().startswith("#"):
+        if (word := inner.get_token()) is None:
+            return
+        yield os.path.expanduser(word) if word.startswith("~/") else word
 
 
 class LastOfAll(argparse.Action):
@@ -441,12 +447,14 @@ def check_objective(args, error):
 
 
 def check_paths(args, error):
-    if any(path.is_file() for path in (Path(args.output_dir), *Path(args.output_dir).parents)):
+    if any(os.path.isfile(path) for path in (args.output_dir, *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config", "init_lora"):
         value = getattr(args, flag) or ""
         is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not Path(value).exists():
+        is_there = os.path.isfile(value) or os.path.isdir(value)
+        is_local = is_local or os.path.exists(value)  # a FIFO would be waited for
+        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not is_there:
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
@@ -730,8 +738,8 @@ def is_remote(shard):
 def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
-    for value in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
-        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", value)
+    for given in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+        value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", given)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
             program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
@@ -743,6 +751,8 @@ def list_shards(values):
         except ValueError as error:
             raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
         for name in names:
+            if not name.strip():  # as of an unset variable; it would be the current folder
+                raise UnusableInput(f"{flag} {masked(' '.join(values))}: a part of it, {given!r}, is empty; mend it")
             shards += [name] if is_remote(value) else find_local(name)
     kinds = {}
     for shard in shards:
@@ -756,10 +766,10 @@ def list_shards(values):
 
 def find_local(name):
     """Return the shards that a local path, folder or glob names; the name itself where nothing is there."""
-    if Path(name).is_dir():
+    if os.path.isdir(name):  # pathlib's raises where a folder above may not be entered
         found = list_folder(Path(name))
     else:
-        found = [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True)) or [name]
+        found = [name] if os.path.isfile(name) else sorted(glob.glob(name, recursive=True)) or [name]
     # A file that is there must not be taken for a command or an address because of its name.
     return [os.path.join(".", path) if is_remote(path) else path for path in found]
 
@@ -771,20 +781,14 @@ def list_folder(folder):
         if number := sum(split_name(path.name)[1] in IMAGE_SUFFIXES for path in folder.glob("*.*")):
             tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
         return tars
-    samples, keys, unread, seen, found, faults = {}, {}, Counter(), set(), [], []
-    for parent, folders, names in os.walk(folder, onerror=faults.append, followlinks=True):
-        if (real := os.path.realpath(parent)) in seen:  # linked folders count once, and a loop of links ends
-            folders.clear()
-            continue
-        seen.add(real)
-        found += [path for path in (Path(parent, name) for name in names) if path.is_file()]
-    for path in sorted(found):
+    samples, keys, unread, faults = {}, {}, Counter(), []
+    for path in sorted(files_below(folder, faults.append)):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
         samples.setdefault(key, []).append(name)
         if suffix in IMAGE_SUFFIXES:
             keys[key] = True  # in order
-        elif not suffix and path.name[0] != ".":
+        elif not suffix:
             unread[path.suffix.lower() or path.name] += 1
     unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
     if unread:
@@ -800,19 +804,36 @@ def list_folder(folder):
     return parts
 
 
+def files_below(folder, onerror):
+    """Yield the files below a folder but hidden ones; linked folders come last, each once, so that a loop ends."""
+    waiting, seen = [folder], set()
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=onerror):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
+            paths = (Path(parent, name) for name in names if not name.startswith("."))
+            # One that is not there, as at a link's end, is counted when it is read; a pipe would be waited for.
+            yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+
+
 def check_shard(path):
     """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it.
 
     Return how a shard of cached tensors was made, as its head tells; b"" for another one.
     """
     fault, made = "", b""
-    if path.exists() and not path.is_file():  # opening a FIFO would wait for ever
+    if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait for ever
         raise UnusableInput(f"shard {path}: is no regular file; name a tar, or give 'pipe:cat {path}' for a stream")
     try:
         with path.open("rb") as file:
             head, size = file.read(512), path.stat().st_size
             if head.startswith(f"{CACHE_KEY}.json\0".encode()):
                 made = file.read(tarfile.TarInfo.frombuf(head, "utf-8", "replace").size)
+                made = made if b'"family"' in made else b""  # else of a picture called _cache
             file.seek(max(0, size - 1024))
             tail = file.read()
         if path.suffix == ".txt":
@@ -847,7 +868,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
             for sample in islice(group_members(shard_members(shard), lost), done, None):
                 done += 1
                 if cache is None or sample["__key__"] != CACHE_KEY:
-                    yield sample | {"__url__": name}
+                    yield sample | {"__url__": "" if isinstance(shard, PictureFolder) else name}
                 elif cache["json"] != sample.get("json"):
                     skipped[f"shard {name} was cached in another way than the first one"] += 1
                     return
@@ -1175,7 +1196,8 @@ def prepare_sample(sample, args, epoch, cached=False):
         return cached_tensors(sample) | {"caption": caption}
     picture, original = open_picture(image, args.max_image_pixels, args.resolution)
     check_metadata({"side": min(original)} | metadata, args)
-    shard = re.split(r"[/\\]", sample["__url__"])[-1]  # wherever it lies: who resumes may spell its path anew
+    # The shard's own name alone, of a folder none: who resumes may spell its path in another way.
+    shard = re.split(r"[/\\]", sample["__url__"])[-1]
     key = f"{args.seed} {epoch} {shard} {sample['__key__']}"
     rng = random.Random(key.encode(errors="surrogateescape"))  # names of old zips are not UTF-8
     pixels, corner = crop(picture, args, rng)
@@ -1191,9 +1213,14 @@ def cached_tensors(sample):
         raise SkippedSample("no cached tensors") from None
     except SafetensorError as error:
         raise SkippedSample("cached tensors cannot be read") from error
-    if tensors.keys() != CACHED_TENSORS or not all(value.isfinite().all() for value in tensors.values()):
+    if not are_whole(tensors, CACHED_TENSORS):
         raise SkippedSample("cached tensors are incomplete or not finite")
     return tensors
+
+
+def are_whole(tensors, names):
+    is_number = (value.is_floating_point() and value.isfinite().all() for value in tensors.values())
+    return tensors.keys() == names and all(is_number)
 
 
 class ShardStream(torch.utils.data.IterableDataset):
@@ -1322,12 +1349,15 @@ def audit(shards, args):
 def check_cache(cache, args):
     remedy = "make it again with scripts/cache_latents.py, or train on the pictures"
     try:
-        head, _ = json.loads(cache["json"]), load_tensors(cache["safetensors"])
-    except (KeyError, ValueError, SafetensorError) as error:
+        head, uncond_embeds = json.loads(cache["json"]), load_tensors(cache["safetensors"])
+        is_whole = are_whole(uncond_embeds, CACHED_TENSORS - {"moments", "time_ids"}) and head["scaling_factor"] > 0
+    except (KeyError, ValueError, TypeError, SafetensorError) as error:
         raise UnusableInput(f"the cache's head cannot be read ({error}); {remedy}") from error
     identity = cache_identity(args)
     if changed := differences({name: head.get(name) for name in identity}, identity):
         raise UnusableInput(f"the cache was made for another run ({changed}); {remedy}")
+    if not is_whole:
+        raise UnusableInput(f"the cache's head is damaged; {remedy}")
 
 
 def differences(old, new):
@@ -1373,8 +1403,12 @@ def data_checksum(shards):
     for shard in shards:
         folder = shard.folder if isinstance(shard, PictureFolder) else Path(shard).parent
         names = shard.files if isinstance(shard, PictureFolder) else [Path(shard).name]
-        files += [(name, (folder / name).stat().st_size) for name in names]
+        files += [(name, size_of(folder / name)) for name in names]
     return f"crc32 {zlib.crc32(json.dumps(files).encode()):08x} of {len(files)} files"
+
+
+def size_of(path):
+    return os.path.getsize(path) if os.path.exists(path) else None
 
 
 def count_samples(shards):
@@ -1764,18 +1798,30 @@ def read_lora(path, layers_per_block=None):
     if path.is_dir():
         raise UnusableInput(f"{path}: holds no {WEIGHTS_NAME} nor adapter_model.safetensors; name a LoRA's file")
     try:
-        with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
-        beside, state = path.with_name("adapter_config.json"), load_file(path)
-        text = text or (beside.read_text("utf-8") if beside.is_file() else "{}")
-        config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
-        ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # downsamplers
-        unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
-        number = sum(not name.endswith(".alpha") for name in state)
-        found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
-        state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
-    except (OSError, SafetensorError, ValueError, LookupError, AttributeError) as error:
+        loras, rest, number = parse_lora(path, layers_per_block)
+    except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
         raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({one_line(error)}); name another file") from error
+    if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
+        raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
+    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
+        raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
+    return loras
+
+
+def parse_lora(path, layers_per_block):
+    """Return ({UNet module: Lora}, names of what is no part of one, number of matrices) of a file."""
+    with safe_open(path, framework="pt") as file:
+        text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
+    beside, state = [each.with_name("adapter_config.json") for each in (path, path.resolve())], load_file(path)
+    text = text or next((each.read_text("utf-8") for each in beside if each.is_file()), "{}")
+    config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
+    if not config and any(name.startswith("base_model.") for name in state):
+        raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
+    ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # downsamplers
+    unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
+    number = sum(not name.endswith(".alpha") for name in state)
+    found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
+    state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
     loras, patterns = {}, config.get("alpha_pattern") or {}
     for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
         key = name.removesuffix(".lora_A.weight")
@@ -1784,12 +1830,9 @@ def read_lora(path, layers_per_block=None):
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
         alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
         loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
-    rest = [*state, *(name for name, one in loras.items() if one.up.shape[1:2] != one.down.shape[:1])]
-    if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
-        raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
-    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
-        raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
-    return loras
+    is_pair = {name: one.up.shape[1:2] == one.down.shape[:1] for name, one in loras.items()}
+    is_number = {name: one.up.is_floating_point() and one.down.is_floating_point() for name, one in loras.items()}
+    return loras, [*state, *(name for name in loras if not (is_pair[name] and is_number[name]))], number
 
 
 def reduce_rank(one, rank):
@@ -2458,7 +2501,7 @@ def find_checkpoint(args, say):
     for folder in existing[::-1] if wanted == "latest" else named:
         manifest, reason = read_manifest(folder)
         if manifest:
-            if not existing:  # it lies elsewhere
+            if folder.resolve().parent != Path(args.output_dir).resolve():
                 check_unused(args)
             return folder, manifest
         if wanted != "latest":
@@ -2469,7 +2512,7 @@ def find_checkpoint(args, say):
 
 
 def check_unused(args):
-    """Raise UnusableInput where a run that begins would replace a LoRA, its log, or another README.md."""
+    """Raise UnusableInput where a run that resumes nothing there would replace a LoRA or a README.md."""
     for name in (WEIGHTS_NAME, "README.md"):
         if (path := Path(args.output_dir) / name).exists():
             raise UnusableInput(f"--output_dir {args.output_dir}: the run would replace {path}; name another folder")
@@ -3287,10 +3330,10 @@ def main(args, state):
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.init_lora and not manifest:
-        agree(accelerator, init_lora_file, args)  # a wrong id is told, and a LoRA downloaded, before models load
+        agree(accelerator, lambda: bool(read_lora(init_lora_file(args))))  # a wrong one is told before models load
     if args.dry_run:
         say(json.dumps(public_flags(args), indent=1))
-        say("dry run: flags and data can be used; models were not loaded, and nothing was written")
+        say("dry run: flags and data are in order, as far as it can be told without loading models or writing")
         return
     agree(accelerator, open_output, args, state)
     state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""
@@ -3348,9 +3391,10 @@ def run(args):
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
             missing = "; ".join(name for name, is_used in MEMORY_SAVERS.items() if not is_used(args))
             printed = f"error: out of GPU memory ({one_line(error)[:160]}); in this order, try {missing}"
-        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG):
-            code, cause = 2, f"--output_dir {args.output_dir}: {error.strerror}"
-            printed = f"error: {cause}; make room, then give the command again"
+        elif getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EFBIG, errno.EACCES):
+            place = error.errno == errno.EACCES and error.filename or f"--output_dir {args.output_dir}"
+            remedy = "give this user the right" if error.errno == errno.EACCES else "make room"
+            code, printed = 2, f"error: {place}: {error.strerror}; {remedy}, then give the command again"
         elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
             remedy = "memory may be short: use fewer --dataloader_num_workers or less --shuffle_buffer_samples"
             printed = f"error: a loader process was killed; {remedy}"

@@ -1,6 +1,7 @@
 """scripts/cache_latents.py, and training from what it makes."""
 
 import io
+import json
 import os
 import resource
 import runpy
@@ -569,7 +570,8 @@ def test_damaged_samples_of_a_cache_are_counted(script, teacher, cached, tmp_pat
     whole = load([*script.read_shard(str(cached / "00000.tar"), Counter())][1]["safetensors"])
     assert script.cached_tensors({"safetensors": save(whole)}).keys() == script.CACHED_TENSORS
     for name, value in whole.items():  # a bit of a name, of a number
-        for wrong in ({name[:-1]: value}, {name + "x": value.clone(), name: value}, {name: value / 0}):
+        whole_number = {name: value.half().view(torch.int16)}
+        for wrong in ({name[:-1]: value}, {name + "x": value.clone(), name: value}, {name: value / 0}, whole_number):
             rest = {other: tensor for other, tensor in whole.items() if other != name}
             with pytest.raises(script.SkippedSample, match="incomplete or not finite"):
                 script.cached_tensors({"safetensors": save(rest | wrong)})
@@ -584,6 +586,19 @@ def test_a_damaged_head_is_named(script, teacher, cached, tmp_path):
     rewrite(script, cached / "00000.tar", tmp_path / "cache" / "0.tar", without_embeddings)
     with pytest.raises(script.UnusableInput, match="the cache's head cannot be read"):
         audit(script, tmp_path / "cache", teacher)
+    whole = [*script.read_shard(str(cached / "00000.tar"), Counter())][0]
+    args = script.parse_args(flags(teacher, cached, "unused", center_crop=True))
+    script.check_cache(whole, args)
+    made, embeds = json.loads(whole["json"]), load(whole["safetensors"])
+    without = {name: value for name, value in made.items() if name != "scaling_factor"}
+    for wrong in (without, *(made | {"scaling_factor": value} for value in (0, None, float("nan")))):
+        with pytest.raises(script.UnusableInput, match="the cache's head"):
+            script.check_cache(whole | {"json": json.dumps(wrong).encode()}, args)
+    for name, value in embeds.items():
+        for wrong in ({name[:-1] + "t": value}, {name: value / 0}, {name: value.view(torch.int16)}):
+            rest = {other: tensor for other, tensor in embeds.items() if other != name}
+            with pytest.raises(script.UnusableInput, match="the cache's head is damaged"):
+                script.check_cache(whole | {"safetensors": save(rest | wrong)}, args)
 
 
 def test_pictures_among_cached_shards_are_refused_or_counted(

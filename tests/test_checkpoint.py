@@ -488,6 +488,8 @@ def test_the_newest_complete_checkpoint_is_found(script, tmp_path):
                 find(script, tmp_path / name, wanted)
         make_checkpoint(script, tmp_path / name, 4)
         assert find(script, tmp_path / name) == ("checkpoint-4", [])
+        with pytest.raises(script.UnusableInput, match="would replace"):  # from elsewhere
+            find(script, tmp_path / name, tmp_path / "checkpoint-2")
 
 
 DAMAGES = {

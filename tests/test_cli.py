@@ -228,6 +228,7 @@ def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
     (tmp_path / "card.txt").write_text(
         "\ufeff# for 12 GB\n\n--mixed_precision fp16 --train_batch_size 4  # samples\n--gradient_checkpointing\n"
         '--validation_prompts "sea at dawn" \'a # in a prompt\' C#7 "don\'t"  # don\'t cut "C#7"\n--cache_dir ~/hub'
+        "\n--variant 'it'\\''s # 1'\u2028\\ #2 # '\n#--tracker_project_name x\n--hub_model_id me/a\\ #b # it's"
     )
     line = flags("owner/name", "pipe:cat 0.tar", "unused", train_batch_size=None, mixed_precision=None)
     args = script.parse_args([f"@{tmp_path / 'card.txt'}", *line, "--train_batch_size", "8"])
@@ -235,6 +236,7 @@ def test_flags_come_from_files_too(script, tmp_path, monkeypatch):
     args = script.parse_args([*line, f"@{tmp_path / 'card.txt'}"])
     assert args.validation_prompts == ["sea at dawn", "a # in a prompt", "C#7", "don't"]
     assert args.train_batch_size == 4 and args.cache_dir == str(Path.home() / "hub")
+    assert args.variant == "it's # 1\u2028 #2" and args.hub_model_id == "me/a #b"
     (tmp_path / "paths.txt").write_text("--cache_dir C:\\models\\new  # of Windows\n--output_dir 'C:\\my runs\\a'\n")
     monkeypatch.setattr(script, "os", Windows())
     args = script.parse_args([*line, f"@{tmp_path / 'paths.txt'}"])

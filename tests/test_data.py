@@ -710,6 +710,10 @@ def test_a_folder_of_pictures_resumes_where_it_stopped(script, folder):
     consumer, *position = unbroken[6]["position"]
     resumed = batches_of(script, make_stream(script, folder, done=7, positions={str(consumer): position}), 7)
     assert captions_of(resumed) == captions_of(unbroken[7:])
+    linked = folder.with_name(f"{folder.name}-linked")  # one place, two names: the same crops
+    linked.symlink_to(folder)
+    pixels = [next(iter(make_stream(script, name)))["pixels"] for name in (folder, linked)]
+    assert torch.equal(*pixels)
 
 
 def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monkeypatch, capsys):
@@ -718,6 +722,13 @@ def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monke
     (folder / "part2" / "05.jpg").write_bytes(picture_bytes(5))  # beside 05.png
     (folder / "part2" / "_cache.jpg").write_bytes(picture_bytes(6))  # a name of its own use
     (folder / "part2" / "_cache.txt").write_text("sea 20")
+    (folder / "part2" / "08.png").unlink()
+    (folder / "part2" / "08.png").symlink_to("nowhere.png")
+    os.mkfifo(folder / "part0" / "pipe.png")  # reading it would wait for ever
+    assert script.data_checksum(script.list_shards([str(folder)]))
+    for value in ("", "::", f" ::{folder}", f"{folder}::", "file://", f"{{,{folder}}}"):  # as of an unset variable
+        with pytest.raises(script.UnusableInput, match="is empty; mend it"):
+            script.list_shards([value])
     walk = os.walk
 
     def walk_with_a_fault(top, onerror=None, **options):
@@ -726,7 +737,8 @@ def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monke
 
     monkeypatch.setattr(os, "walk", walk_with_a_fault)
     usable, report, _ = script.audit(script.list_shards([str(folder)]), make_args(script, folder))
-    assert len(usable) == 19 and "no caption: 1" in report and "picture cannot be decoded: 1" in report
+    assert len(usable) == 18 and "no caption: 1" in report and "picture cannot be decoded: 1" in report
+    assert "picture cannot be read: 1" in report
     assert "second picture of a sample, such as a.png beside a.jpg: 1" in report
     assert "folder lost+found (Permission denied): 1" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -394,7 +394,7 @@ def test_a_dry_run_tells_all_and_writes_nothing(script, teacher, shards, tmp_pat
     said = finish(script, [*line, "--num_train_epochs", "3", "--hub_token", TOKEN], tmp_path / "said")
     text = "\n".join(said)
     record = json.loads(text[text.index("{") : text.rindex("}") + 1])
-    assert said[-1].startswith("dry run: flags and data can be used")
+    assert said[-1].startswith("dry run: flags and data are in order")
     assert record["lora_rank"] == 4 and "hub_token" not in record and TOKEN not in text
     assert "data: 2 shards" in text and "loading the models" not in text and not (tmp_path / "out").exists()
 

@@ -475,13 +475,13 @@ def test_a_folder_without_pictures_is_named(tool, tmp_path):
     with pytest.raises(UnusableInput, match="nothing: holds no pictures"):
         make(tool, tmp_path, tmp_path / "nothing")
     (tmp_path / "nothing" / "a.HEIC").touch()
-    with pytest.raises(UnusableInput, match="heic files are not read, convert them with pillow-heif"):
+    with pytest.raises(UnusableInput, match="heic files are not read; pictures can be converted to PNG"):
         make(tool, tmp_path, tmp_path / "nothing")
 
 
 UNREAD = {
-    "HEIC": "pillow-heif", "jxl": "pillow-jxl-plugin", "cr2": "rawpy", "psd": "psd-tools", "pcx": "Pillow", "eps": "",
-    "xyz": "", "tar": "give them to the training script", "csv": "--source FILE",
+    "HEIC": "converted to PNG", "jxl": "PNG", "pcx": "PNG", "eps": "", "xyz": "",
+    "tar": "give them to the training script", "csv": "--source FILE",
 }  # fmt: skip
 
 

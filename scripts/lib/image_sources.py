@@ -33,11 +33,6 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
-CONVERTERS = {
-    "heic heif hif": "pillow-heif", "jxl": "pillow-jxl-plugin", "psd psb": "psd-tools", "svg": "cairosvg",
-    "cr2 cr3 nef arw dng raf orf rw2": "rawpy", "exr hdr": "imageio", "mp4 mov mkv webm avi": "ffmpeg",
-    "pcx ico icns dds sgi rgb bw qoi xbm xpm fits im blp dib cur mpo apng j2c jpc jpf": "Pillow",
-}  # fmt: skip
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
 
@@ -177,22 +172,6 @@ def relative_name(path, folder):
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
 
 
-def walk(folder):
-    """Yield the files below a folder; linked folders come last, and each folder once, so that a loop ends."""
-    waiting, seen = [folder], set()
-    while waiting:
-        for parent, folders, names in os.walk(waiting.pop(0), onerror=refuse_folder):
-            found = os.stat(parent)
-            if (identity := (found.st_dev, found.st_ino)) in seen:
-                folders.clear()
-                continue
-            seen.add(identity)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
-            found = (Path(parent, name) for name in names if not name.startswith("."))
-            yield from (path for path in found if path.is_file() or not path.exists())  # opening a FIFO would wait
-
-
 def refuse_folder(error):
     raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
 
@@ -201,7 +180,7 @@ def list_folder(folder, args):
     asked = [args.caption_extension.lower().lstrip(".")] if args.caption_extension else []
     suffixes = [*asked, *sd15.CAPTION_SUFFIXES, "json"]
     pictures, texts, captions, unread = set(), {}, {}, []
-    for path in walk(folder):
+    for path in sd15.files_below(folder, refuse_folder):
         suffix = path.suffix.lower().lstrip(".")
         if suffix in sd15.IMAGE_SUFFIXES:
             pictures.add(path)
@@ -227,8 +206,7 @@ def why_unread(suffix):
         return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
     if suffix == "tar":
         return "tars are shards already; give them to the training script"
-    package = next((package for suffixes, package in CONVERTERS.items() if suffix in suffixes.split()), None)
-    return f".{suffix} files are not read" + (f", convert them with {package}" if package else "")
+    return f".{suffix} files are not read; pictures can be converted to PNG or JPEG"
 
 
 def read_caption(path):
