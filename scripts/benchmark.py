@@ -8,7 +8,7 @@
     python scripts/benchmark.py table outputs/gpu.json        # the table of README.md and docs/performance.md
     python scripts/benchmark.py loader --output_dir outputs/loader
 
-`COMMAND --help` describes each command. Exit codes: 0 done; 2 wrong usage or unusable input; 1 anything else.
+`COMMAND --help` describes each command.
 """
 
 import sys
@@ -48,7 +48,13 @@ def add_train(commands):
     add("--json", type=Path, metavar="FILE", help="figures as JSON")
     add("--all", action="store_true", help="measure the list of cases; give no --model and no trainer flags")
     add("--tiny", action="store_true", help="--all with the demo teachers at 64 px, to try it on a CPU")
-    add("--minutes", type=cli.within(float, 0), default=8, metavar="M", help="time for --all (default: %(default)s)")
+    add(
+        "--minutes",
+        type=cli.within(float, 0, 1e5),
+        default=8,
+        metavar="M",
+        help="time for --all (default: %(default)s)",
+    )
 
 
 def add_loader(commands):
@@ -80,6 +86,7 @@ def train_problems(args, words):
         (args.all and given, f"--all has cases of its own: leave out {' '.join(given)}"),
         (args.all and not args.json, "--all: give --json FILE, which keeps the rows of a run that is cut short"),
         (not is_known, f"--model {args.model}: must be {known}"),
+        (args.json and args.json.is_dir(), f"--json {args.json}: is a folder; name a file"),
     )
 
 

@@ -13,7 +13,7 @@ Input: what a training script takes. Output: a shard for each with a usable samp
 KEY.safetensors: in float16 the moments of the VAE's posterior (a latent is drawn from them anew at each use) and
 text embeddings; of SDXL also time ids. The first sample, `_cache`, describes how they were made; a training run
 with other settings is refused. Processes share the shards; a second run makes the missing ones.
-Exit codes: 0 done; 2 wrong usage, unusable input, or shards that broke off; 1 anything else.
+Shards that broke off end it with exit code 2.
 """
 
 import io

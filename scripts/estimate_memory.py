@@ -11,7 +11,6 @@ script's.
 
 Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's and DDP's buffers.
 Attention counts as flash attention; --compile and xformers are left out. The last line is the peak in GiB.
-Exit codes: 0 done; 2 wrong usage; 1 anything else.
 """
 
 import os

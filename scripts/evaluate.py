@@ -11,7 +11,7 @@ of the same prompts with other noise. A second such draw is the first row: its d
 LoRA would have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, to
 which later runs measure.
 Pictures are drawn once, to <output_dir>/pictures/<row>/, and kept: the same command again resumes.
-Output: results.json, table.md, report.html. Exit codes: 0 done, 2 wrong usage or unusable input, 1 other.
+Output: results.json, table.md, report.html.
 """
 
 import json

@@ -12,7 +12,6 @@ Input: a .safetensors file with kohya's, diffusers' or PEFT's keys, or the folde
 --format diffusers: diffusers' keys, alpha multiplied into B, so that a reader that ignores alpha is right.
 --merge_into: one checkpoint in the original layout where --output ends in .safetensors, else a diffusers
 folder with the scheduler that the LoRA's header names, LCM's if none; an eta belongs into the call (docs/using.md).
-Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
 import json
@@ -27,7 +26,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from lib.cli import COUNT, ToolParser, refuse, samplers_for
+from lib.cli import COUNT, ToolParser, hint_of, refuse, samplers_for
 
 # What names a family in a header, in a run's args.json or in a model's unet/config.json.
 FAMILY_MARKS = {
@@ -54,8 +53,9 @@ def parse_args(argv=None):
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
     args = cli.parse_args(argv)
     of_model = args.teacher_config or args.variant or args.prediction_type
+    is_there = args.input.is_file() or args.input.is_dir()
     problems = [
-        (not args.input.exists(), f"--input {args.input}: not there; name a file or a folder"),
+        (not is_there, f"--input {args.input}: not there; name a file or a folder"),
         (bool(args.format) == bool(args.merge_into), "give either --format or --merge_into"),
         (args.output.exists(), f"--output {args.output}: exists; name a new one"),
         (args.format and args.output.suffix != ".safetensors", f"--output {args.output}: must end in .safetensors"),
@@ -107,7 +107,7 @@ def find_trainer(args, loras):
     header, names = header_of(args)
     is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in names)
     facts = [str(header.get(name)) for name in ("ss_base_model_version", "modelspec.architecture")]
-    for record in (folder / "args.json" for folder in sd15.lora_file(args.input).parents[:2]):
+    for record in (folder / "args.json" for folder in sd15.lora_file(args.input).resolve().parents[:3]):
         if record.is_file():
             text = record.read_text("utf-8", "replace")
             teacher = (re.findall(r'"pretrained_teacher_model": "([^"]+)"', text) or ["none"])[0]
@@ -181,8 +181,8 @@ def write_lora(args, loras, path, dtype):
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise UnusableInput(f"--dtype {args.dtype}: the weights are too large for it; give bf16 or fp32")
-    hint = {name: value for name, value in header_of(args)[0].items() if name == "modelspec.usage_hint"}
-    save_file(state, path, metadata={"format": "pt"} | hint | header)
+    hint = {"modelspec.usage_hint": hint_of(args.input)}
+    save_file(state, path, metadata={"format": "pt"} | (hint if hint_of(args.input) else {}) | header)
     back = sd15.read_lora(path, layers_per_block)
     if back.keys() != loras.keys() or not all(
         torch.equal(back[name].down, lora.down.to(dtype)) and back[name].up.shape == lora.up.shape

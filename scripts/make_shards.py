@@ -16,7 +16,6 @@
 Output: 00000.tar onwards with KEY.jpg|png|webp (the bytes of the source; other formats become PNG), KEY.txt,
 KEY.json; beside each tar a 00000_stats.json; left_out.jsonl with every picture left out and its cause.
 The same command again makes the missing shards; several processes share them.
-Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
 import hashlib
@@ -100,7 +99,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below
 
 from lib.image_sources import encode_picture, open_source
-from lib.pipelines import choose_device, family_of, read_stats, writing_alone, writing_to
+from lib.pipelines import choose_device, family_of, read_json, read_stats, writing_alone, writing_to
 from lib.trainers import UnusableInput, exit_code, sd15
 from PIL import Image
 from tqdm import tqdm
@@ -188,7 +187,7 @@ def write_text(path, text):
 def check_output(folder, run):
     """Write the manifest of a run; raises UnusableInput where the folder holds shards of another one."""
     manifest = folder / MANIFEST
-    old = json.loads(manifest.read_text(encoding="utf-8")) if manifest.exists() else {}
+    old = read_json(manifest)
     if old == run:
         return
     if next(folder.glob("[!.]*.tar"), None):

@@ -16,7 +16,6 @@ The grid has a row per sampler, all from the same noise. DDIM and the DPM-Solver
 "trailing" timesteps, which start where there is only noise and show the teacher at its best (arXiv:2305.08891),
 and end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of the first 16 prompts), samples.json.
-Exit codes: 0 done, 2 wrong usage or unusable input, 1 anything else.
 """
 
 import json

@@ -633,6 +633,17 @@ def test_the_header_names_model_and_strength_and_nothing_of_the_input(tool, trai
             assert (header["ss_network_dim"], header["ss_network_alpha"]) == ("4", "7.0")
             assert header["ss_base_model_version"].startswith({"sd": "sd_v1", "sdxl": "sdxl_"}[family])
             assert "ss_resolution" not in header
+    # A checkpoint's PEFT files have no header; the hint is that of the file beside their folder, through links too.
+    unet = tmp_path / "checkpoint-2" / "unet"
+    shutil.copytree(folder / SOURCES["peft"], unet)
+    shutil.copy(tmp_path / "in.safetensors", unet.parent / "pytorch_lora_weights.safetensors")
+    (tmp_path / "link.safetensors").symlink_to(unet / "adapter_model.safetensors")
+    for number, source in enumerate((unet, unet / "adapter_model.safetensors", tmp_path / "link.safetensors")):
+        out = tmp_path / f"{number}.safetensors"
+        run(tool, "--input", source, "--family", family, "--format", "kohya", "--output", out)
+        with safe_open(out, "pt") as file:
+            assert file.metadata()["modelspec.usage_hint"] == "DDIM with eta 0"
+            assert file.metadata()["ss_network_alpha"] == "7.0"
 
 
 def test_sd2_is_named_to_a1111(tool, tmp_path):
@@ -655,6 +666,13 @@ def test_unusable_input_is_named(tool, trained, tmp_path):
         (good | {first.replace("alpha", "dora_scale"): torch.ones(1)}, "LoRA of a UNet"),
         ({"conv_in.weight": torch.zeros(1)}, "conv_in.weight"),
         (b"x" * 100, "in.safetensors"),
+        (good | {first: torch.zeros(0)}, "not a whole LoRA"),
+        (good | {first: torch.zeros(2)}, "not a whole LoRA"),
+        (good | {first.replace("alpha", "lora_up.weight"): torch.zeros(8, 4, dtype=torch.int32)}, "LoRA of a UNet"),
+        (
+            load_file(trained[-1] / SOURCES["peft"] / "adapter_model.safetensors"),
+            "adapter_config.json, which has the alpha",
+        ),
     ):
         path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
         with pytest.raises(tool.UnusableInput, match=re.escape(named)) as error:

@@ -357,6 +357,11 @@ def test_prompts_file_without_prompts(sample, models, tmp_path, capsys):
         with pytest.raises(SystemExit) as stop:
             sample.parse_args([*usual_flags(models, tmp_path, "--prompts", "a"), flag, "m\udce4r"])
         assert stop.value.code == 2 and "is not UTF-8" in capsys.readouterr().err
+    os.mkfifo(tmp_path / "fifo.safetensors")
+    for flag, value in (("--output_dir", ""), ("--controlnet", " "), ("--lora", tmp_path / "fifo.safetensors")):
+        with pytest.raises(SystemExit) as stop:  # neither this folder, nor a wait without end
+            sample.parse_args([*usual_flags(models, tmp_path, "--prompts", ""), f"{flag}={value}"])
+        assert stop.value.code == 2 and flag in capsys.readouterr().err
     for name in ("blank.txt", "no-file.txt"):
         with pytest.raises(SystemExit) as stop:
             sample.parse_args([*usual_flags(models, tmp_path), "--prompts_file", str(models / name)])

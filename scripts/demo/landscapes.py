@@ -322,17 +322,15 @@ def draw_dataset(num_samples, seed=0, size=64, varied=False):
 
 def write_shards(args):
     args.output_dir.mkdir(parents=True, exist_ok=True)
-    pictures, labels = draw_dataset(args.num_samples, args.seed, args.resolution, args.varied)
-    for part, first in enumerate(range(0, args.num_samples, args.samples_per_shard)):
-        with (args.output_dir / f"{part:05d}.tar").open("wb") as file, wds.TarWriter(file) as writer:
-            for i in range(first, min(first + args.samples_per_shard, args.num_samples)):
-                png = io.BytesIO()
-                Image.fromarray(pictures[i]).save(png, "PNG")
-                caption, (height, width, _) = caption_of(labels[i]), pictures[i].shape
-                record = {"caption": caption, "width": width, "height": height}
-                record |= {"original_width": width, "original_height": height}
-                texts = {"txt": caption.encode(), "json": json.dumps(record).encode()}
-                writer.write({"__key__": f"{i:07d}", "png": png.getvalue()} | texts)
+    pictures, labels = draw_dataset(args.num_samples, args.seed, varied=args.varied)
+    with wds.ShardWriter(str(args.output_dir / "%05d.tar"), maxcount=1000, verbose=0) as writer:
+        for i, picture in enumerate(pictures):
+            png, caption, (height, width, _) = io.BytesIO(), caption_of(labels[i]), picture.shape
+            Image.fromarray(picture).save(png, "PNG")
+            record = {"caption": caption, "width": width, "height": height}
+            record |= {"original_width": width, "original_height": height}
+            texts = {"txt": caption.encode(), "json": json.dumps(record).encode()}
+            writer.write({"__key__": f"{i:07d}", "png": png.getvalue()} | texts)
 
 
 def main():
@@ -341,9 +339,7 @@ def main():
     add("--output_dir", type=Path, default="outputs/demo-data", help="folder for the shards")
     add("--captions", type=int, metavar="N", help="print N random captions, and draw nothing")
     add("--num_samples", type=int, default=8000, help="pictures to draw (default: %(default)s)")
-    add("--samples_per_shard", type=int, default=1000, help="pictures in a shard (default: %(default)s)")
     add("--seed", type=int, default=1, help="the teacher's own pictures have seed 0 (default: %(default)s)")
-    add("--resolution", type=int, default=64, help="side in px (default: %(default)s)")
     add("--varied", action="store_true", help="of mixed sizes and shapes, for SDXL")
     args = parser.parse_args()
     if args.captions:

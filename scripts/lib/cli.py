@@ -19,6 +19,7 @@ TITLES = dict(zip(SAMPLERS, NAMES, strict=True))
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 MAX_LCM_STEPS = 50  # LCMScheduler's original_inference_steps
+MAY_BE_EMPTY = ("--prompts", "--negative_prompt", "--validation_prompts", "--default_caption")
 
 
 class ToolParser(argparse.ArgumentParser):
@@ -35,6 +36,15 @@ class ToolParser(argparse.ArgumentParser):
         if unknown := flags.difference(*(action.option_strings for action in self._actions)):
             self.error(f"unrecognized arguments: {min(unknown)}")
         return super().parse_args(args, namespace)
+
+    def parse_known_args(self, args=None, namespace=None):
+        """Refuse an empty value, as that of an unset variable is, for every tool: a path would be this folder."""
+        flag = ""
+        for word in map(str, sys.argv[1:] if args is None else args):
+            flag, sign, value = word.partition("=") if word.startswith("--") else (flag, "=", word)
+            if sign and not value.strip() and flag not in MAY_BE_EMPTY:
+                self.error(f"{flag}: its value is empty; give one, or leave the flag out")
+        return super().parse_known_args(args, namespace)
 
     def error(self, message):
         if message.startswith("unrecognized arguments"):
@@ -102,7 +112,7 @@ def add_model_flags(cli, required=True):
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
     text = "VAE that replaces the model's own (default: none; SDXL from the Hub in half precision: fp16-fix)"
     add("--pretrained_vae_model_name_or_path", metavar="MODEL", help=text)
-    add("--cache_dir", metavar="DIR", help="folder for files from the Hub (default: the Hub's own cache)")
+    add("--cache_dir", metavar="DIR", help="folder for the model's files from the Hub (default: the Hub's own cache)")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="no: float32 (default: fp16 on CUDA, else no)")
     text = "keep the model in the CPU's memory and move each part to the GPU while it computes (SDXL in 8 GB)"
     add("--offload", action="store_true", help=text)
@@ -118,7 +128,8 @@ def add_prompt_flags(group, required=True):
 def is_source(name):
     """Return whether a path exists or can be a Hub id: `name` or `owner/name`, not like a weight file."""
     is_id = re.fullmatch(r"(?!.*\.(safetensors|ckpt|bin|pt)$)\w[\w.-]*(/\w[\w.-]*)?", name)
-    return Path(name).exists() or bool(is_id)
+    # A FIFO would be waited for.
+    return Path(name).is_file() or Path(name).is_dir() if Path(name).exists() else bool(is_id)
 
 
 def split_weight(text):
@@ -139,20 +150,27 @@ def local_lora(source):
 
         with suppress(OSError, ValueError, errors.HTTPError):  # loading it tells the user
             return Path(hf_hub_download(str(source), LORA_FILE))
-    folder = Path(source).parent
-    return folder if Path(source).name == PEFT_FILES[1] and (folder / PEFT_FILES[0]).exists() else Path(source)
+    for path in (Path(source), Path(source).resolve()):
+        if path.name == PEFT_FILES[1] and (path.parent / PEFT_FILES[0]).exists():
+            return path.parent
+    return Path(source)
+
+
+def hint_of(lora):
+    """Return the sampler's hint in the header of a LoRA file, or of that of a folder or its run; "" without one."""
+    lora, hint = local_lora(lora).resolve(), ""
+    places = [folder / LORA_FILE for folder in (lora, *lora.parents[:2])] if lora.is_dir() else [lora]
+    for path in filter(Path.is_file, places):
+        with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
+            hint = hint or (file.metadata() or {}).get("modelspec.usage_hint", "")
+    return hint
 
 
 def samplers_for(loras):
-    """Return the samplers that LoRA files' headers name, also a folder's or its run's; lcm-lora without a name."""
-    found = {}
-    for lora in (local_lora(lora).resolve() for lora in loras):
-        places = [folder / LORA_FILE for folder in (lora, *lora.parents[:2]) if lora.is_dir()]
-        path, hint = next(filter(Path.is_file, places), lora), ""
-        with suppress(OSError, SafetensorError), safe_open(path, "np") as file:
-            hint = (file.metadata() or {}).get("modelspec.usage_hint", hint)
-        found["lcm-lora" if "DDIM" not in hint else "lcm-lora-euler" if "eta 0 " in hint else "lcm-lora-ddim"] = path
-    return list(found)
+    """Return the samplers that the headers of LoRAs name; lcm-lora without a name."""
+    hints = [hint_of(lora) for lora in loras]
+    kinds = (LORA_SAMPLERS[0 if "DDIM" not in hint else 2 if "eta 0 " in hint else 1] for hint in hints)
+    return list(dict.fromkeys(kinds))
 
 
 # Each of these functions returns pairs (whether a value is wrong, message), for `refuse`.

@@ -30,7 +30,7 @@ MIN_CELL_PX = 128
 GRID_PROMPTS = 16  # that sample.py shows in grid.png
 MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own limit
 # What the libraries raise for a file that is missing, damaged or made for something else.
-LOAD_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError)
+LOAD_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError, AttributeError)
 LOAD_ERRORS += (SafetensorError, pickle.UnpicklingError, HTTPError)  # HTTPError: the Hub cannot be reached
 WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
 TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")
@@ -70,11 +70,15 @@ def writing_alone(target):
         lock.release()
 
 
-def read_stats(shard):
-    """Return what the stats file beside a shard tells; {} where it is missing or damaged."""
+def read_json(path):
+    """Return what a file holds; {} where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(shard.with_name(f"{shard.stem}_stats.json").read_text(encoding="utf-8"))
+        return json.loads(path.read_text(encoding="utf-8"))
     return {}
+
+
+def read_stats(shard):
+    return read_json(shard.with_name(f"{shard.stem}_stats.json"))
 
 
 def choose_device(name):

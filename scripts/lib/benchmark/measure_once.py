@@ -2,11 +2,11 @@
 """Measure one recipe once: what `benchmark.py train` runs as a process of its own.
 
 The flags are its arguments, or one line of JSON on the standard input, so that a process can import its packages
-before its turn. The last line of the output is the figures as JSON. Exit codes: 0 done; 2 wrong usage or unusable
-input; 1 anything else.
+before its turn. The last line of the output is the figures as JSON.
 """
 
 import argparse
+import ctypes
 import json
 import sys
 import time
@@ -14,6 +14,8 @@ from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL: before the imports, in which the parent may end
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 # `lib` comes first, because it silences what the imports below warn of.
 from lib.benchmark.sweep import REAL_MODELS
@@ -31,7 +33,7 @@ from tqdm.auto import tqdm
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
 from lib.pipelines import device_name, peak_gib, reset_peak, resident_gib, synchronize
-from lib.trainers import DTYPES, UnusableInput, exit_code, sd15
+from lib.trainers import DTYPES, UnusableInput, exit_code
 
 
 def parse_args(argv=None):
@@ -158,5 +160,4 @@ def main(words):
 
 
 if __name__ == "__main__":
-    sd15.end_with_parent(9)
     sys.exit(exit_code(main, sys.argv[1:] or json.loads(sys.stdin.readline())))

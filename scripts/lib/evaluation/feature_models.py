@@ -35,7 +35,7 @@ def load_judge(flag, source, device, kind, remedy):
     """Return the model of a flag: a .py file's, on `device`, or `kind()`; refuse one that does not load."""
     try:
         return load_python(source, device) if source.endswith(".py") else kind()
-    except (*LOAD_ERRORS, AttributeError) as error:
+    except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 200)
         raise UnusableInput(f"{flag} {source} does not load; {remedy} ({why})") from error
 
