@@ -2780,11 +2780,6 @@ def write_card(job, drawn):
     options["prediction_type"] = job.schedule.prediction_type
     # Any other option is written out, because `from_config` would take the teacher's value in place of a default.
     changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual.get(name))
-    flags = (
-        "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate "
-        "lora_rank lora_alpha w_min w_max num_ddim_timesteps seed".split()
-    )
-    training = "\n".join(f"| {flag} | {getattr(args, flag)} |" for flag in flags + READ_BY[args.objective])
     description = f"""# {title}
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2807,7 +2802,7 @@ The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
-{training}
+{training_table(job)}
 | processes | {job.accelerator.num_processes} |
 """
     gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
@@ -2817,6 +2812,17 @@ The LoRA inherits the teacher's limits and biases.
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
+
+
+def training_table(job):
+    """Return the rows of the card's table, without what is private, such as the data's place."""
+    flags = (
+        "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate lr_scheduler "
+        "lr_warmup_steps use_8bit_adam lora_rank lora_alpha lora_dropout w_min w_max num_ddim_timesteps seed".split()
+    )
+    values = {flag: getattr(job.args, flag) for flag in flags + READ_BY[job.args.objective]}
+    values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
+    return "\n".join(f"| {flag} | {value} |" for flag, value in values.items() if value is not None)
 
 
 def license_of(args, from_hub):

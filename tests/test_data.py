@@ -712,8 +712,8 @@ def test_a_folder_of_pictures_resumes_where_it_stopped(script, folder):
     assert captions_of(resumed) == captions_of(unbroken[7:])
     linked = folder.with_name(f"{folder.name}-linked")  # one place, two names: the same crops
     linked.symlink_to(folder)
-    pixels = [next(iter(make_stream(script, name)))["pixels"] for name in (folder, linked)]
-    assert torch.equal(*pixels)
+    streams = [make_stream(script, name, random_flip=True, train_batch_size=16) for name in (folder, linked)]
+    assert torch.equal(*(next(iter(stream))["pixels"] for stream in streams))
 
 
 def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monkeypatch, capsys):

@@ -242,7 +242,8 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     pictures = [Image.new("RGB", (8, 8)) for _ in prompts]
     script.Path(args.output_dir).mkdir(exist_ok=True)
     state = SimpleNamespace(repository="")
-    job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=SimpleNamespace(num_processes=1), state=state)
+    accelerator = SimpleNamespace(num_processes=1, mixed_precision="bf16")
+    job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=accelerator, state=state, max_train_steps=7)
     (script.Path(args.output_dir) / f"image_{2 * drawn}.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
     job.pipe = type("StableDiffusionPipeline", (), {})()
@@ -268,7 +269,11 @@ def test_card_of_a_hub_teacher(script, args):
     assert found == {"image_0.png", "image_1.png", "image_mine.png"}
     assert "config, prediction_type='v_prediction')" in text
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
-    assert "| loss_type | huber |" in text
+    assert (
+        "| loss_type | huber |" in text and "| max_train_steps | 7 |" in text and "| mixed_precision | bf16 |" in text
+    )
+    args.objective = "matching"  # whose fake has a rate by default, which is no flag's
+    assert "| student_eta | 0.3 |" in write_card(script, args)[1] and "| None |" not in write_card(script, args)[1]
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
 
 
