@@ -177,7 +177,7 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
 def source_of(trainer, shard):
     """Return what tells a shard from others: its name with its size, or with the sizes of a picture folder's files."""
     if isinstance(shard, trainer.PictureFolder):
-        sizes = [(name, (shard.folder / name).stat().st_size) for name in shard.files]
+        sizes = [(name, trainer.size_of(shard.folder / name)) for name in shard.files]
         return f"{len(sizes)} files, crc32 {zlib.crc32(json.dumps(sizes).encode()):08x}"
     is_remote = trainer.is_remote(shard)
     return trainer.masked(shard) if is_remote else f"{Path(shard).name}, {Path(shard).stat().st_size} bytes"

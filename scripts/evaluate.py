@@ -177,7 +177,9 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
     found = []
     distances = m.distances_to(references, len(gallery.prompts)) if accelerator.is_main_process else {}
     for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
-        values, took = judges.row(gallery, row), m.records(gallery, row)
+        values = judges.row(gallery, row)
+        took = [gallery.record(row, index) | {"block": block[0]} for block in gallery.blocks for index in block]
+        took = gather_object(took)
         if not accelerator.is_main_process:
             continue
         found.append({
@@ -236,7 +238,8 @@ def main(args):
         features = judges.row(gallery, rows[0])
         features = {name: features[name] for name in judges.features}
         if accelerator.is_main_process:
-            m.save_yardstick(args, features)
+            with writing_to(args.yardstick.parent):
+                m.save_yardstick(args, features, min(gallery.picture(rows[0], 0).size))
         accelerator.end_training()
         return
     found, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)

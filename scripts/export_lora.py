@@ -14,9 +14,11 @@ Input: a .safetensors file with kohya's, diffusers' or PEFT's keys, or the folde
 folder with the scheduler that the LoRA's header names, LCM's if none; an eta belongs into the call (docs/using.md).
 """
 
+import glob
 import json
 import os
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -70,7 +72,7 @@ if __name__ == "__main__":
 
 import torch
 from lib.original_layout import original_state
-from lib.pipelines import TEACHER_FLAGS, set_sampler
+from lib.pipelines import TEACHER_FLAGS, family_of, set_sampler
 from lib.trainers import DTYPES, INPUT_ERRORS, UnusableInput, exit_code, sd15, sdxl
 from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
@@ -130,6 +132,8 @@ def whole_output(output):
     """Give a path beside the output that takes its place at the end, whole or not at all, readable by umask."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):  # of a killed process
+            shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
             path = Path(folder, output.name)
             yield path
@@ -197,7 +201,7 @@ def merge(args, loras, path, dtype):
     flags = dict.fromkeys(TEACHER_FLAGS) | vars(args)
     model = SimpleNamespace(**flags | {"pretrained_teacher_model": args.merge_into})
     try:
-        pipe = find_trainer(args, loras).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
+        pipe = family_of(model).load_teacher(model, torch.float32, torch.device("cpu"), check=False)
     except INPUT_ERRORS as error:
         raise UnusableInput(str(error).replace("--pretrained_teacher_model", "--merge_into")) from error
     modules = dict(pipe.unet.named_modules())

@@ -199,7 +199,8 @@ def check_output(folder, run):
 
 def finished(target, digest):
     record = read_stats(target)
-    return record if record.get("run") == digest and target.exists() == bool(record["samples"]) else None
+    is_whole = record.get("run") == digest and {"samples", "left_out"} <= record.keys()
+    return record if is_whole and target.exists() == bool(record["samples"]) else None
 
 
 def main(args):

@@ -430,6 +430,7 @@ def test_a_folder_of_pictures_is_cached_too(script, cache, cached, tmp_path):
         (tmp_path / "in" / f"{i // 12}").mkdir(parents=True, exist_ok=True)
         (tmp_path / "in" / f"{i // 12}" / f"{i:03d}.png").write_bytes(picture_bytes(i))
         (tmp_path / "in" / f"{i // 12}" / f"{i:03d}.txt").write_text(f"sea {i}")
+    (tmp_path / "in" / "1" / "z.png").symlink_to("nowhere.png")
     cache(tmp_path / "in", tmp_path / "out")
     ours = [pair for shard in read(script, tmp_path / "out").values() for pair in list(shard.values())[1:]]
     theirs = [pair for shard in read(script, cached).values() for pair in list(shard.values())[1:]]

@@ -673,7 +673,7 @@ def test_an_sdxl_teacher_is_judged_too(evaluate, teachers, judges, tmp_path):
     assert run(evaluate, line) == 0 and (tmp_path / "report.html").exists()
 
 
-def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora, tmp_path, capsys):
+def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, judges, lora, tmp_path, capsys):
     """The kept features give the distance to the pictures that they are of, in noise of their own."""
     from lib.evaluation.measures import frechet_to
     from lib.evaluation.statistics import frechet_distance, jackknife, pairwise_distances
@@ -704,8 +704,13 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, judges, lora
     many = torch.randn(40, 2, 5, dtype=torch.float64)  # by prompt; a row's pictures have the prompts in turn
     own = jackknife(frechet_distance, many + 1, many)
     assert frechet_to(many, (many + 1).transpose(0, 1).flatten(0, 1)) == pytest.approx(own)
-    assert run(evaluate, [*line, "--features", str(judges / "clip.py")]) == 2
-    assert "--features" in capsys.readouterr().err.splitlines()[-1]
+    others = {
+        "--features": str(judges / "clip.py"), "--resolution": "16",
+        "--pretrained_teacher_model": teachers["train_lcm_lora_sdxl"],
+    }  # fmt: skip
+    for (flag, value), named in zip(others.items(), ("--features", "resolution", "teacher"), strict=True):
+        assert run(evaluate, [*line, "--output_dir", str(tmp_path / flag), flag, str(value)]) == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
     before = kept.read_bytes()
     for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "3"], "pictures of --seed 3")):
         with pytest.raises(SystemExit):

@@ -432,9 +432,25 @@ def test_what_is_left_out_is_counted_by_cause(tool, tmp_path, damaged, capsys):
         "half.png": "caption is not UTF-8", "gone.png": "No such file or directory",
         "large.png": "picture over --max_image_pixels",
     }  # fmt: skip
+    for name, text in (("00000_stats.json", "[1]"), ("00001_stats.json", '{"run": 1}'), ("make_shards.json", "[]")):
+        kept = (out / name).read_text()
+        (out / name).write_text(text)  # damaged; what the shards are made of is not known any more
+        if name == "make_shards.json":
+            with pytest.raises(UnusableInput, match="holds other shards"):
+                make(tool, tmp_path, damaged, max_image_pixels=100_000, samples_per_shard=3)
+            (out / name).write_text(kept)
+        else:
+            make(tool, tmp_path, damaged, max_image_pixels=100_000, samples_per_shard=3)
+            assert (out / name).read_text() == kept
+    capsys.readouterr()
     make(tool, tmp_path, damaged, max_image_pixels=100_000, samples_per_shard=3)
     said = capsys.readouterr()
     assert said.out == line and "2 shards were there already and are kept" in said.err
+    os.mkfifo(damaged / "fifo.png")
+    table = "".join(f"{name},sea\n" for name in ("000.png", "fifo.png", "a" * 5000 + ".png", "x\0y.png"))
+    (damaged / "odd.csv").write_text(f"file_name,text\n{table}")
+    code, out = make(tool, tmp_path, damaged / "odd.csv", out="odd")
+    assert code == 0 and len(captions(out)) == 1 and len((out / "left_out.jsonl").read_text().splitlines()) == 3
 
 
 def test_pictures_without_a_caption_can_be_kept(tool, tmp_path, damaged, capsys):
@@ -477,6 +493,13 @@ def test_a_folder_without_pictures_is_named(tool, tmp_path):
     (tmp_path / "nothing" / "a.HEIC").touch()
     with pytest.raises(UnusableInput, match="heic files are not read; pictures can be converted to PNG"):
         make(tool, tmp_path, tmp_path / "nothing")
+    for name, text, message in (
+        ("e.jsonl", "", "cannot be read"),
+        ("n.jsonl", '{"file_name": 1, "text": "a"}\n', "none of"),
+    ):
+        (tmp_path / name).write_text(text)
+        with pytest.raises(UnusableInput, match=message):
+            make(tool, tmp_path, tmp_path / name, out=name.replace(".", "-"))
 
 
 UNREAD = {

@@ -7,7 +7,7 @@
 
 A shared region lies between `# >>> shared: NAME` and `# <<< shared: NAME`, both at the start of a line. Both
 scripts hold the same regions in the same order; outside of them no function, class or constant may be defined
-in both, unless DIFFERENT_FOR_A_REASON says why. Exit codes: 0 the same, 1 not (what and where is printed).
+in both, unless DIFFERENT_FOR_A_REASON names it. Exit codes: 0 the same, 1 not (what and where is printed).
 """
 
 import argparse
@@ -18,26 +18,12 @@ import sys
 from pathlib import Path
 
 SCRIPTS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
-DIFFERENT_FOR_A_REASON = {
-    "SCRIPT_VERSION": "a script travels alone",
-    "FAMILY": "names the models",
-    "OTHER_SCRIPT": "names the twin",
-    "DEFAULT_RESOLUTION_PX": "the models' own size",
-    "DEFAULT_W_MIN": "the released recipes differ",
-    "CARD_TAGS": "names the models",
-    "load_pipeline": "another pipeline class; SDXL's VAE overflows in float16",
-    "check_family": "each refuses the other's teachers",
-    "FLAGS_WITHOUT_EFFECT": "SD 1.5 has no size and crop conditioning",
-    "size_and_crop": "SDXL alone is conditioned on them",
-    "encode_ids": "one text encoder, or two and pooled embeddings",
-    "unet_inputs": "SDXL's UNet is told of size and crop",
-    "kohya_model": "names the models",
-    "kohya_name": "kohya's files name SDXL's modules otherwise",
-    "TEXT_PARTS": "one text encoder or two",
-    "CACHED_TENSORS": "SDXL's pooled embeddings and time ids",
-    "ARGS": "the flags, read before the heavy imports",
-    "EXIT_CODE": "of the script when it is run",
-}
+# The models' names and own values; pipelines and their conditioning; keys of kohya's files; a script travels alone.
+DIFFERENT_FOR_A_REASON = set(
+    "FAMILY OTHER_SCRIPT DEFAULT_RESOLUTION_PX DEFAULT_W_MIN CARD_TAGS FLAGS_WITHOUT_EFFECT TEXT_PARTS CACHED_TENSORS "
+    "load_pipeline check_family size_and_crop encode_ids unet_inputs kohya_model kohya_name "
+    "SCRIPT_VERSION ARGS EXIT_CODE".split()
+)
 REGION = re.compile(r"^# >>> shared: (\w+)\n(.*?)^# <<< shared: \1\n", re.M | re.S)
 
 
@@ -79,12 +65,12 @@ def compare(first, second):
         if a[name] != b[name]:
             found.append("\n".join([f"region {name!r} differs:", *diff]))
     both = outside_a.keys() & outside_b.keys()
-    for name in sorted(both - DIFFERENT_FOR_A_REASON.keys()):
+    for name in sorted(both - DIFFERENT_FOR_A_REASON):
         found.append(
             f"{name!r} is defined in both scripts outside a region ({first.name}:{outside_a[name]}, "
-            f"{second.name}:{outside_b[name]}); share it, or say in DIFFERENT_FOR_A_REASON why not"
+            f"{second.name}:{outside_b[name]}); share it, or name it in DIFFERENT_FOR_A_REASON"
         )
-    for name in sorted(DIFFERENT_FOR_A_REASON.keys() - both):
+    for name in sorted(DIFFERENT_FOR_A_REASON - both):
         found.append(f"{name!r} of DIFFERENT_FOR_A_REASON is not defined in both scripts: remove it there")
     return found
 

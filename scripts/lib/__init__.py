@@ -5,8 +5,7 @@ import logging
 import os
 import sys
 
-# Ctrl-C while libraries load needs no traceback.
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)
+sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)  # Ctrl-C
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of parts that are not used here
 for _package in ("xformers", "bitsandbytes"):  # before any import of diffusers, at which they warn of CUDA code
     logging.getLogger(_package).setLevel(logging.ERROR)

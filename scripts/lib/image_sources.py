@@ -25,7 +25,7 @@ import fsspec
 import huggingface_hub
 import webdataset as wds
 
-from lib.pipelines import LOAD_ERRORS, choose_device, draw, load_teacher, set_sampler, start_offload
+from lib.pipelines import LOAD_ERRORS, choose_device, draw, load_teacher, refuse_folder, set_sampler, start_offload
 from lib.trainers import UnusableInput, sd15
 
 TABLES = {".csv": "csv", ".tsv": "csv", ".jsonl": "json", ".parquet": "parquet"}  # suffix: builder of datasets
@@ -114,7 +114,7 @@ def read_rows(path, args):
             cell, texts = (json.loads(c) if c and isinstance(kind, datasets.Json) else c for c, kind in cells)
             texts = texts if isinstance(texts, list) else [texts]
             yield cell, next((text for text in texts if isinstance(text, str)), None)
-    except LOAD_ERRORS as error:
+    except (*LOAD_ERRORS, StopIteration) as error:  # of an empty jsonl
         why = " ".join(str(error).split())[:240] or type(error).__name__
         raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error
 
@@ -153,7 +153,7 @@ def open_rows(path, args):
 
 def cell_entry(number, cell, caption, is_remote):
     """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
-    place = cell if isinstance(cell, dict) else {"bytes": cell}
+    place = cell if isinstance(cell, dict) else {"bytes": cell if isinstance(cell, bytes) else None}
     path = place.get("path") or ""
     is_wrong = place.get("bytes") is None and (not path or bool(HUB_FILE.fullmatch(path)) != is_remote)
     name = sd15.masked(f"row {number} {path.rpartition('/')[2]}".strip())
@@ -161,19 +161,16 @@ def cell_entry(number, cell, caption, is_remote):
 
 
 def file_entry(cell, caption, folder):
-    if "://" in (cell or ""):
+    cell = cell if isinstance(cell, str) else ""
+    if "://" in cell:
         return Entry(sd15.masked(cell), caption, None, "picture is an address; download it with img2dataset")
-    path = Path(os.path.normpath(folder / (cell or "")))
+    path = Path(os.path.normpath(folder / cell))
     return Entry(relative_name(path, folder), caption, path)
 
 
 def relative_name(path, folder):
     """Return a file's name from its folder; of a file elsewhere only the last part."""
     return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else path.name
-
-
-def refuse_folder(error):
-    raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
 
 
 def list_folder(folder, args):
@@ -221,7 +218,7 @@ def read_caption(path):
 
 
 def list_source(entries, unread=()):
-    is_file = [isinstance(entry.place, Path) and entry.place.is_file() for entry in entries]
+    is_file = [isinstance(entry.place, Path) and os.path.isfile(entry.place) for entry in entries]
     sizes = [entry.place.stat().st_size if known else 0 for entry, known in zip(entries, is_file, strict=True)]
     identity = [(entry.name, entry.caption, size) for entry, size in zip(entries, sizes, strict=True)]
     return Source(entries, read_places, hashlib.sha256(json.dumps(identity).encode()).hexdigest(), list(unread))
@@ -232,15 +229,17 @@ def read_places(entries):
     for entry in entries:
         try:
             yield entry, None if entry.fault else read_place(entry.place)
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: of a path with a null byte
             # A network that fails would leave out every picture after this one.
             if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
-            yield entry, sd15.SkippedSample(error.strerror or "file cannot be read")
+            yield entry, sd15.SkippedSample(getattr(error, "strerror", None) or "file cannot be read")
 
 
 def read_place(place):
     if isinstance(place, Path):
+        if place.exists() and not place.is_file():  # reading a FIFO would wait
+            raise OSError("no regular file")
         return place.read_bytes()
     if place.get("bytes") is not None:
         return place["bytes"]

@@ -70,10 +70,15 @@ def writing_alone(target):
         lock.release()
 
 
+def refuse_folder(error):
+    raise UnusableInput(f"{error.filename}: cannot be read ({error.strerror}); check its permissions")
+
+
 def read_json(path):
-    """Return what a file holds; {} where it is missing or damaged."""
+    """Return the dict that a file holds; {} where it is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        return json.loads(path.read_text(encoding="utf-8"))
+        record = json.loads(path.read_text(encoding="utf-8") if path.is_file() else "{}")
+        return record if isinstance(record, dict) else {}
     return {}
 
 

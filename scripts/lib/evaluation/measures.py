@@ -4,6 +4,7 @@
 import json
 from collections import Counter
 from functools import partial
+from pathlib import Path
 
 import torch
 from accelerate.utils import gather_object
@@ -99,27 +100,33 @@ def load_yardstick(args, names):
     """Return {feature model: features [P, S, D]} of --yardstick: S pictures of each prompt, as kept there."""
     try:
         with safe_open(args.yardstick, "pt") as file:
-            name, features = file.metadata()["features"], file.get_tensor("features").double()
+            name, known, features = file.metadata()["features"], file.metadata(), file.get_tensor("features").double()
     except (OSError, LookupError, TypeError, SafetensorError) as error:
         raise UnusableInput(f"--yardstick {args.yardstick}: cannot be read ({error})") from error
     if name not in names:
         raise UnusableInput(f"--yardstick {args.yardstick}: holds features of {name}; give --features of it")
+    for key, value in drawn_by(args).items():
+        if known.get(key, value) != value and value != "None":
+            raise UnusableInput(f"--yardstick {args.yardstick}: is of another {key}; --draw_yardstick makes one")
     return {name: features[: len(args.prompts)][: args.num_images]}
 
 
-def save_yardstick(args, features):
-    """Write features {model: [S * P, D]} of a row with S pictures of each prompt as --yardstick."""
+def drawn_by(args):
+    """Return what a yardstick's header tells of its teacher: its UNet's checksum or its name, and the side in px."""
+    model = Path(args.pretrained_teacher_model)
+    teacher = sd15.fingerprint(model, ("unet*",)) if model.exists() else f"{model} {args.teacher_revision}"
+    return {"teacher": teacher, "resolution": str(args.resolution)}
+
+
+def save_yardstick(args, features, side):
+    """Write features {model: [S * P, D]} of a row with S pictures of each prompt, `side` px, as --yardstick."""
     ((name, values),) = features.items()
     by_prompt = values.unflatten(0, (-1, len(args.prompts))).transpose(0, 1).half().contiguous()
     settings = {"prompts": json.dumps(args.prompts), "features": name, "teacher_steps": str(args.teacher_steps)}
     settings |= {"guidance_scale": f"{args.guidance_scale[0]:g}", "seed": str(args.seed)}
+    settings |= drawn_by(args) | {"resolution": str(side)}
     sd15.write_atomically(args.yardstick, save({"features": by_prompt}, settings))
     print(f"{args.yardstick}: {tuple(by_prompt.shape)}, features of {name}")
-
-
-def records(gallery, row):
-    mine = [gallery.record(row, index) | {"block": block[0]} for block in gallery.blocks for index in block]
-    return gather_object(mine)
 
 
 def frechet_to(reference, features):

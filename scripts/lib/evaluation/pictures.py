@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES, local_lora
-from lib.pipelines import MAX_PICTURE_PX, draw, set_sampler
+from lib.pipelines import MAX_PICTURE_PX, draw, refuse_folder, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
@@ -109,9 +109,10 @@ class Gallery:
         try:
             with Image.open(path, formats=["PNG"]) as picture:
                 record = json.loads(picture.text["record"])
-        except (OSError, LookupError, ValueError) as error:
+            kept = record["settings"]
+        except (OSError, LookupError, ValueError, TypeError) as error:
             raise UnusableInput(f"{path}: no picture of this tool ({error}); delete it") from error
-        wanted, kept = self.settings(row, index), record["settings"]
+        wanted = self.settings(row, index)
         changed = sorted(key for key in wanted.keys() | kept.keys() if kept.get(key) != wanted.get(key))
         if changed:
             remedy = "give another --output_dir, or delete that folder"
@@ -171,7 +172,7 @@ class Gallery:
 def real_files(paths):
     found = []
     for path in map(Path, paths):
-        inside = sorted(path.rglob("*")) if path.is_dir() else [path]
+        inside = sorted(sd15.files_below(path, refuse_folder)) if path.is_dir() else [path]
         files = [file for file in inside if file.is_file() and READ.search(file.name)]
         if not files:
             raise UnusableInput(f"--reference {path}: give a folder of pictures or of .tar shards, or a shard")

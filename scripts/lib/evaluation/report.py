@@ -16,14 +16,11 @@ MAX_THUMB_PX = 192
 STYLE = """
 :root { color-scheme: light dark; --line: #8884; --soft: #8881; }
 body { font: 16px/1.5 system-ui, sans-serif; margin: 0 auto; max-width: 70rem; padding: 0 1rem 3rem; }
-h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } h3 { font-size: 1rem; }
-.wide { overflow-x: auto; -webkit-overflow-scrolling: touch; }
+h1 { font-size: 1.5rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; } .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem; }
 th, td { border-bottom: 1px solid var(--line); padding: 0.3rem 0.6rem; text-align: left; }
-td { white-space: nowrap; } th { vertical-align: bottom; min-width: 4rem; }
-thead th { background: var(--soft); }
-td small { opacity: 0.7; display: block; }
-.plots { width: 100%; height: auto; background: white; }
+td { white-space: nowrap; } th { vertical-align: bottom; min-width: 4rem; } thead th { background: var(--soft); }
+td small { opacity: 0.7; display: block; } .plots { width: 100%; height: auto; background: white; }
 """
 
 

@@ -27,11 +27,9 @@ def frechet_distance(a, b):
 
     arXiv:1706.08500, eq. 6: |mean_a - mean_b|^2 + trace(C_a) + trace(C_b) - 2 trace((C_a C_b)^(1/2)). With
     C = R^T R the last trace is the sum of the singular values of R_a R_b^T: no root of a nearly singular
-    matrix is taken. Raises ValueError with fewer than 2 pictures, or two widths.
+    matrix is taken.
     """
     a, b = a.flatten(0, -2), b.flatten(0, -2)
-    if min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"Fréchet distance of {tuple(a.shape)} and {tuple(b.shape)}: 2 or more of one width")
     (mean_a, root_a), (mean_b, root_b) = centred(a.double()), centred(b.double())
     cross = torch.linalg.svdvals(root_a @ root_b.T).sum()
     spread = root_a.square().sum() + root_b.square().sum()
