@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -52,25 +53,21 @@ def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
     for each in figures.values():
         assert len(each["losses"]) == 3 and len(set(each["losses"])) == 3
     assert report["loss_difference"] < 1e-4  # float32; the third loss follows two updates
-    run = benchmark("train", "--model", teacher, "--resolution", SIDE, "--phases", 2)
-    assert run.returncode == 2 and "does not know --phases 2" in run.stderr
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    line = [
-        *sys.orig_argv[:1],
-        ROOT / "scripts" / "benchmark.py",
-        "train",
-        "--model",
-        teacher,
-        "--resolution",
-        str(SIDE),
-    ]
-    killed = subprocess.Popen([*line, "--steps", "1000000"], env=ENVIRONMENT | {"TMPDIR": str(scratch)})
-    while not any(scratch.iterdir()):  # until the child measures
-        time.sleep(0.1)
-    (child,) = psutil.Process(killed.pid).children()
+    measure_once = load_script("scripts/lib/benchmark/measure_once.py")
+    own = SimpleNamespace(model=str(teacher), recipe="reference", cached=False)
+    args, trainer = SimpleNamespace(resolution=SIDE, phases=2), SimpleNamespace(start=lambda _args: None)
+    with pytest.raises(measure_once.UnusableInput, match="does not know --phases 2"):
+        measure_once.make_recipe_job(own, trainer, args, tmp_path)
+    parent = (
+        "import subprocess as s, sys, time; print(s.Popen(sys.argv[1:], stdin=-1).pid, flush=True); time.sleep(60)"
+    )
+    line = [sys.executable, "-c", parent, sys.executable, sweep.MEASURE_ONCE]
+    killed = subprocess.Popen(line, stdout=subprocess.PIPE, env=ENVIRONMENT)
+    child = psutil.Process(int(killed.stdout.readline()))
+    time.sleep(0.5)  # it imports, which takes seconds
     killed.kill()
-    child.wait(10)
+    time.sleep(0.5)
+    assert not child.is_running() or child.status() == psutil.STATUS_ZOMBIE
 
 
 WRONG_LINES = {
