@@ -48,13 +48,7 @@ def add_train(commands):
     add("--json", type=Path, metavar="FILE", help="figures as JSON")
     add("--all", action="store_true", help="measure the list of cases; give no --model and no trainer flags")
     add("--tiny", action="store_true", help="--all with the demo teachers at 64 px, to try it on a CPU")
-    add(
-        "--minutes",
-        type=cli.within(float, 0, 1e5),
-        default=8,
-        metavar="M",
-        help="time for --all (default: %(default)s)",
-    )
+    add("--minutes", type=cli.within(float, 0, 1e5), default=8, metavar="M", help="time for --all (default: 8)")
 
 
 def add_loader(commands):

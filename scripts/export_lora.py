@@ -185,8 +185,8 @@ def write_lora(args, loras, path, dtype):
     state = {name: value.to(dtype).contiguous() for name, value in state.items()}
     if not all(value.isfinite().all() for value in state.values()):
         raise UnusableInput(f"--dtype {args.dtype}: the weights are too large for it; give bf16 or fp32")
-    hint = {"modelspec.usage_hint": hint_of(args.input)}
-    save_file(state, path, metadata={"format": "pt"} | (hint if hint_of(args.input) else {}) | header)
+    hint = hint_of(args.input)
+    save_file(state, path, metadata={"format": "pt"} | ({"modelspec.usage_hint": hint} if hint else {}) | header)
     back = sd15.read_lora(path, layers_per_block)
     if back.keys() != loras.keys() or not all(
         torch.equal(back[name].down, lora.down.to(dtype)) and back[name].up.shape == lora.up.shape

@@ -724,6 +724,9 @@ def test_a_real_process_names_what_is_wrong_and_ends_with_2(tmp_path):
     command[-1] = "import signal as s; s.signal(s.SIGINT, s.default_int_handler); import lib; s.raise_signal(s.SIGINT)"
     done = subprocess.run(command, capture_output=True, env=variables)
     assert done.returncode == -signal.SIGINT and not done.stderr
+    command[-1] = "import lib; raise PermissionError(13, 'Permission denied', 'locked/a.png')"
+    done = subprocess.run(command, capture_output=True, env=variables)
+    assert done.returncode == 2 and done.stderr.startswith(b"error: locked/a.png") and done.stderr.count(b"\n") == 1
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5,7 +5,15 @@ import logging
 import os
 import sys
 
-sys.excepthook = lambda kind, *rest: kind is KeyboardInterrupt or sys.__excepthook__(kind, *rest)  # Ctrl-C
+
+def without_traceback(kind, error, trace):
+    if kind is PermissionError:  # of any path, which pathlib raises below a folder that may not be entered
+        print(f"error: {error.filename}: {error.strerror}; give this user the right, or name another", file=sys.stderr)
+        os._exit(2)
+    return kind is KeyboardInterrupt or sys.__excepthook__(kind, error, trace)
+
+
+sys.excepthook = without_traceback
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # imports warn of parts that are not used here
 for _package in ("xformers", "bitsandbytes"):  # before any import of diffusers, at which they warn of CUDA code
     logging.getLogger(_package).setLevel(logging.ERROR)

@@ -128,8 +128,7 @@ def add_prompt_flags(group, required=True):
 def is_source(name):
     """Return whether a path exists or can be a Hub id: `name` or `owner/name`, not like a weight file."""
     is_id = re.fullmatch(r"(?!.*\.(safetensors|ckpt|bin|pt)$)\w[\w.-]*(/\w[\w.-]*)?", name)
-    # A FIFO would be waited for.
-    return Path(name).is_file() or Path(name).is_dir() if Path(name).exists() else bool(is_id)
+    return Path(name).is_file() or Path(name).is_dir() if Path(name).exists() else bool(is_id)  # and no FIFO
 
 
 def split_weight(text):
@@ -168,8 +167,7 @@ def hint_of(lora):
 
 def samplers_for(loras):
     """Return the samplers that the headers of LoRAs name; lcm-lora without a name."""
-    hints = [hint_of(lora) for lora in loras]
-    kinds = (LORA_SAMPLERS[0 if "DDIM" not in hint else 2 if "eta 0 " in hint else 1] for hint in hints)
+    kinds = (LORA_SAMPLERS[0 if "DDIM" not in hint else 2 if "eta 0 " in hint else 1] for hint in map(hint_of, loras))
     return list(dict.fromkeys(kinds))
 
 
