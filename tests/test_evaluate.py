@@ -704,12 +704,10 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, ju
     many = torch.randn(40, 2, 5, dtype=torch.float64)  # by prompt; a row's pictures have the prompts in turn
     own = jackknife(frechet_distance, many + 1, many)
     assert frechet_to(many, (many + 1).transpose(0, 1).flatten(0, 1)) == pytest.approx(own)
-    others = {
-        "--features": str(judges / "clip.py"), "--resolution": "16",
-        "--pretrained_teacher_model": teachers["train_lcm_lora_sdxl"],
-    }  # fmt: skip
-    for (flag, value), named in zip(others.items(), ("--features", "resolution", "teacher"), strict=True):
-        assert run(evaluate, [*line, "--output_dir", str(tmp_path / flag), flag, str(value)]) == 2
+    sdxl = teachers["train_lcm_lora_sdxl"]
+    for flag, value in (("features", judges / "clip.py"), ("resolution", 16), ("pretrained_teacher_model", sdxl)):
+        assert run(evaluate, [*line, "--output_dir", str(tmp_path / flag), f"--{flag}", str(value)]) == 2
+        named = {"pretrained_teacher_model": "of another teacher"}.get(flag, flag)
         assert named in capsys.readouterr().err.splitlines()[-1]
     before = kept.read_bytes()
     for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "3"], "pictures of --seed 3")):

@@ -597,6 +597,7 @@ def test_an_output_that_cannot_be_written_is_named(tool, trained, tmp_path, monk
     monkeypatch.setattr(tool, "save_file", full)
     with pytest.raises(tool.UnusableInput, match="--output .*No space left on device"):
         run(tool, *words, tmp_path / "lora.safetensors")
+    (tmp_path / ".lora.safetensors-killed").mkdir()  # what a killed process left
     monkeypatch.setattr(tool, "save_file", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
         run(tool, *words, tmp_path / "lora.safetensors")

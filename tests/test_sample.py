@@ -232,6 +232,9 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
     _, pictures = drawn
     assert all(pictures[name] == picture for name, picture in teacher.items())
     assert pictures["lcm-lora-4steps/0-0.png"] != pictures["lcm-without-lora-4steps/0-0.png"]
+    with pytest.MonkeyPatch.context() as patched:  # of the Hub's cache, where the Hub is away
+        patched.setattr("huggingface_hub.hf_hub_download", lambda *_: str(models / "lora" / sd15.WEIGHTS_NAME))
+        pipelines.load_lora(load(models / "teacher"), "me/a-lora")
 
 
 def test_samplers_start_in_noise_and_end_clean(models):
