@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, count, groupby, islice, product, takewhile
+from itertools import accumulate, chain, count, groupby, islice, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -93,6 +93,7 @@ LORA_TARGETS = (
 SIGMA_DATA = 0.5  # of the boundary condition; LCMScheduler's value
 PICTURE_FROM = 0.775  # share of T from which on the student jumps to the picture even with --phases 2
 VALIDATION_STEPS = (1, 2, 4, 8)
+TEACHER_STEPS = 50  # of the pictures with which the student's are compared
 NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures become public
     "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
     "a mountain lake on a clear morning",
@@ -1913,6 +1914,7 @@ class Job:
     prompts: list  # to draw at validation
     prompt_embeds: dict  # of the prompts
     state: RunState
+    teacher_pictures: list = field(default_factory=list)  # of the prompts, once validation has drawn them
     fake: object = None  # a Fake, for --objective matching
 
 
@@ -2625,11 +2627,13 @@ class Log:
         return f"{cause} at update {line['step']}; the last checkpoint is untouched. {remedy}"
 
 
+TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}  # options of DDIM
+
+
 def sampler_of(args):
     """Return (scheduler class, its options, eta) with which the LoRA is drawn."""
     if args.objective == "matching" or args.phases == 2:
-        options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
-        return DDIMScheduler, options, args.student_eta if args.objective == "matching" else 0.0
+        return DDIMScheduler, dict(TRAILING), args.student_eta if args.objective == "matching" else 0.0
     options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
     return LCMScheduler, options, 0.0
 
@@ -2648,42 +2652,81 @@ def validate(job):
 
     It is empty where memory or the VAE of a cached run is missing, because the updates are worth more than pictures.
     """
-    args, pipe, scheduler, was_training = job.args, job.pipe, job.pipe.scheduler, job.pipe.unet.training
-    kind, of_kind, eta = sampler_of(args)
-    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"}
-    drawn = {steps: [] for steps in VALIDATION_STEPS}
-    pictures = list(product(VALIDATION_STEPS, range(len(job.prompts))))
+    args, step, pipe, scheduler = job.args, job.state.global_step, job.pipe, job.pipe.scheduler
+    was_training, student_unet, (kind, options, eta) = pipe.unet.training, pipe.unet, sampler_of(args)
     try:
         if not pipe.vae:  # a run on cached latents needs it only here
             parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
             pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-        pipe.scheduler = kind.from_config(scheduler.config, **of_kind)
-        pipe.unet.eval()
-        for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
-            embeds = {name: value[[number]] for name, value in job.prompt_embeds.items()}
-            generator = torch.Generator().manual_seed(args.seed + number)
-            settings = {"num_inference_steps": steps, "guidance_scale": 1.0, "eta": eta, "generator": generator}
-            latents = pipe(**embeds, **settings, **options).images
-            # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
-            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-            drawn[steps] += pipe.image_processor.postprocess(decoded.float())
+        student_unet.eval()
+        if not job.teacher_pictures:
+            pipe.unet, pipe.scheduler = job.teacher_unet, DDIMScheduler.from_config(scheduler.config, **TRAILING)
+            job.teacher_pictures += draw_pictures(job, pipe, TEACHER_STEPS, guidance_scale=teacher_guidance(args))
+        pipe.unet, pipe.scheduler = student_unet, kind.from_config(scheduler.config, **options)
+        drawn = {steps: draw_pictures(job, pipe, steps, guidance_scale=1.0, eta=eta) for steps in VALIDATION_STEPS}
     except (RuntimeError, UnusableInput) as error:  # cuDNN and cuBLAS name a lack of memory in their own ways
         tqdm.write(f"no pictures: {one_line(error)[:300]}; --validation_steps -1 leaves them out", file=sys.stderr)
         return {}
     finally:
-        job.pipe.scheduler = scheduler
-        job.pipe.unet.train(was_training)
+        job.pipe.unet, job.pipe.scheduler = student_unet, scheduler
+        student_unet.train(was_training)
+    columns = {f"{steps} step{'s' * (steps > 1)}": row for steps, row in drawn.items()}
+    columns["teacher"] = job.teacher_pictures
     folder = Path(args.output_dir) / "validation"
     folder.mkdir(exist_ok=True)
-    rows = list(zip(*drawn.values(), strict=True))  # a row a prompt, a column a step count
-    grid = ImageOps.expand(make_image_grid(list(chain(*rows)), len(rows), len(drawn)), (0, 20, 0, 0), "white")
-    for column, steps in enumerate(drawn):
-        place = (column * grid.width // len(drawn) + 4, 3)
-        ImageDraw.Draw(grid).text(place, f"steps: {steps}", fill="black", font=ImageFont.load_default(12))
-    grid.save(folder / f"step-{job.state.global_step:07d}.png")
-    where = {"prompts": job.prompts, "global_step": job.state.global_step}
-    to_trackers(job.accelerator, partial(log_pictures, drawn=drawn, **where))
+    grid_of(columns).save(folder / f"step-{step:07d}.png")
+    to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
+    record = {"prompts": job.prompts}
+    if args.phases == 2:  # other LoRAs follow their own path, and come no nearer while they improve
+        record["differences"] = differences_to_teacher(job, drawn)
+        values = {f"validation/difference_{steps}_steps": value for steps, value in record["differences"].items()}
+        to_trackers(job.accelerator, operator.methodcaller("log", values, step=step))
+        said = in_words(record["differences"])
+        tqdm.write(f"update {step}: mean difference from the teacher's pictures {said}", file=sys.stderr)
+    write_atomically(folder / f"step-{step:07d}.json", json.dumps(record, indent=1))
     return drawn
+
+
+def draw_pictures(job, pipe, steps, **settings):
+    """Return a picture of each prompt, always from the same noise; as many at a time as an update has samples."""
+    side, pictures = job.args.resolution, []
+    for part in torch.arange(len(job.prompts)).split(job.args.train_batch_size):
+        embeds = {name: value[part] for name, value in job.prompt_embeds.items()}
+        negative = {f"negative_{name}": value.expand_as(embeds[name]) for name, value in job.uncond_embeds.items()}
+        generator = [torch.Generator().manual_seed(job.args.seed + int(number)) for number in part]
+        options = {"height": side, "width": side, "generator": generator, "output_type": "latent"} | settings
+        for latents in pipe(**embeds, **negative, num_inference_steps=steps, **options).images.split(1):
+            # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            pictures += pipe.image_processor.postprocess(decoded.float())
+    return pictures
+
+
+def teacher_guidance(args):
+    """Return the guidance scale w + 1 with which the teacher is drawn: 7.5, or the nearest that the student learns."""
+    return min(max(7.5, args.w_min + 1), args.w_max + 1)
+
+
+def differences_to_teacher(job, drawn):
+    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}."""
+    teacher = np.stack(job.teacher_pictures).astype(np.float32)
+    return {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
+
+
+def in_words(differences):
+    numbers = ", ".join(f"{value:.1f}" for value in differences.values())
+    return f"{numbers} of 255 at {', '.join(map(str, differences))} steps"
+
+
+def grid_of(columns):
+    """Return one picture of {title: [picture of each prompt]}, a column each."""
+    cells = list(chain(*zip(*columns.values(), strict=True)))
+    grid = make_image_grid(cells, len(cells) // len(columns), len(columns))
+    grid = ImageOps.expand(grid, (0, 20, 0, 0), "white")
+    for number, title in enumerate(columns):
+        place = (number * grid.width // len(columns) + 4, 3)
+        ImageDraw.Draw(grid).text(place, title, fill="black", font=ImageFont.load_default(12))
+    return grid
 
 
 def to_trackers(accelerator, log):
@@ -2697,19 +2740,19 @@ def to_trackers(accelerator, log):
             tqdm.write(f"{message} ({one_line(error)[:200]})", file=sys.stderr)
 
 
-def log_pictures(tracker, drawn, prompts, global_step):
+def log_pictures(tracker, columns, prompts, global_step):
     if tracker.name == "wandb":
         import wandb
 
-        pairs = [(steps, *pair) for steps, row in drawn.items() for pair in zip(prompts, row, strict=True)]
-        captioned = [wandb.Image(picture, caption=f"{prompt} ({steps} steps)") for steps, prompt, picture in pairs]
+        pairs = [(title, *pair) for title, row in columns.items() for pair in zip(prompts, row, strict=True)]
+        captioned = [wandb.Image(picture, caption=f"{prompt} ({title})") for title, prompt, picture in pairs]
         tracker.log({"validation": captioned}, step=global_step)
     elif hasattr(tracker, "log_images"):
         options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-        for steps, pictures in drawn.items():
-            values = {f"validation/{steps} steps": np.stack(pictures)}
+        for title, pictures in columns.items():
+            values = {f"validation/{title}": np.stack(pictures)}
             if tracker.name in ("aim", "clearml"):  # which take one picture a name
-                values = {f"validation/{steps} steps/{n}": np.array(picture) for n, picture in enumerate(pictures)}
+                values = {f"validation/{title}/{n}": np.array(picture) for n, picture in enumerate(pictures)}
             tracker.log_images(values, step=global_step, **options)
 
 
@@ -2760,8 +2803,7 @@ The LoRA inherits the teacher's limits and biases.
 
 | training | value |
 |---|---|
-{training_table(job)}
-| processes | {job.accelerator.num_processes} |
+{training_table(job, drawn)}
 """
     gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
     data = ModelCardData(
@@ -2772,7 +2814,7 @@ The LoRA inherits the teacher's limits and biases.
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
 
 
-def training_table(job):
+def training_table(job, drawn):
     """Return the rows of the card's table, without what is private, such as the data's place."""
     flags = (
         "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate lr_scheduler "
@@ -2780,6 +2822,10 @@ def training_table(job):
     )
     values = {flag: getattr(job.args, flag) for flag in flags + READ_BY[job.args.objective]}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
+    values["processes"] = job.accelerator.num_processes
+    if drawn and job.args.phases == 2:
+        compared = f"pictures from the teacher's of {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
+        values[f"mean difference of {len(job.prompts)} {compared}"] = in_words(differences_to_teacher(job, drawn))
     return "\n".join(f"| {flag} | {value} |" for flag, value in values.items() if value is not None)
 
 

@@ -257,7 +257,7 @@ def flags(teacher, shards, output_dir, **changes):
     values = {
         "pretrained_teacher_model": teacher, "train_shards_path_or_url": shards, "output_dir": output_dir,
         "resolution": SIDE, "train_batch_size": 2, "max_train_steps": 4, "lora_rank": 4, "lora_alpha": 8,
-        "report_to": "none", "validation_steps": 0, "checkpointing_steps": 2, "logging_steps": 1,
+        "report_to": "none", "validation_steps": -1, "checkpointing_steps": 2, "logging_steps": 1,
         "validation_prompts": "sea at dawn", "mixed_precision": "no", "learning_rate": 1e-3,
     } | changes  # fmt: skip
     line = []

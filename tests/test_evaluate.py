@@ -10,6 +10,7 @@ import os
 import pickle
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import types
@@ -223,7 +224,7 @@ def stable(results, samplers=("ddim", "lcm-lora")):
     ]
 
 
-def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, judges, tmp_path, monkeypatch):
+def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, judges, tmp_path, monkeypatch, capsys):
     from lib.evaluation.pictures import Gallery
 
     keep, kept = Gallery.keep, []
@@ -249,7 +250,10 @@ def test_a_killed_run_draws_only_what_is_missing(evaluate, evaluated, teacher, j
     with monkeypatch.context() as patch:  # once complete, nothing is loaded to draw with
         patch.setattr(evaluate, "load_teacher", None)
         assert exit_code(evaluate.main, args) == 0
-    assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
+        assert stable(json.loads((tmp_path / "results.json").read_text())) == stable(results)
+        (tmp_path / "results.json").unlink()
+        (tmp_path / "results.json").mkdir()
+        assert exit_code(evaluate.main, args) == 2 and "cannot be written to" in capsys.readouterr().err
 
 
 def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges, tmp_path):
@@ -291,6 +295,11 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
     assert run(evaluate, changed) == 2
     message = capsys.readouterr().err
     assert "resolution, seed, teacher;" in message and "delete" in message and message.count("\n") == 1
+    (picture := next(tmp_path.glob("pictures/teacher/*.png"))).unlink()
+    os.mkfifo(picture)
+    signal.alarm(60)  # ends what waits at it
+    assert run(evaluate, flags(teacher, judges, tmp_path)) == 2 and evaluate.read_yardstick(picture)[0] is None
+    signal.alarm(0)
 
 
 def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):

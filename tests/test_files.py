@@ -244,10 +244,11 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     state = SimpleNamespace(repository="")
     accelerator = SimpleNamespace(num_processes=1, mixed_precision="bf16")
     job = SimpleNamespace(args=args, prompts=list(prompts), accelerator=accelerator, state=state, max_train_steps=7)
+    job.teacher_pictures = [Image.new("RGB", (8, 8), (3, 0, 0)) for _ in prompts]
     (script.Path(args.output_dir) / f"image_{2 * drawn}.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
     job.pipe = type("StableDiffusionPipeline", (), {})()
-    script.write_card(job, {1: [], 4: pictures} if drawn else {})
+    script.write_card(job, {1: pictures, 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
 
@@ -272,6 +273,10 @@ def test_card_of_a_hub_teacher(script, args):
     assert (
         "| loss_type | huber |" in text and "| max_train_steps | 7 |" in text and "| mixed_precision | bf16 |" in text
     )
+    assert "difference" not in text and "| processes | 1 |" in text
+    args.phases, compared = 2, "pictures from the teacher's of 50 steps, guidance 7.5"
+    assert f"| mean difference of 2 {compared} | 1.0, 1.0 of 255 at 1, 4 steps |" in write_card(script, args)[1]
+    args.phases = 1
     args.objective = "matching"  # whose fake has a rate by default, which is no flag's
     assert "| student_eta | 0.3 |" in write_card(script, args)[1] and "| None |" not in write_card(script, args)[1]
     ast.parse(text.partition("```python\n")[2].partition("```")[0])
@@ -280,6 +285,7 @@ def test_card_of_a_hub_teacher(script, args):
 def test_card_without_pictures_has_no_gallery_of_them(script, args):
     front, text = write_card(script, args, drawn=False)
     assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
+    assert "difference" not in text
     assert "Sampler: LCM. P" in text and "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
     assert "\n# LCM-LoRA\n" in text
     args.phases = 2

@@ -112,11 +112,13 @@ def test_a_run_leaves_its_files(script, launched, teacher):
     assert script.read_manifest(launched / "checkpoint-2")[0]["global_step"] == 2
     for step in (1, 2):
         grid = Image.open(launched / "validation" / f"step-{step:07d}.png")
-        assert grid.width == 4 * 32 and len(np.unique(np.asarray(grid))) > 50
+        assert grid.width == 5 * 32 and len(np.unique(np.asarray(grid))) > 50
+        record = json.loads((launched / "validation" / f"step-{step:07d}.json").read_text())
+        assert record == {"prompts": ["sea at dawn"]}
     assert Image.open(launched / "image_0.png").size == (32, 32)
     assert "lcm-lora" in (launched / "README.md").read_text()
     events = [path.read_bytes() for path in (launched / "logs").rglob("events.out.tfevents*")]
-    for tag in (b"train/loss", b"train/grad_norm", b"validation/4 steps"):
+    for tag in (b"train/loss", b"train/grad_norm", b"validation/4 steps", b"validation/teacher"):
         assert any(tag in event for event in events)
 
 
@@ -417,7 +419,8 @@ def test_epochs_and_samples_set_the_length_and_no_pictures_are_drawn(script, tea
 
 def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_path):
     line = flags(
-        teacher, shards, tmp_path / "out", max_train_steps=2, report_to="wandb", validation_prompts=["sea", "hill"]
+        teacher, shards, tmp_path / "out", max_train_steps=2, report_to="wandb", validation_prompts=["sea", "hill"],
+        validation_steps=0,
     )  # fmt: skip
     command = [sys.executable, script.__file__, *map(str, line)]  # a process of its own: wandb has a service
     offline = {"WANDB_MODE": "offline", "WANDB_SILENT": "true"}
@@ -428,7 +431,7 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     for text in (b"train/loss", b"hill (8 steps)", b"version/torch"):
         assert text in record, text
     pictures = list((folder / "files" / "media" / "images").glob("validation_*.png"))
-    assert len(pictures) == 8 and {Image.open(path).size for path in pictures} == {(32, 32)}
+    assert len(pictures) == 10 and {Image.open(path).size for path in pictures} == {(32, 32)}
 
     def stop_later(script):
         os.environ.update(offline)

@@ -2,7 +2,9 @@
 
 import copy
 import dataclasses
+import json
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -608,16 +610,47 @@ def check_that_the_reason_comes_first(script, job, capsys):
     assert "after TypeError: " in said[0] and not said[1] and not job.state.is_training
 
 
+def check_that_the_teacher_is_drawn_beside(script, job):
+    """The teacher's pictures are the plain pipeline's, drawn once, and the numbers compare with them."""
+    pipe, student, (kind, options) = job.pipe, job.pipe.unet, (DDIMScheduler, {"timestep_spacing": "trailing"})
+    calls = []
+    student.register_forward_pre_hook(lambda *_: calls.append("student"))
+    hook = job.teacher_unet.register_forward_pre_hook(lambda *_: calls.append("teacher"))
+    for _ in range(2):
+        script.validate(job)
+    assert calls.count("teacher") == 50, "both prompts at a time, and once"
+    hook.remove()
+    assert pipe.unet is student
+    scheduler, pipe.unet = pipe.scheduler, job.teacher_unet
+    pipe.scheduler = kind.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=True, **options)
+    size = {"height": 32, "width": 32, "generator": torch.Generator().manual_seed(job.args.seed + 1)}
+    expected = np.asarray(pipe("hill", num_inference_steps=50, guidance_scale=7.5, **size).images[0], int)
+    pipe.unet, pipe.scheduler = student, scheduler
+    assert np.abs(np.asarray(job.teacher_pictures[1], int) - expected).max() <= 1
+    (path,) = Path(job.args.output_dir).glob("validation/*.json")
+    assert json.loads(path.read_text()) == {"prompts": job.prompts}, "an LCM-LoRA comes no nearer as it improves"
+    job.args.phases, logged = 2, []
+    job.accelerator.trackers = [SimpleNamespace(name="one", log=lambda values, step: logged.append((values, step)))]
+    drawn = script.validate(job)
+    record = json.loads(path.read_text())["differences"]
+    assert list(record) == list("1248") and logged[0][0].keys() == {f"validation/difference_{n}_steps" for n in record}
+    job.args.phases, job.accelerator.trackers = 1, []
+    pairs = [np.asarray(a, int) - np.asarray(b, int) for a, b in zip(drawn[4], job.teacher_pictures, strict=True)]
+    assert record["4"] == pytest.approx(np.abs(pairs).mean(), abs=1e-3)
+
+
 def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path, capsys):
     args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
     with torch.no_grad():
         embeds = script.encode_prompts(pipe, prompts, CPU)
+        uncond = script.encode_prompts(pipe, [""], CPU)
     accelerator = SimpleNamespace(device=CPU, trackers=[])
     job = SimpleNamespace(
         args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
-        state=script.RunState(),
+        state=script.RunState(), uncond_embeds=uncond, teacher_unet=script.make_twin(pipe.unet), teacher_pictures=[],
     )  # fmt: skip
     args.num_ddim_timesteps, args.timestep_scaling_factor = 20, 1e-3
+    check_that_the_teacher_is_drawn_beside(script, job)
     scheduler, drawn = pipe.scheduler, script.validate(job)
     assert pipe.scheduler is scheduler, "the teacher's own is put back"
     pipe.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=20, timestep_scaling=1e-3)
@@ -628,14 +661,18 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
     grid = np.asarray(Image.open(tmp_path / "validation" / "step-0000000.png"))
     assert np.array_equal(grid[-32:, 64:96], np.asarray(drawn[4][1])), "a row a prompt, a column a step count"
+    assert np.array_equal(grid[-32:, 128:], np.asarray(job.teacher_pictures[1])), "and the teacher beside them"
     difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
     assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
     # Too little memory, or a tracker that fails, ends no run.
     steps, job.state.global_step = [], 7
-    fine = SimpleNamespace(name="fine", log_images=lambda _values, step: steps.append(step))
-    accelerator.trackers += [SimpleNamespace(name="broken", log_images=None), SimpleNamespace(name="silent"), fine]
+    quiet = {"log": lambda _values, step: step}
+    fine = SimpleNamespace(name="fine", log_images=lambda _values, step: steps.append(step), **quiet)
+    silent, broken = (SimpleNamespace(name=name, **quiet) for name in ("silent", "broken"))
+    broken.log_images = None
+    accelerator.trackers += [broken, silent, fine]
     assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent", "fine"]
-    assert steps == [7] * 4, "every picture, with its step"
+    assert steps == [7] * 5, "every picture, with its step"
     args.objective = "matching"
     first, second = (np.asarray(script.validate(job)[4][1]) for args.student_eta in (0.0, 1.0))
     assert not np.array_equal(first, second), "drawn with the eta that the card names"
@@ -664,14 +701,14 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
 def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, count, shape):
     taken = []
     tracker = SimpleNamespace(name=name, log_images=lambda values, **_: taken.append(values))
-    script.log_pictures(tracker, {4: [Image.new("RGB", (8, 8))] * 2}, ["sea", "hill"], 1)
+    script.log_pictures(tracker, {"4 steps": [Image.new("RGB", (8, 8))] * 2}, ["sea", "hill"], 1)
     assert len(taken[0]) == count and {value.ndim for value in taken[0].values()} == {shape}
     logged, stub = [], SimpleNamespace(Image=lambda picture, caption: (picture, caption))
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", stub)
         tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-        script.log_pictures(tracker, {1: ["a", "b"], 4: ["c", "d"]}, ["sea", "hill"], 7)
-    rows = [("a", "sea (1 steps)"), ("b", "hill (1 steps)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
+        script.log_pictures(tracker, {"1 step": ["a", "b"], "4 steps": ["c", "d"]}, ["sea", "hill"], 7)
+    rows = [("a", "sea (1 step)"), ("b", "hill (1 step)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
     assert logged == [({"validation": rows}, 7)]
 
 

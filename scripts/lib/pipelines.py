@@ -32,7 +32,7 @@ MAX_PICTURE_PX = 178_956_970  # of a picture that a tool reads: Pillow's own lim
 # What the libraries raise for a file that is missing, damaged or made for something else.
 LOAD_ERRORS = (OSError, EOFError, ValueError, LookupError, TypeError, RuntimeError, ImportError, AttributeError)
 LOAD_ERRORS += (SafetensorError, pickle.UnpicklingError, HTTPError)  # HTTPError: the Hub cannot be reached
-WRITE_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO)
+WRITE_ERRORS = [getattr(errno, name) for name in "ENOSPC EDQUOT EFBIG EROFS EACCES EPERM EIO EISDIR ENOTDIR".split()]
 TEACHER_FLAGS = ("teacher_revision", "variant", "teacher_config", "cache_dir", "prediction_type")
 TEACHER_FLAGS += ("pretrained_vae_model_name_or_path", "mixed_precision", "offload", "mask")
 for library in (diffusers, transformers):
