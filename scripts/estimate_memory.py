@@ -10,7 +10,8 @@ bytes of all tensors that are alive at a moment are added up. Flags that are not
 script's.
 
 Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's and DDP's buffers.
-Attention counts as flash attention; --compile and xformers are left out. The last line is the peak in GiB.
+So the card should have a tenth more than the peak, and 1 GiB, as the last line says. Attention counts as flash
+attention; --compile and xformers are left out.
 """
 
 import os
@@ -218,13 +219,18 @@ def peak_gib_of(fixed, peaks):
     return (sum(fixed.values()) + max(peaks.values())) / GIB
 
 
+def card_gib(peak):
+    return 1.1 * peak + 1
+
+
 def main(own):
     args, fixed, peaks = count_memory(own, WORDS)
     setting = f"batch {args.train_batch_size}, mixed precision {args.mixed_precision or 'no'}"
     print(f"{own.model}, {args.resolution} px, {setting}: GiB")
     for name, num_bytes in (fixed | {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}).items():
         print(f"  {name:20}{num_bytes / GIB:8.2f}")
-    print(f"  {'peak':20}{peak_gib_of(fixed, peaks):8.2f}")
+    peak = peak_gib_of(fixed, peaks)
+    print(f"  {'peak':20}{peak:8.2f}\n  {'a card of at least':20}{card_gib(peak):8.2f}")
 
 
 if __name__ == "__main__":

@@ -93,12 +93,6 @@ def text_width(loras):
     return next((lora.down.shape[1] for name, lora in loras.items() if name.endswith("attn2.to_k")), None)
 
 
-def header_of(args):
-    """Return (header fields, names of the tensors) of the LoRA's file; a checkpoint's has no fields."""
-    with safe_open(sd15.lora_file(args.input), framework="pt") as file:
-        return file.metadata() or {}, list(file.keys())
-
-
 def find_trainer(args, loras):
     """Return the family's script: by --family, the LoRA's text width, names and header, or args.json."""
     width = text_width(loras)
@@ -106,7 +100,8 @@ def find_trainer(args, loras):
     if args.family != "auto" and family not in (None, args.family):
         fault = f"the LoRA's attention reads text of width {width}, which {family} models have"
         raise UnusableInput(f"--family {args.family}: {fault}; leave the flag out")
-    header, names = header_of(args)
+    with safe_open(sd15.lora_file(args.input), framework="pt") as file:
+        header, names = file.metadata() or {}, list(file.keys())  # a checkpoint's has no fields
     is_original = any(re.match(r"lora_unet_(input|middle|output)_block", name) for name in names)
     facts = [str(header.get(name)) for name in ("ss_base_model_version", "modelspec.architecture")]
     for record in (folder / "args.json" for folder in sd15.lora_file(args.input).resolve().parents[:3]):

@@ -217,9 +217,6 @@ class Scene:
     def pick(self, *colours):
         return self.shade(colours[self.rng.integers(len(colours))])
 
-    def window_colour(self):
-        return (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
-
     def draw_balloon(self):
         rng, basket = self.rng, self.shade((130, 85, 45))
         x, y, r = rng.uniform(0.18, 0.82), rng.uniform(0.18, 0.42), rng.uniform(0.1, 0.14)
@@ -239,7 +236,8 @@ class Scene:
         roof = self.pick((185, 60, 45), (120, 70, 50), (80, 85, 105))
         self.canvas.rectangle([*self.point(x - w, foot - h), *self.point(x + w, foot)], wall)
         self.polygon(roof, (x - w * 1.25, foot - h), (x + w * 1.25, foot - h), (x, foot - h - size * 0.7))
-        self.canvas.rectangle(self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), self.window_colour())
+        window = (255, 225, 120) if self.time in ("night", "sunset") else (60, 70, 90)
+        self.canvas.rectangle(self.box(x - w * 0.45, foot - h * 0.5, w * 0.26, h * 0.22), window)
         self.canvas.rectangle([*self.point(x + w * 0.2, foot - h * 0.7), *self.point(x + w * 0.7, foot)], roof)
 
     def draw_lighthouse(self):
