@@ -223,13 +223,10 @@ def checked(kind, holds, allowed):
     """Return an argparse type: a `kind` (int or float) for which `holds`, described by `allowed`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):  # NaN fails every comparison
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {allowed}")
-        return value
+        with suppress(ValueError):
+            if holds(value := kind(text)):  # NaN fails every comparison
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {allowed}")
 
     return parse
 
