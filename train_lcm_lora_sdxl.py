@@ -966,13 +966,11 @@ def open_shard(shard):
     quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # the quotes of cmd.exe
     curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
-    options = {}
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "bufsize": 0}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
         options["process_group"] = 0
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
-    with tempfile.TemporaryFile() as words:
-        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words, "bufsize": 0}
-        process = subprocess.Popen(command, shell=True, **options)
+    with tempfile.TemporaryFile() as words, subprocess.Popen(command, shell=True, stderr=words, **options) as process:
         output = CommandOutput(process, shard, words)
         try:
             yield output
@@ -984,10 +982,8 @@ def open_shard(shard):
                 output.check(0)
             raise
         finally:
-            process.stdout.close()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-            process.wait()
 
 
 def last_words(text, shard):
