@@ -1053,10 +1053,8 @@ def group_members(members, lost):
 
 def metadata_of(sample):
     """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
-    if "json" not in sample:
-        return {}
     try:
-        record = json.loads(sample["json"].decode("utf-8-sig"))
+        record = json.loads(sample.get("json", b"{}").decode("utf-8-sig"))
         record = {str(name).lower(): value for name, value in record.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
@@ -1064,10 +1062,9 @@ def metadata_of(sample):
     for name, spellings in METADATA_KEYS.items():
         for value in (record[spelling] for spelling in spellings if record.get(spelling) not in (None, "")):
             found.setdefault(name, as_number(value))
-    for value in (record.get(name) for name in ("caption", "prompt", "text")):
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if texts:
-            found.setdefault("caption", texts[0])
+    captions = (record.get(name) for name in ("caption", "prompt", "text"))
+    texts = chain.from_iterable(value if isinstance(value, list) else [value] for value in captions)
+    found["caption"] = next((text for text in texts if isinstance(text, str)), None)
     if None not in (found.get("width"), found.get("height")):
         found["side"] = min(found["width"], found["height"])
     return found
