@@ -792,9 +792,8 @@ def list_folder(folder):
     if unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     if not keys:
-        raise UnusableInput(
-            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
-        )
+        lack = "holds no .tar file and no picture; name one that does"
+        raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
     parts, rest = [], iter(keys)
     while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
         files = tuple(chain(*(samples[key] for key in part)))
@@ -1275,15 +1274,14 @@ class ShardStream(torch.utils.data.IterableDataset):
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
+                # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
+                empty_epochs = 0 if usable or start else empty_epochs + 1
+                if empty_epochs == EMPTY_EPOCHS:
+                    causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
+                    found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
+                    raise UnusableInput(f"--train_shards_path_or_url {found}: {causes}")
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
-                return
-            # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
-            empty_epochs = 0 if usable or start else empty_epochs + 1
-            if empty_epochs == EMPTY_EPOCHS:
-                causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-                found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
-                yield {"error": f"--train_shards_path_or_url {found}: {causes}"}
                 return
             epoch, start, usable = epoch + 1, 0, 0
 
@@ -1317,6 +1315,7 @@ def audit(shards, args):
         examined += 1
         try:
             usable.append(prepare_sample(sample, args, epoch=0, cached=cache is not None))
+            usable[-1].pop("pixels", None)  # other processes need only captions and their embeddings
         except SkippedSample as cause:
             skipped[str(cause)] += 1
         if len(usable) == AUDIT_USABLE_SAMPLES:
@@ -1332,8 +1331,6 @@ def audit(shards, args):
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
     report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped)})"
-    for sample in usable:
-        sample.pop("pixels", None)  # other processes need only captions and their embeddings
     return usable, report.removesuffix(" ()"), cache
 
 
