@@ -655,12 +655,6 @@ def jump(schedule, z0, z_t, timesteps, ends):
     return ddim_step(schedule, z0, (z_t - alpha_t * z0) / sigma_t, ends)
 
 
-def estimate_of_jump(schedule, z_end, ends, z_t, timesteps):
-    """Return the clean estimate with which DDIM arrives at z_end from z_t."""
-    (alpha_t, sigma_t), (alpha_end, sigma_end) = schedule.at(timesteps), schedule.at(ends)
-    return (sigma_t * z_end - sigma_end * z_t) / (alpha_end * sigma_t - sigma_end * alpha_t)
-
-
 def boundary_scalings(timesteps, timestep_scaling):
     """Return (c_skip, c_out), each [B,1,1,1]: 1 and 0 at timestep 0 (LCM, sec. 3; as LCMScheduler's)."""
     scaled = timesteps.to(torch.float32).view(-1, 1, 1, 1) * timestep_scaling
@@ -2015,7 +2009,9 @@ def phase_target(job, target, z_prev, z_t, index, conditioning):
         pairs = (target, z0), (z_prev, z), (reached, half_way)
         target, z_prev, reached = (whole.index_copy(0, rows, part) for whole, part in pairs)
     z_end = jump(schedule, target, z_prev, reached, ends)
-    return estimate_of_jump(schedule, z_end, ends, z_t, timesteps)
+    # `jump` from z_t to z_end, solved for its clean estimate.
+    (alpha_t, sigma_t), (alpha_end, sigma_end) = schedule.at(timesteps), schedule.at(ends)
+    return (sigma_t * z_end - sigma_end * z_t) / (alpha_end * sigma_t - sigma_end * alpha_t)
 
 
 def training_loss(job, latents, conditioning, uncond, draws):
