@@ -268,14 +268,12 @@ def add_objective_args(parser):
     add("--lora_alpha", type=ALPHA, help="scale is alpha / rank; default: the rank, scale 1")
     add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
-    add("--init_lora", metavar="LORA",
-        help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, or a Hub id such as "
-        "latent-consistency/lcm-lora-sdv1-5, whose file is pytorch_lora_weights.safetensors")
+    add("--init_lora", metavar="LORA", help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, "
+        "or a Hub id such as latent-consistency/lcm-lora-sdv1-5, whose file is pytorch_lora_weights.safetensors")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
-        help="least guidance w of the teacher, drawn per sample: cond + w * (cond - uncond); a pipeline's "
-        "guidance_scale is w + 1")
+    add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN, help="least guidance w of the teacher, drawn per sample: "
+        "cond + w * (cond - uncond); a pipeline's guidance_scale is w + 1")
     add("--w_max", type=FINITE, default=15.0, help="greatest w")
     add("--num_ddim_timesteps", type=COUNT, default=50, help="solver steps N over the T training timesteps")
     add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between prediction and target")
@@ -290,9 +288,8 @@ def add_objective_args(parser):
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
     add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
-    add("--objective", choices=("consistency", "matching"), default="consistency",
-        help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
-        "teacher's; takes captions alone")
+    add("--objective", choices=("consistency", "matching"), default="consistency", help="consistency: an LCM-LoRA. "
+        "matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the teacher's; takes captions alone")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
         help="step counts to train for; each forward pass draws one of them")
     add("--student_eta", type=SHARE, default=0.3,
@@ -305,10 +302,9 @@ def add_objective_args(parser):
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", "--train_data_dir", "--prompts_file", nargs="+", metavar="SHARDS",
-        action=LastOfAll,
-        help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, {00000..00099} "
-        "expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with --objective matching "
-        "also a text file (prompts.txt), a prompt a line; required")
+        action=LastOfAll, help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, "
+        "{00000..00099} expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with "
+        "--objective matching also a text file (prompts.txt), a prompt a line; required")
     add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
     add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
