@@ -126,13 +126,10 @@ READ_BY = {
 }
 # By PyTorch's allocator, cuBLAS or the driver, and cuDNN.
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|unable to find an engine")
-# What users of other trainers type, and what it is here.
+# What users of other trainers type, and what it is here, where that is not the nearest name.
 FOREIGN_FLAGS = {
-    "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
-    "network_dim": "--lora_rank", "network_alpha": "--lora_alpha", "validation_prompt": "--validation_prompts",
-    "max_train_epochs": "--num_train_epochs", "save_every_n_steps": "--checkpointing_steps",
-    "instance_data_dir": "--train_data_dir", "batch_size": "--train_batch_size",
-    "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
+    "pretrained_model_name_or_path": "--pretrained_teacher_model", "network_dim": "--lora_rank",
+    "save_every_n_steps": "--checkpointing_steps", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
