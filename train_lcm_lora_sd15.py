@@ -442,10 +442,9 @@ def check_paths(args, error):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config", "init_lora"):
         value = getattr(args, flag) or ""
-        is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        is_there = os.path.isfile(value) or os.path.isdir(value)
-        is_local = is_local or os.path.exists(value)  # a FIFO would be waited for
-        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not is_there:
+        is_there = os.path.isfile(value) or os.path.isdir(value)  # a FIFO would be waited for
+        is_local = re.search(r"^[./~]|/.*/|\\|\.(safetensors|ckpt)$", value) or os.path.exists(value)
+        if is_local and "://" not in value and not is_there:
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
@@ -585,8 +584,7 @@ class Schedule:
 
     def at(self, timesteps):
         """Return (alpha_t, sigma_t), each [B,1,1,1], at timesteps [B]."""
-        shape = (-1, 1, 1, 1)
-        return self.alphas[timesteps].view(shape), self.sigmas[timesteps].view(shape)
+        return self.alphas[timesteps].view(-1, 1, 1, 1), self.sigmas[timesteps].view(-1, 1, 1, 1)
 
 
 def make_schedule(scheduler_config, args, device):
@@ -1343,10 +1341,8 @@ def differences(old, new):
 
 def cache_identity(args):
     """Return what the tensors of a cache depend on, by flag; local models count by their `fingerprint`."""
-    flags = (
-        "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
-        "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
-    )
+    flags = "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution".split()
+    flags += "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
     identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags if name not in FLAGS_WITHOUT_EFFECT}
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
