@@ -815,7 +815,6 @@ def check_shard(path):
             head, size = file.read(512), path.stat().st_size
             if head.startswith(f"{CACHE_KEY}.json\0".encode()):
                 made = file.read(tarfile.TarInfo.frombuf(head, "utf-8", "replace").size)
-                made = made if b'"family"' in made else b""  # else of a picture called _cache
             file.seek(max(0, size - 1024))
             tail = file.read()
         if path.suffix == ".txt":
@@ -833,7 +832,7 @@ def check_shard(path):
         raise UnusableInput(f"data {path}: {error.strerror}; name shards or a folder of pictures") from error
     if fault:
         raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
-    return made
+    return made if b'"family"' in made else b""  # else of a picture called _cache
 
 
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
@@ -1239,7 +1238,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.start_positions.get(str(consumer), (0, 0))
-        skipped, batch, usable, empty_epochs = Skipped(), [], 0, 0
+        skipped, batch, usable_epoch = Skipped(), [], epoch if start else epoch - 1  # the last with a usable sample
         while True:
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
@@ -1254,21 +1253,20 @@ class ShardStream(torch.utils.data.IterableDataset):
                     except SkippedSample as cause:
                         skipped[str(cause)] += 1
                         continue
-                    usable += 1
+                    usable_epoch = epoch
                     if len(batch) == self.args.train_batch_size:
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
                 # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
-                empty_epochs = 0 if usable or start else empty_epochs + 1
-                if empty_epochs == EMPTY_EPOCHS:
+                if epoch - usable_epoch == EMPTY_EPOCHS:
                     causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
                     found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
                     raise UnusableInput(f"--train_shards_path_or_url {found}: {causes}")
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
                 return
-            epoch, start, usable = epoch + 1, 0, 0
+            epoch, start = epoch + 1, 0
 
     def collate(self, samples):
         batch = torch.utils.data.default_collate(samples)
