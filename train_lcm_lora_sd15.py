@@ -71,10 +71,7 @@ DEFAULT_RESOLUTION_PX = 512
 DEFAULT_W_MIN = 5.0  # range of the released SD 1.5 recipe
 TEXT_PARTS = ("tokenizer", "text_encoder")
 CACHED_TENSORS = {"moments", "prompt_embeds"}
-CARD_TAGS = (
-    "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
-    "stable-diffusion stable-diffusion-diffusers"
-)
+CARD_TAGS = ("stable-diffusion", "stable-diffusion-diffusers")
 # Flags that this family's launch lines may carry and that change nothing.
 FLAGS_WITHOUT_EFFECT = {
     "cast_teacher_unet": "teacher and student share one UNet's weights",
@@ -2781,7 +2778,8 @@ The LoRA inherits the teacher's limits and biases.
         **license_of(args, from_hub),
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
-    write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
+    tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
+    write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
 
 
 def training_table(job, drawn):

@@ -71,10 +71,7 @@ DEFAULT_RESOLUTION_PX = 1024
 DEFAULT_W_MIN = 3.0  # range of the released SDXL recipe
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 CACHED_TENSORS = {"moments", "prompt_embeds", "pooled_prompt_embeds", "time_ids"}
-CARD_TAGS = (
-    "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
-    "stable-diffusion-xl stable-diffusion-xl-diffusers"
-)
+CARD_TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own VAE overflows in float16
 # Flags that launch lines may carry and that change nothing.
 FLAGS_WITHOUT_EFFECT = {
@@ -2823,7 +2820,8 @@ The LoRA inherits the teacher's limits and biases.
         **license_of(args, from_hub),
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
-    write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
+    tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
+    write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
 
 
 def training_table(job, drawn):
