@@ -422,8 +422,7 @@ def check_args(args, error):
 
 def check_objective(args, error):
     if args.objective == "consistency":
-        values = [value for value in args.train_shards_path_or_url if not re.match(r"pipe:|\w+://", value)]
-        if any(value.endswith(".txt") for value in values):
+        if any(value.endswith(".txt") and not is_remote(value) for value in args.train_shards_path_or_url):
             error("--prompts_file: prompts without pictures are for --objective matching")
         k = max(1, 1000 // args.num_ddim_timesteps)
         if args.phases == 2 and (k == 1 or 500 % k):
@@ -432,6 +431,10 @@ def check_objective(args, error):
         error("--objective matching: needs --init_lora, the LCM-LoRA to start from")
     elif max(args.student_steps) > args.num_ddim_timesteps:
         error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
+
+
+def is_remote(shard):
+    return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
 
 def check_paths(args, error):
@@ -709,10 +712,6 @@ class PictureFolder(NamedTuple):
 
     def __str__(self):
         return self.name
-
-
-def is_remote(shard):
-    return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
 
 
 def list_shards(values):
