@@ -887,20 +887,19 @@ def shard_members(shard):
             # Pictures are read when their turn comes: a thousand of a camera, shuffled, would fill the memory.
             with suppress(OSError):  # a caption that has gone is counted as such, its sample alone
                 yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
-        return
-    if shard.endswith(".txt") and not is_remote(shard):  # prompts
+    elif shard.endswith(".txt") and not is_remote(shard):  # prompts
         lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
-        return
-    with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
-        for member in tar:
-            if member.issparse():
-                raise tarfile.ReadError("sparse files are not read; pack without --sparse")
-            if member.isreg() and split_name(member.name)[1]:
-                data = tar.extractfile(member).read()
-                if len(data) != member.size:
-                    raise tarfile.ReadError("ends before its end mark")
-                yield member.name, data
+    else:
+        with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
+            for member in tar:
+                if member.issparse():
+                    raise tarfile.ReadError("sparse files are not read; pack without --sparse")
+                if member.isreg() and split_name(member.name)[1]:
+                    data = tar.extractfile(member).read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError("ends before its end mark")
+                    yield member.name, data
 
 
 class CommandOutput:
