@@ -71,10 +71,7 @@ DEFAULT_RESOLUTION_PX = 1024
 DEFAULT_W_MIN = 3.0  # range of the released SDXL recipe
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 CACHED_TENSORS = {"moments", "prompt_embeds", "pooled_prompt_embeds", "time_ids"}
-CARD_TAGS = (
-    "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora "
-    "stable-diffusion-xl stable-diffusion-xl-diffusers"
-)
+CARD_TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
 FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own VAE overflows in float16
 # Flags that launch lines may carry and that change nothing.
 FLAGS_WITHOUT_EFFECT = {
@@ -126,13 +123,10 @@ READ_BY = {
 }
 # By PyTorch's allocator, cuBLAS or the driver, and cuDNN.
 OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|unable to find an engine")
-# What users of other trainers type, and what it is here.
+# What users of other trainers type, and what it is here, where that is not the nearest name.
 FOREIGN_FLAGS = {
-    "pretrained_model_name_or_path": "--pretrained_teacher_model", "rank": "--lora_rank",
-    "network_dim": "--lora_rank", "network_alpha": "--lora_alpha", "validation_prompt": "--validation_prompts",
-    "max_train_epochs": "--num_train_epochs", "save_every_n_steps": "--checkpointing_steps",
-    "instance_data_dir": "--train_data_dir", "batch_size": "--train_batch_size",
-    "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
+    "pretrained_model_name_or_path": "--pretrained_teacher_model", "network_dim": "--lora_rank",
+    "save_every_n_steps": "--checkpointing_steps", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -223,13 +217,10 @@ def checked(kind, holds, allowed):
     """Return an argparse type: a `kind` (int or float) for which `holds`, described by `allowed`."""
 
     def parse(text):
-        try:
-            value = kind(text)
-        except ValueError:
-            value = math.nan
-        if not holds(value):  # NaN fails every comparison
-            raise argparse.ArgumentTypeError(f"{text!r}: must be {allowed}")
-        return value
+        with suppress(ValueError):
+            if holds(value := kind(text)):  # NaN fails every comparison
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r}: must be {allowed}")
 
     return parse
 
@@ -271,14 +262,12 @@ def add_objective_args(parser):
     add("--lora_alpha", type=ALPHA, help="scale is alpha / rank; default: the rank, scale 1")
     add("--lora_dropout", type=FRACTION, default=0.0, help="dropout on the LoRA's input, not while the target is made")
     add("--lora_target_modules", default=LORA_TARGETS, help="comma-separated suffixes of the modules that get a LoRA")
-    add("--init_lora", metavar="LORA",
-        help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, or a Hub id such as "
-        "latent-consistency/lcm-lora-sdv1-5, whose file is pytorch_lora_weights.safetensors")
+    add("--init_lora", metavar="LORA", help="LCM-LoRA of any rank to start from: a .safetensors file, a run's folder, "
+        "or a Hub id such as latent-consistency/lcm-lora-sdv1-5, whose file is pytorch_lora_weights.safetensors")
 
     add = parser.add_argument_group("distillation").add_argument
-    add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN,
-        help="least guidance w of the teacher, drawn per sample: cond + w * (cond - uncond); a pipeline's "
-        "guidance_scale is w + 1")
+    add("--w_min", type=NOT_NEGATIVE, default=DEFAULT_W_MIN, help="least guidance w of the teacher, drawn per sample: "
+        "cond + w * (cond - uncond); a pipeline's guidance_scale is w + 1")
     add("--w_max", type=FINITE, default=15.0, help="greatest w")
     add("--num_ddim_timesteps", type=COUNT, default=50, help="solver steps N over the T training timesteps")
     add("--loss_type", choices=("huber", "l2"), default="huber", help="distance between prediction and target")
@@ -293,9 +282,8 @@ def add_objective_args(parser):
     add("--proportion_empty_prompts", type=SHARE, default=0.0, help="share of captions replaced by the empty one")
 
     add = parser.add_argument_group("second stage: distribution matching, from an LCM-LoRA").add_argument
-    add("--objective", choices=("consistency", "matching"), default="consistency",
-        help="consistency: an LCM-LoRA. matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the "
-        "teacher's; takes captions alone")
+    add("--objective", choices=("consistency", "matching"), default="consistency", help="consistency: an LCM-LoRA. "
+        "matching: brings the pictures of an LCM-LoRA (--init_lora) closer to the teacher's; takes captions alone")
     add("--student_steps", nargs="+", type=COUNT, default=[1, 2, 4, 8], metavar="N",
         help="step counts to train for; each forward pass draws one of them")
     add("--student_eta", type=SHARE, default=0.3,
@@ -308,10 +296,9 @@ def add_objective_args(parser):
 def add_data_args(parser):
     add = parser.add_argument_group("data").add_argument
     add("--train_shards_path_or_url", "--train_data_dir", "--prompts_file", nargs="+", metavar="SHARDS",
-        action=LastOfAll,
-        help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, {00000..00099} "
-        "expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with --objective matching "
-        "also a text file (prompts.txt), a prompt a line; required")
+        action=LastOfAll, help="webdataset shards: paths, folders, *.tar, http(s) addresses, 'pipe:' commands, "
+        "{00000..00099} expands; a folder of pictures with a caption file (a.txt) beside each (a.jpg); with "
+        "--objective matching also a text file (prompts.txt), a prompt a line; required")
     add("--resolution", type=SIDE_PX, default=DEFAULT_RESOLUTION_PX, help="side of the training pictures, px")
     add("--interpolation_type", choices=INTERPOLATIONS, default="bilinear", help="how pictures are resized")
     add("--center_crop", action="store_true", help="crop the centre in place of a random part")
@@ -435,8 +422,7 @@ def check_args(args, error):
 
 def check_objective(args, error):
     if args.objective == "consistency":
-        values = [value for value in args.train_shards_path_or_url if not re.match(r"pipe:|\w+://", value)]
-        if any(value.endswith(".txt") for value in values):
+        if any(value.endswith(".txt") and not is_remote(value) for value in args.train_shards_path_or_url):
             error("--prompts_file: prompts without pictures are for --objective matching")
         k = max(1, 1000 // args.num_ddim_timesteps)
         if args.phases == 2 and (k == 1 or 500 % k):
@@ -447,15 +433,18 @@ def check_objective(args, error):
         error(f"--student_steps {max(args.student_steps)}: must be at most --num_ddim_timesteps")
 
 
+def is_remote(shard):
+    return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
+
+
 def check_paths(args, error):
     if any(os.path.isfile(path) for path in (args.output_dir, *Path(args.output_dir).parents)):
         error(f"--output_dir {args.output_dir}: is a file, or in one; name a folder")
     for flag in ("pretrained_teacher_model", "pretrained_vae_model_name_or_path", "teacher_config", "init_lora"):
         value = getattr(args, flag) or ""
-        is_local = value.startswith((".", "/", "~")) or value.endswith((".safetensors", ".ckpt"))
-        is_there = os.path.isfile(value) or os.path.isdir(value)
-        is_local = is_local or os.path.exists(value)  # a FIFO would be waited for
-        if (is_local or value.count("/") > 1 or "\\" in value) and "://" not in value and not is_there:
+        is_there = os.path.isfile(value) or os.path.isdir(value)  # a FIFO would be waited for
+        is_local = re.search(r"^[./~]|/.*/|\\|\.(safetensors|ckpt)$", value) or os.path.exists(value)
+        if is_local and "://" not in value and not is_there:
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
@@ -595,8 +584,7 @@ class Schedule:
 
     def at(self, timesteps):
         """Return (alpha_t, sigma_t), each [B,1,1,1], at timesteps [B]."""
-        shape = (-1, 1, 1, 1)
-        return self.alphas[timesteps].view(shape), self.sigmas[timesteps].view(shape)
+        return self.alphas[timesteps].view(-1, 1, 1, 1), self.sigmas[timesteps].view(-1, 1, 1, 1)
 
 
 def make_schedule(scheduler_config, args, device):
@@ -656,12 +644,6 @@ def jump(schedule, z0, z_t, timesteps, ends):
     """Return the z at which DDIM arrives from z_t with the clean estimate z0."""
     alpha_t, sigma_t = schedule.at(timesteps)
     return ddim_step(schedule, z0, (z_t - alpha_t * z0) / sigma_t, ends)
-
-
-def estimate_of_jump(schedule, z_end, ends, z_t, timesteps):
-    """Return the clean estimate with which DDIM arrives at z_end from z_t."""
-    (alpha_t, sigma_t), (alpha_end, sigma_end) = schedule.at(timesteps), schedule.at(ends)
-    return (sigma_t * z_end - sigma_end * z_t) / (alpha_end * sigma_t - sigma_end * alpha_t)
 
 
 def boundary_scalings(timesteps, timestep_scaling):
@@ -732,10 +714,6 @@ class PictureFolder(NamedTuple):
         return self.name
 
 
-def is_remote(shard):
-    return isinstance(shard, str) and (shard.startswith("pipe:") or "://" in shard)
-
-
 def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
@@ -795,9 +773,8 @@ def list_folder(folder):
     if unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     if not keys:
-        raise UnusableInput(
-            f"--train_shards_path_or_url {folder}: holds no .tar file and no picture; name one that does"
-        )
+        lack = "holds no .tar file and no picture; name one that does"
+        raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
     parts, rest = [], iter(keys)
     while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
         files = tuple(chain(*(samples[key] for key in part)))
@@ -834,7 +811,6 @@ def check_shard(path):
             head, size = file.read(512), path.stat().st_size
             if head.startswith(f"{CACHE_KEY}.json\0".encode()):
                 made = file.read(tarfile.TarInfo.frombuf(head, "utf-8", "replace").size)
-                made = made if b'"family"' in made else b""  # else of a picture called _cache
             file.seek(max(0, size - 1024))
             tail = file.read()
         if path.suffix == ".txt":
@@ -852,7 +828,7 @@ def check_shard(path):
         raise UnusableInput(f"data {path}: {error.strerror}; name shards or a folder of pictures") from error
     if fault:
         raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
-    return made
+    return made if b'"family"' in made else b""  # else of a picture called _cache
 
 
 def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
@@ -911,20 +887,19 @@ def shard_members(shard):
             # Pictures are read when their turn comes: a thousand of a camera, shuffled, would fill the memory.
             with suppress(OSError):  # a caption that has gone is counted as such, its sample alone
                 yield name, str(path) if KINDS[split_name(name)[1]] == "picture" else path.read_bytes()
-        return
-    if shard.endswith(".txt") and not is_remote(shard):  # prompts
+    elif shard.endswith(".txt") and not is_remote(shard):  # prompts
         lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
-        return
-    with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
-        for member in tar:
-            if member.issparse():
-                raise tarfile.ReadError("sparse files are not read; pack without --sparse")
-            if member.isreg() and split_name(member.name)[1]:
-                data = tar.extractfile(member).read()
-                if len(data) != member.size:
-                    raise tarfile.ReadError("ends before its end mark")
-                yield member.name, data
+    else:
+        with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
+            for member in tar:
+                if member.issparse():
+                    raise tarfile.ReadError("sparse files are not read; pack without --sparse")
+                if member.isreg() and split_name(member.name)[1]:
+                    data = tar.extractfile(member).read()
+                    if len(data) != member.size:
+                        raise tarfile.ReadError("ends before its end mark")
+                    yield member.name, data
 
 
 class CommandOutput:
@@ -969,13 +944,11 @@ def open_shard(shard):
     quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # the quotes of cmd.exe
     curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
-    options = {}
+    options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "bufsize": 0}
     if os.name == "posix":  # a group, so that all of the command can be killed, here or once this process is gone
         options["process_group"] = 0
         command = f"(while kill -0 {os.getpid()}; do sleep 1; done; kill -9 0) >/dev/null 2>&1 &\n{command}"
-    with tempfile.TemporaryFile() as words:
-        options |= {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": words, "bufsize": 0}
-        process = subprocess.Popen(command, shell=True, **options)
+    with tempfile.TemporaryFile() as words, subprocess.Popen(command, shell=True, stderr=words, **options) as process:
         output = CommandOutput(process, shard, words)
         try:
             yield output
@@ -987,10 +960,8 @@ def open_shard(shard):
                 output.check(0)
             raise
         finally:
-            process.stdout.close()
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL) if os.name == "posix" else process.kill()
-            process.wait()
 
 
 def last_words(text, shard):
@@ -1060,10 +1031,8 @@ def group_members(members, lost):
 
 def metadata_of(sample):
     """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
-    if "json" not in sample:
-        return {}
     try:
-        record = json.loads(sample["json"].decode("utf-8-sig"))
+        record = json.loads(sample.get("json", b"{}").decode("utf-8-sig"))
         record = {str(name).lower(): value for name, value in record.items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
@@ -1071,10 +1040,9 @@ def metadata_of(sample):
     for name, spellings in METADATA_KEYS.items():
         for value in (record[spelling] for spelling in spellings if record.get(spelling) not in (None, "")):
             found.setdefault(name, as_number(value))
-    for value in (record.get(name) for name in ("caption", "prompt", "text")):
-        texts = [text for text in (value if isinstance(value, list) else [value]) if isinstance(text, str)]
-        if texts:
-            found.setdefault("caption", texts[0])
+    captions = (record.get(name) for name in ("caption", "prompt", "text"))
+    texts = chain.from_iterable(value if isinstance(value, list) else [value] for value in captions)
+    found["caption"] = next((text for text in texts if isinstance(text, str)), None)
     if None not in (found.get("width"), found.get("height")):
         found["side"] = min(found["width"], found["height"])
     return found
@@ -1265,7 +1233,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.start_positions.get(str(consumer), (0, 0))
-        skipped, batch, usable, empty_epochs = Skipped(), [], 0, 0
+        skipped, batch, usable_epoch = Skipped(), [], epoch if start else epoch - 1  # the last with a usable sample
         while True:
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
@@ -1280,22 +1248,20 @@ class ShardStream(torch.utils.data.IterableDataset):
                     except SkippedSample as cause:
                         skipped[str(cause)] += 1
                         continue
-                    usable += 1
+                    usable_epoch = epoch
                     if len(batch) == self.args.train_batch_size:
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
+                # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
+                if epoch - usable_epoch == EMPTY_EPOCHS:
+                    causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
+                    found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
+                    raise UnusableInput(f"--train_shards_path_or_url {found}: {causes}")
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
                 return
-            # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
-            empty_epochs = 0 if usable or start else empty_epochs + 1
-            if empty_epochs == EMPTY_EPOCHS:
-                causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-                found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
-                yield {"error": f"--train_shards_path_or_url {found}: {causes}"}
-                return
-            epoch, start, usable = epoch + 1, 0, 0
+            epoch, start = epoch + 1, 0
 
     def collate(self, samples):
         batch = torch.utils.data.default_collate(samples)
@@ -1327,6 +1293,7 @@ def audit(shards, args):
         examined += 1
         try:
             usable.append(prepare_sample(sample, args, epoch=0, cached=cache is not None))
+            usable[-1].pop("pixels", None)  # other processes need only captions and their embeddings
         except SkippedSample as cause:
             skipped[str(cause)] += 1
         if len(usable) == AUDIT_USABLE_SAMPLES:
@@ -1342,8 +1309,6 @@ def audit(shards, args):
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
     report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped)})"
-    for sample in usable:
-        sample.pop("pixels", None)  # other processes need only captions and their embeddings
     return usable, report.removesuffix(" ()"), cache
 
 
@@ -1369,10 +1334,8 @@ def differences(old, new):
 
 def cache_identity(args):
     """Return what the tensors of a cache depend on, by flag; local models count by their `fingerprint`."""
-    flags = (
-        "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution "
-        "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
-    )
+    flags = "pretrained_teacher_model teacher_revision pretrained_vae_model_name_or_path resolution".split()
+    flags += "interpolation_type center_crop random_flip use_fix_crop_and_size".split()
     identity = {"family": FAMILY} | {name: getattr(args, name) for name in flags if name not in FLAGS_WITHOUT_EFFECT}
     for name, value in identity.items():
         if name.startswith("pretrained") and value and Path(value).exists():
@@ -2058,7 +2021,9 @@ def phase_target(job, target, z_prev, z_t, index, conditioning):
         pairs = (target, z0), (z_prev, z), (reached, half_way)
         target, z_prev, reached = (whole.index_copy(0, rows, part) for whole, part in pairs)
     z_end = jump(schedule, target, z_prev, reached, ends)
-    return estimate_of_jump(schedule, z_end, ends, z_t, timesteps)
+    # `jump` from z_t to z_end, solved for its clean estimate.
+    (alpha_t, sigma_t), (alpha_end, sigma_end) = schedule.at(timesteps), schedule.at(ends)
+    return (sigma_t * z_end - sigma_end * z_t) / (alpha_end * sigma_t - sigma_end * alpha_t)
 
 
 def training_loss(job, latents, conditioning, uncond, draws):
@@ -2853,7 +2818,8 @@ The LoRA inherits the teacher's limits and biases.
         **license_of(args, from_hub),
     )  # fmt: skip
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
-    write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
+    tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
+    write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
 
 
 def training_table(job, drawn):
