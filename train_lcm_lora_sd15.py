@@ -2678,10 +2678,9 @@ def validate(job):
     to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
     record = {"prompts": job.prompts}
     if args.phases == 2:  # other LoRAs follow their own path, and come no nearer while they improve
-        record["differences"] = differences_to_teacher(job, drawn)
+        record["differences"], said = differences_to_teacher(job, drawn)
         values = {f"validation/difference_{steps}_steps": value for steps, value in record["differences"].items()}
         to_trackers(job.accelerator, operator.methodcaller("log", values, step=step))
-        said = in_words(record["differences"])
         tqdm.write(f"update {step}: mean difference from the teacher's pictures {said}", file=sys.stderr)
     write_atomically(folder / f"step-{step:07d}.json", json.dumps(record, indent=1))
     return drawn
@@ -2708,14 +2707,11 @@ def teacher_guidance(args):
 
 
 def differences_to_teacher(job, drawn):
-    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}."""
+    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}, and in words."""
     teacher = np.stack(job.teacher_pictures).astype(np.float32)
-    return {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
-
-
-def in_words(differences):
-    numbers = ", ".join(f"{value:.1f}" for value in differences.values())
-    return f"{numbers} of 255 at {', '.join(map(str, differences))} steps"
+    found = {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
+    numbers = ", ".join(f"{value:.1f}" for value in found.values())
+    return found, f"{numbers} of 255 at {', '.join(map(str, found))} steps"
 
 
 def grid_of(columns):
@@ -2825,7 +2821,7 @@ def training_table(job, drawn):
     values["processes"] = job.accelerator.num_processes
     if drawn and job.args.phases == 2:
         compared = f"pictures from the teacher's of {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
-        values[f"mean difference of {len(job.prompts)} {compared}"] = in_words(differences_to_teacher(job, drawn))
+        values[f"mean difference of {len(job.prompts)} {compared}"] = differences_to_teacher(job, drawn)[1]
     return "\n".join(f"| {flag} | {value} |" for flag, value in values.items() if value is not None)
 
 
