@@ -1873,6 +1873,19 @@ def load_init_lora(unet, source):
         raise UnusableInput(f"--init_lora {source}: {found}; {remedy}")
 
 
+def make_trainable(unet, args, accelerator, num_updates, init_lora=None):
+    """Add the LoRA to the UNet; return (the UNet, in DDP for several processes, optimizer, learning-rate schedule)."""
+    parameters = add_lora(unet, args)
+    if init_lora:
+        load_init_lora(unet, init_lora)
+    prepare_unet(unet, args)
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, num_updates)
+    if accelerator.num_processes > 1:  # by hand, because accelerate's `prepare` adds autocast
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        unet = torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
+    return unet, accelerator.prepare_optimizer(optimizer), lr_schedule
+
+
 # <<< shared: models
 
 # ---- One training step: draw, encode, condition, loss, update --------------------------------------------
@@ -2160,11 +2173,8 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     unet = make_twin(base_unet)
     lr = args.fake_learning_rate or 3 * args.learning_rate
     own = argparse.Namespace(**vars(args) | {"lora_dropout": 0.0, "learning_rate": lr, "seed": args.seed + 1})
-    parameters = add_lora(unet, own)
-    prepare_unet(unet, args)
-    optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
-    optimizer, grids = accelerator.prepare_optimizer(optimizer), student_grids(scheduler_config, args)
-    return Fake(unet, wrap(unet, accelerator), optimizer, lr_schedule, grids)
+    model, optimizer, lr_schedule = make_trainable(unet, own, accelerator, max_train_steps)
+    return Fake(unet, model, optimizer, lr_schedule, student_grids(scheduler_config, args))
 
 
 def student_grids(scheduler_config, args):
@@ -3273,34 +3283,22 @@ def load_models(args, dtype, device, samples, cache):
     return loaded
 
 
-def wrap(unet, accelerator):
-    """Return the UNet, in DDP where there are several processes."""
-    if accelerator.num_processes == 1:
-        return unet
-    # By hand, because accelerate's `prepare` adds autocast.
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
-
-
 def make_job(args, accelerator, samples, cache, state, is_resumed=False):
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
     teacher_unet, fake = make_twin(student_unet), None
+    prepare_unet(teacher_unet, args)
     if args.objective == "matching":
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
-    parameters = add_lora(student_unet, args)
-    if args.init_lora and not is_resumed:
-        load_init_lora(student_unet, init_lora_file(args))
-    for unet in (student_unet, teacher_unet):
-        prepare_unet(unet, args)
+    init_lora = init_lora_file(args) if args.init_lora and not is_resumed else None
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, updates)
+    student, optimizer, lr_schedule = make_trainable(student_unet, args, accelerator, updates, init_lora)
     return Job(
         args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
-        student=wrap(student_unet, accelerator), schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
+        student=student, schedule=schedule, optimizer=optimizer, lr_schedule=lr_schedule,
+        max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
     )  # fmt: skip
 
 
