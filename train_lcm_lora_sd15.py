@@ -1903,7 +1903,6 @@ class RunState:
     waits_at: float | None = None  # since when it waits for data
     watched_at: float | None = None  # the wait that was seen when a signal's alarm last rang
     is_alone: bool = True  # the only process; several have to agree before they save
-    bar: object = None  # tqdm's, which would be drawn once more below an error
     is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
     lock: object = None  # on the output folder, for as long as the process lives
@@ -3204,37 +3203,36 @@ def kill_children():
 def train(job, loader, save):
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
-    state.bar = log.bar
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
-    while state.global_step < job.max_train_steps:
-        lr = job.lr_schedule.get_last_lr()[0]
-        with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
-            loss, grad_norm = update(job, batches)
-            log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
-        last = state.global_step == job.max_train_steps
-        is_due = last or state.global_step % args.checkpointing_steps == 0
-        if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
-            log.flush()  # also the check that the loss is finite, before anything is saved
-            if is_due:
-                save()
-            asked = torch.tensor(float(state.stop_signal is not None), device=accelerator.device)
-            if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
-                if not is_due:
+    with log.bar:  # closed before an error is told, below which it would be drawn once more
+        while state.global_step < job.max_train_steps:
+            lr = job.lr_schedule.get_last_lr()[0]
+            with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
+                loss, grad_norm = update(job, batches)
+                log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
+            last = state.global_step == job.max_train_steps
+            is_due = last or state.global_step % args.checkpointing_steps == 0
+            if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
+                log.flush()  # also the check that the loss is finite, before anything is saved
+                if is_due:
                     save()
-                state.is_saved = True
-                tell_skipped(job)
-                raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
-        if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
-            push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
-            log.flush()  # trackers take steps in order
-            if accelerator.is_main_process:
-                validate(job)
-            accelerator.wait_for_everyone()
-        if not log.rows:
-            log.started = time.monotonic()  # what was done since the last flush was not training
-    state.is_training, state.is_saved = False, True
-    log.bar.close()
+                asked = torch.tensor(float(state.stop_signal is not None), device=accelerator.device)
+                if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
+                    if not is_due:
+                        save()
+                    state.is_saved = True
+                    tell_skipped(job)
+                    raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
+            if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
+                push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
+                log.flush()  # trackers take steps in order
+                if accelerator.is_main_process:
+                    validate(job)
+                accelerator.wait_for_everyone()
+            if not log.rows:
+                log.started = time.monotonic()  # what was done since the last flush was not training
+        state.is_training, state.is_saved = False, True
 
 
 def count_skipped(job):
@@ -3446,8 +3444,6 @@ def run(args):
             printed = f"error: a loader process was killed; {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
-    if state.bar is not None:
-        state.bar.close()
     rank = int(os.environ.get("RANK", 0))
     if printed and (rank == 0 or not is_agreed):
         tqdm.write("\n" * (rank > 0) + printed, file=sys.stderr)  # below the bar, which is rank 0's
