@@ -3313,12 +3313,6 @@ def make_stream(job, shards, workers, cache):
     return stream
 
 
-def how_to_go_on(args, folder):
-    if args.lr_scheduler in SCHEDULES_WITHOUT_END:
-        return "a greater --max_train_steps goes on"
-    return f"to go on, name another --output_dir with --init_lora {folder}"
-
-
 def is_finished(args, manifest, max_train_steps):
     """Return whether a run has done all its updates and written its last files after its last checkpoint."""
     files = [Path(args.output_dir) / name for name in ("README.md", WEIGHTS_NAME)]
@@ -3346,11 +3340,7 @@ def distil(job, loader, save):
 
 def main(args, state):
     accelerator = start(args)
-
-    def say(message):
-        if accelerator.is_main_process:
-            tqdm.write(message, file=sys.stderr)
-
+    say = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _message: None
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
@@ -3366,7 +3356,10 @@ def main(args, state):
     if manifest:
         agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
-            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
+            way_on = f"to go on, name another --output_dir with --init_lora {folder}"
+            if args.lr_scheduler in SCHEDULES_WITHOUT_END:
+                way_on = "a greater --max_train_steps goes on"
+            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {way_on}")
             if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
                 push(args, args.output_dir)
             return
