@@ -1555,8 +1555,7 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
             terms = f"accept its terms on https://huggingface.co/{model}"
             return f"{name}: is gated; {terms}, then log in with `hf auth login`"
         reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
-    keys = weight_names(path / WEIGHTS_NAME if path.is_dir() else path)
-    if any("lora" in key for key in keys):
+    if any("lora" in key for key in weight_names(path / WEIGHTS_NAME if path.is_dir() else path)):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
         return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
@@ -1716,8 +1715,7 @@ def prepare_unet(unet, args):
 def encode_prompts(pipe, captions, device):
     """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
     tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
-    ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
-    embeds = encode_ids(pipe, ids)
+    embeds = encode_ids(pipe, [ids.to(device) for ids in tokenize(tokenizers, list(captions))])
     if pipe.config.get("force_zeros_for_empty_prompt"):  # as SDXL has it
         for value in embeds.values():
             value[[caption == "" for caption in captions]] = 0
@@ -2424,9 +2422,8 @@ def write_checkpoint(job, manifest):
         for folder_name, unet in trained_unets(job).items():
             (scratch / folder_name).mkdir()
             save_for_peft(unet, scratch / folder_name)
-        states = {name: part.state_dict() for name, part in stateful_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
-            torch.save(states, file)
+            torch.save({name: part.state_dict() for name, part in stateful_parts(job).items()}, file)
             os.fsync(file.fileno())
         files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         manifest["sizes"] = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
@@ -2765,8 +2762,7 @@ def save_gallery(folder, pictures):
     """Write `image_<i>.png`, and remove those of an earlier run with more prompts."""
     for number, picture in enumerate(pictures):
         picture.save(folder / f"image_{number}.png")
-    surplus = (folder / f"image_{number}.png" for number in count(len(pictures)))
-    for path in takewhile(Path.exists, surplus):
+    for path in takewhile(Path.exists, (folder / f"image_{number}.png" for number in count(len(pictures)))):
         path.unlink()
 
 
