@@ -1478,9 +1478,19 @@ def unet_inputs(embeds, _batch):
     return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
-# >>> shared: models
+def kohya_name(module, _layers_per_block):
+    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
 
 
+def kohya_model(text_width):
+    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
+    if text_width == 1024:
+        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
+    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+
+
+# >>> shared: training
 def load_teacher(args, dtype, device, check=True, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
@@ -1884,12 +1894,9 @@ def make_trainable(unet, args, accelerator, num_updates, init_lora=None):
     return unet, accelerator.prepare_optimizer(optimizer), lr_schedule
 
 
-# <<< shared: models
-
 # ---- One training step: draw, encode, condition, loss, update --------------------------------------------
 
 
-# >>> shared: step
 @dataclass
 class RunState:
     global_step: int = 0  # updates done
@@ -2126,11 +2133,8 @@ def next_batch(job, batches, positions):
     return batch
 
 
-# <<< shared: step
-
 # ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
 
-# >>> shared: matching
 # 1. The student draws as a pipeline does, from pure noise down to z_t, without gradient.
 # 2. x = f(z_t, t), with gradient.
 # 3. x is noised to a random tau. The guided teacher's estimate there says where its pictures lie; that of the
@@ -2308,24 +2312,9 @@ def update_matching(job, batches):
     return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else torch.stack(fake_norms).max()
 
 
-# <<< shared: matching
-
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
 
-def kohya_name(module, _layers_per_block):
-    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
-
-
-def kohya_model(text_width):
-    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
-    if text_width == 1024:
-        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
-        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
-    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
-
-
-# >>> shared: run
 def write_atomically(path, data):
     """Write text or bytes so that the file is there whole or not at all."""
     # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
@@ -3446,7 +3435,7 @@ def run(args):
     return code
 
 
-# <<< shared: run
+# <<< shared: training
 
 if __name__ == "__main__":
     EXIT_CODE = run(ARGS)

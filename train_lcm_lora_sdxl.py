@@ -1508,9 +1508,31 @@ LDM_MODULES = {
 }  # fmt: skip
 
 
-# >>> shared: models
+def kohya_name(module, layers_per_block):
+    """Return kohya's name of a UNet's module: for SDXL the original UNet's, because A1111 knows no others."""
+    name = LDM_MODULES.get(module, module)
+    parts = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)s\.(\d+)\.(.+)", module)
+    if parts:
+        side, block, kind, layer, inner = parts.groups()
+        place = {"resnet": 0, "attention": 1, "downsampler": 0, "upsampler": 2}[kind]
+        if side == "mid":
+            name = f"middle_block.{2 * int(layer) + place}"
+        else:
+            layer = layers_per_block if kind.endswith("sampler") else int(layer)
+            first = int(block) * (layers_per_block + 1) + (side == "down")  # input block 0 is conv_in
+            name = f"{'input' if side == 'down' else 'output'}_blocks.{first + layer}.{place}"
+        inner = "op" if kind == "downsampler" else LDM_LAYERS.get(inner, inner)
+        name += f".{inner}"
+    return "lora_unet_" + name.replace(".", "_")
 
 
+def kohya_model(_text_width):
+    """Return the header fields that name the base model."""
+    names = {"ss_base_model_version": "sdxl_base_v1-0"}
+    return names | {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+
+
+# >>> shared: training
 def load_teacher(args, dtype, device, check=True, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
@@ -1914,12 +1936,9 @@ def make_trainable(unet, args, accelerator, num_updates, init_lora=None):
     return unet, accelerator.prepare_optimizer(optimizer), lr_schedule
 
 
-# <<< shared: models
-
 # ---- One training step: draw, encode, condition, loss, update --------------------------------------------
 
 
-# >>> shared: step
 @dataclass
 class RunState:
     global_step: int = 0  # updates done
@@ -2156,11 +2175,8 @@ def next_batch(job, batches, positions):
     return batch
 
 
-# <<< shared: step
-
 # ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
 
-# >>> shared: matching
 # 1. The student draws as a pipeline does, from pure noise down to z_t, without gradient.
 # 2. x = f(z_t, t), with gradient.
 # 3. x is noised to a random tau. The guided teacher's estimate there says where its pictures lie; that of the
@@ -2338,36 +2354,9 @@ def update_matching(job, batches):
     return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else torch.stack(fake_norms).max()
 
 
-# <<< shared: matching
-
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
 
-def kohya_name(module, layers_per_block):
-    """Return kohya's name of a UNet's module: for SDXL the original UNet's, because A1111 knows no others."""
-    name = LDM_MODULES.get(module, module)
-    parts = re.fullmatch(r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(\w+)s\.(\d+)\.(.+)", module)
-    if parts:
-        side, block, kind, layer, inner = parts.groups()
-        place = {"resnet": 0, "attention": 1, "downsampler": 0, "upsampler": 2}[kind]
-        if side == "mid":
-            name = f"middle_block.{2 * int(layer) + place}"
-        else:
-            layer = layers_per_block if kind.endswith("sampler") else int(layer)
-            first = int(block) * (layers_per_block + 1) + (side == "down")  # input block 0 is conv_in
-            name = f"{'input' if side == 'down' else 'output'}_blocks.{first + layer}.{place}"
-        inner = "op" if kind == "downsampler" else LDM_LAYERS.get(inner, inner)
-        name += f".{inner}"
-    return "lora_unet_" + name.replace(".", "_")
-
-
-def kohya_model(_text_width):
-    """Return the header fields that name the base model."""
-    names = {"ss_base_model_version": "sdxl_base_v1-0"}
-    return names | {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
-
-
-# >>> shared: run
 def write_atomically(path, data):
     """Write text or bytes so that the file is there whole or not at all."""
     # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
@@ -3488,7 +3477,7 @@ def run(args):
     return code
 
 
-# <<< shared: run
+# <<< shared: training
 
 if __name__ == "__main__":
     EXIT_CODE = run(ARGS)
