@@ -2092,7 +2092,7 @@ def phase_target(job, target, z_prev, z_t, index, conditioning):
 
 def training_loss(job, latents, conditioning, uncond, draws):
     """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student)."""
-    schedule, dtype = job.schedule, job.dtype
+    schedule, teacher, dtype = job.schedule, job.teacher_unet, job.dtype
     # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n.
     timesteps = schedule.ddim_timesteps[send(draws.index, latents.device)]
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
@@ -2103,9 +2103,7 @@ def training_loss(job, latents, conditioning, uncond, draws):
         job.student_unet.eval()  # the target is computed without dropout
     with torch.no_grad():
         # 3. The teacher's guided DDIM step to t_n.
-        z_prev = teacher_step(
-            job.teacher_unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
-        )
+        z_prev = teacher_step(teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype)
         # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
         target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
         if job.args.phases == 2:
@@ -2498,9 +2496,8 @@ def load_checkpoint(job, folder, manifest):
 
 def list_checkpoints(output_dir):
     """Return the checkpoint folders in a run's folder, oldest first, complete or not."""
-    named = (path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
-    found = [path for path in named if path.name.partition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    steps = {path: path.name.partition("-")[2] for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def prune_checkpoints(output_dir, limit):
@@ -2838,10 +2835,8 @@ The LoRA inherits the teacher's limits and biases.
 {training_table(job, drawn)}
 """
     gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
-    data = ModelCardData(
-        base_model=teacher if from_hub else None, pipeline_tag="text-to-image", widget=gallery if drawn else None,
-        **license_of(args, from_hub),
-    )  # fmt: skip
+    origin = {"base_model": teacher if from_hub else None} | license_of(args, from_hub)
+    data = ModelCardData(pipeline_tag="text-to-image", widget=gallery if drawn else None, **origin)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     write_atomically(folder / "README.md", str(populate_model_card(card, CARD_TAGS.split())))
 
@@ -3448,8 +3443,7 @@ def run(args):
             kill_children()  # before the loader is deleted: it waits 5 s for each process that a stalled shard holds
         code, is_agreed = 0, True
     except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
-        code = error.exit_code
-        is_agreed = error.is_agreed
+        code, is_agreed = error.exit_code, error.is_agreed
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except BaseException as error:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
