@@ -3052,17 +3052,16 @@ def count_workers(args, accelerator, manifest):
 
 def agree(accelerator, function, *arguments):
     """Return what `function` returns on the main process, to all; an UnusableInput there is raised on all."""
-    result = [None, None]
+    result = [None]
     if accelerator.is_main_process:
         try:
             result[0] = function(*arguments)
         except UnusableInput as error:
-            result[1] = str(error)
+            error.is_agreed = True
+            result[0] = error
     broadcast_object_list(result)
-    if result[1]:
-        error = UnusableInput(result[1])
-        error.is_agreed = True
-        raise error
+    if isinstance(result[0], UnusableInput):
+        raise result[0]
     return result[0]
 
 
