@@ -1441,9 +1441,19 @@ def unet_inputs(embeds, _batch):
     return {"encoder_hidden_states": embeds["prompt_embeds"]}
 
 
-# >>> shared: models
+def kohya_name(module, _layers_per_block):
+    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
 
 
+def kohya_model(text_width):
+    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
+    if text_width == 1024:
+        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
+        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
+    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
+
+
+# >>> shared: training
 def load_teacher(args, dtype, device, check=True, **parts):
     """Return the teacher's pipeline, frozen, on the device; its scheduler is its own until validation.
 
@@ -1518,8 +1528,7 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
             terms = f"accept its terms on https://huggingface.co/{model}"
             return f"{name}: is gated; {terms}, then log in with `hf auth login`"
         reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
-    keys = weight_names(path / WEIGHTS_NAME if path.is_dir() else path)
-    if any("lora" in key for key in keys):
+    if any("lora" in key for key in weight_names(path / WEIGHTS_NAME if path.is_dir() else path)):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
         return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
@@ -1679,8 +1688,7 @@ def prepare_unet(unet, args):
 def encode_prompts(pipe, captions, device):
     """Return the embeddings of captions, a row each, by the pipeline's names; "" gives the unconditional ones."""
     tokenizers = [getattr(pipe, name) for name in TEXT_PARTS if name.startswith("tokenizer")]
-    ids = [part.to(device) for part in tokenize(tokenizers, list(captions))]
-    embeds = encode_ids(pipe, ids)
+    embeds = encode_ids(pipe, [ids.to(device) for ids in tokenize(tokenizers, list(captions))])
     if pipe.config.get("force_zeros_for_empty_prompt"):  # as SDXL has it
         for value in embeds.values():
             value[[caption == "" for caption in captions]] = 0
@@ -1836,12 +1844,22 @@ def load_init_lora(unet, source):
         raise UnusableInput(f"--init_lora {source}: {found}; {remedy}")
 
 
-# <<< shared: models
+def make_trainable(unet, args, accelerator, num_updates, init_lora=None):
+    """Add the LoRA to the UNet; return (the UNet, in DDP for several processes, optimizer, learning-rate schedule)."""
+    parameters = add_lora(unet, args)
+    if init_lora:
+        load_init_lora(unet, init_lora)
+    prepare_unet(unet, args)
+    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, num_updates)
+    if accelerator.num_processes > 1:  # by hand, because accelerate's `prepare` adds autocast
+        devices = [accelerator.device] if accelerator.device.type == "cuda" else None
+        unet = torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
+    return unet, accelerator.prepare_optimizer(optimizer), lr_schedule
+
 
 # ---- One training step: draw, encode, condition, loss, update --------------------------------------------
 
 
-# >>> shared: step
 @dataclass
 class RunState:
     global_step: int = 0  # updates done
@@ -1853,7 +1871,6 @@ class RunState:
     waits_at: float | None = None  # since when it waits for data
     watched_at: float | None = None  # the wait that was seen when a signal's alarm last rang
     is_alone: bool = True  # the only process; several have to agree before they save
-    bar: object = None  # tqdm's, which would be drawn once more below an error
     is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
     lock: object = None  # on the output folder, for as long as the process lives
@@ -1998,7 +2015,7 @@ def phase_target(job, target, z_prev, z_t, index, conditioning):
 
 def training_loss(job, latents, conditioning, uncond, draws):
     """Return the consistency distillation loss of clean latents [B,4,h,w] (LCM, Alg. 1, with a LoRA student)."""
-    schedule, dtype = job.schedule, job.dtype
+    schedule, teacher, dtype = job.schedule, job.teacher_unet, job.dtype
     # 1. Sample one DDIM step of the solver's grid: from t_{n+k} down to t_n.
     timesteps = schedule.ddim_timesteps[send(draws.index, latents.device)]
     prev_timesteps = (timesteps - schedule.k).clamp(min=0)
@@ -2009,9 +2026,7 @@ def training_loss(job, latents, conditioning, uncond, draws):
         job.student_unet.eval()  # the target is computed without dropout
     with torch.no_grad():
         # 3. The teacher's guided DDIM step to t_n.
-        z_prev = teacher_step(
-            job.teacher_unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype
-        )
+        z_prev = teacher_step(teacher, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, draws.w, dtype)
         # 4. Target: the student's clean estimate at (z_prev, t_n), without gradient.
         target = consistency(job.student_unet, schedule, z_prev, prev_timesteps, conditioning, dtype)
         if job.args.phases == 2:
@@ -2081,11 +2096,8 @@ def next_batch(job, batches, positions):
     return batch
 
 
-# <<< shared: step
-
 # ---- Matching: a second stage; whoever wants an LCM-LoRA alone may pass over it ---------------------------
 
-# >>> shared: matching
 # 1. The student draws as a pipeline does, from pure noise down to z_t, without gradient.
 # 2. x = f(z_t, t), with gradient.
 # 3. x is noised to a random tau. The guided teacher's estimate there says where its pictures lie; that of the
@@ -2125,11 +2137,8 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
     unet = make_twin(base_unet)
     lr = args.fake_learning_rate or 3 * args.learning_rate
     own = argparse.Namespace(**vars(args) | {"lora_dropout": 0.0, "learning_rate": lr, "seed": args.seed + 1})
-    parameters = add_lora(unet, own)
-    prepare_unet(unet, args)
-    optimizer, lr_schedule = make_optimizer(parameters, own, accelerator.num_processes, max_train_steps)
-    optimizer, grids = accelerator.prepare_optimizer(optimizer), student_grids(scheduler_config, args)
-    return Fake(unet, wrap(unet, accelerator), optimizer, lr_schedule, grids)
+    model, optimizer, lr_schedule = make_trainable(unet, own, accelerator, max_train_steps)
+    return Fake(unet, model, optimizer, lr_schedule, student_grids(scheduler_config, args))
 
 
 def student_grids(scheduler_config, args):
@@ -2266,24 +2275,9 @@ def update_matching(job, batches):
     return torch.stack(losses or fake_losses).mean(), grad_norm if is_trained else torch.stack(fake_norms).max()
 
 
-# <<< shared: matching
-
 # ---- Files: LoRA weights and checkpoints -----------------------------------------------------------------
 
 
-def kohya_name(module, _layers_per_block):
-    return "lora_unet_" + module.replace(".", "_")  # for SD 1.x and 2.x, sd-scripts keeps diffusers' own names
-
-
-def kohya_model(text_width):
-    """Return the header fields that name the base model; A1111 and sd-scripts know SD 2.x by ss_v2."""
-    if text_width == 1024:
-        names = {"ss_v2": "True", "ss_base_model_version": "sd_v2"}
-        return names | {"modelspec.architecture": "stable-diffusion-v2-512/lora"}
-    return {"ss_base_model_version": "sd_v1", "modelspec.architecture": "stable-diffusion-v1/lora"}
-
-
-# >>> shared: run
 def write_atomically(path, data):
     """Write text or bytes so that the file is there whole or not at all."""
     # Not by safetensors' own `save_file`: its files can be read by their owner alone, whatever the umask.
@@ -2380,9 +2374,8 @@ def write_checkpoint(job, manifest):
         for folder_name, unet in trained_unets(job).items():
             (scratch / folder_name).mkdir()
             save_for_peft(unet, scratch / folder_name)
-        states = {name: part.state_dict() for name, part in stateful_parts(job).items()}
         with (scratch / "training_state.pt").open("wb") as file:
-            torch.save(states, file)
+            torch.save({name: part.state_dict() for name, part in stateful_parts(job).items()}, file)
             os.fsync(file.fileno())
         files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
         manifest["sizes"] = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
@@ -2426,9 +2419,8 @@ def load_checkpoint(job, folder, manifest):
 
 def list_checkpoints(output_dir):
     """Return the checkpoint folders in a run's folder, oldest first, complete or not."""
-    named = (path for path in Path(output_dir).glob("checkpoint-*") if path.is_dir())
-    found = [path for path in named if path.name.partition("-")[2].isdecimal()]
-    return sorted(found, key=lambda path: int(path.name.partition("-")[2]))
+    steps = {path: path.name.partition("-")[2] for path in Path(output_dir).glob("checkpoint-*") if path.is_dir()}
+    return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
 def prune_checkpoints(output_dir, limit):
@@ -2643,10 +2635,9 @@ def validate(job):
     to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
     record = {"prompts": job.prompts}
     if args.phases == 2:  # other LoRAs follow their own path, and come no nearer while they improve
-        record["differences"] = differences_to_teacher(job, drawn)
+        record["differences"], said = differences_to_teacher(job, drawn)
         values = {f"validation/difference_{steps}_steps": value for steps, value in record["differences"].items()}
         to_trackers(job.accelerator, operator.methodcaller("log", values, step=step))
-        said = in_words(record["differences"])
         tqdm.write(f"update {step}: mean difference from the teacher's pictures {said}", file=sys.stderr)
     write_atomically(folder / f"step-{step:07d}.json", json.dumps(record, indent=1))
     return drawn
@@ -2673,14 +2664,11 @@ def teacher_guidance(args):
 
 
 def differences_to_teacher(job, drawn):
-    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}."""
+    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}, and in words."""
     teacher = np.stack(job.teacher_pictures).astype(np.float32)
-    return {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
-
-
-def in_words(differences):
-    numbers = ", ".join(f"{value:.1f}" for value in differences.values())
-    return f"{numbers} of 255 at {', '.join(map(str, differences))} steps"
+    found = {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
+    numbers = ", ".join(f"{value:.1f}" for value in found.values())
+    return found, f"{numbers} of 255 at {', '.join(map(str, found))} steps"
 
 
 def grid_of(columns):
@@ -2725,8 +2713,7 @@ def save_gallery(folder, pictures):
     """Write `image_<i>.png`, and remove those of an earlier run with more prompts."""
     for number, picture in enumerate(pictures):
         picture.save(folder / f"image_{number}.png")
-    surplus = (folder / f"image_{number}.png" for number in count(len(pictures)))
-    for path in takewhile(Path.exists, surplus):
+    for path in takewhile(Path.exists, (folder / f"image_{number}.png" for number in count(len(pictures)))):
         path.unlink()
 
 
@@ -2771,10 +2758,8 @@ The LoRA inherits the teacher's limits and biases.
 {training_table(job, drawn)}
 """
     gallery = [{"text": text, "output": {"url": f"image_{i}.png"}} for i, text in enumerate(job.prompts)]
-    data = ModelCardData(
-        base_model=teacher if from_hub else None, pipeline_tag="text-to-image", widget=gallery if drawn else None,
-        **license_of(args, from_hub),
-    )  # fmt: skip
+    origin = {"base_model": teacher if from_hub else None} | license_of(args, from_hub)
+    data = ModelCardData(pipeline_tag="text-to-image", widget=gallery if drawn else None, **origin)
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
     write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
@@ -2791,7 +2776,7 @@ def training_table(job, drawn):
     values["processes"] = job.accelerator.num_processes
     if drawn and job.args.phases == 2:
         compared = f"pictures from the teacher's of {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
-        values[f"mean difference of {len(job.prompts)} {compared}"] = in_words(differences_to_teacher(job, drawn))
+        values[f"mean difference of {len(job.prompts)} {compared}"] = differences_to_teacher(job, drawn)[1]
     return "\n".join(f"| {flag} | {value} |" for flag, value in values.items() if value is not None)
 
 
@@ -3033,17 +3018,16 @@ def count_workers(args, accelerator, manifest):
 
 def agree(accelerator, function, *arguments):
     """Return what `function` returns on the main process, to all; an UnusableInput there is raised on all."""
-    result = [None, None]
+    result = [None]
     if accelerator.is_main_process:
         try:
             result[0] = function(*arguments)
         except UnusableInput as error:
-            result[1] = str(error)
+            error.is_agreed = True
+            result[0] = error
     broadcast_object_list(result)
-    if result[1]:
-        error = UnusableInput(result[1])
-        error.is_agreed = True
-        raise error
+    if isinstance(result[0], UnusableInput):
+        raise result[0]
     return result[0]
 
 
@@ -3164,37 +3148,36 @@ def kill_children():
 def train(job, loader, save):
     args, accelerator, state = job.args, job.accelerator, job.state
     batches, log = iter(loader), Log(job)
-    state.bar = log.bar
     state.is_training, state.is_alone = True, accelerator.num_processes == 1
-    while state.global_step < job.max_train_steps:
-        lr = job.lr_schedule.get_last_lr()[0]
-        with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
-            loss, grad_norm = update(job, batches)
-            log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
-        last = state.global_step == job.max_train_steps
-        is_due = last or state.global_step % args.checkpointing_steps == 0
-        if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
-            log.flush()  # also the check that the loss is finite, before anything is saved
-            if is_due:
-                save()
-            asked = torch.tensor(float(state.stop_signal is not None), device=accelerator.device)
-            if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
-                if not is_due:
+    with log.bar:  # closed before an error is told, below which it would be drawn once more
+        while state.global_step < job.max_train_steps:
+            lr = job.lr_schedule.get_last_lr()[0]
+            with suppress(StopWaiting):  # stopped while waiting for data: nothing is updated, the lines below save
+                loss, grad_norm = update(job, batches)
+                log.add(state.global_step, loss, grad_norm, lr, job.fake.watched if job.fake else {})
+            last = state.global_step == job.max_train_steps
+            is_due = last or state.global_step % args.checkpointing_steps == 0
+            if is_due or state.global_step % args.logging_steps == 0 or (state.is_alone and state.stop_signal):
+                log.flush()  # also the check that the loss is finite, before anything is saved
+                if is_due:
                     save()
-                state.is_saved = True
-                tell_skipped(job)
-                raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
-        if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
-            push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
-        if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
-            log.flush()  # trackers take steps in order
-            if accelerator.is_main_process:
-                validate(job)
-            accelerator.wait_for_everyone()
-        if not log.rows:
-            log.started = time.monotonic()  # what was done since the last flush was not training
-    state.is_training, state.is_saved = False, True
-    log.bar.close()
+                asked = torch.tensor(float(state.stop_signal is not None), device=accelerator.device)
+                if accelerator.reduce(asked, "sum").item():  # one of the processes had a signal
+                    if not is_due:
+                        save()
+                    state.is_saved = True
+                    tell_skipped(job)
+                    raise StoppedBySignal(f"{state.stop_signal or 'a signal to another process'}{saved_line(state)}")
+            if is_due and not last and args.push_checkpoints_to_hub and accelerator.is_main_process:
+                push(args, Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            if args.validation_steps > 0 and state.global_step % args.validation_steps == 0 and not last:
+                log.flush()  # trackers take steps in order
+                if accelerator.is_main_process:
+                    validate(job)
+                accelerator.wait_for_everyone()
+            if not log.rows:
+                log.started = time.monotonic()  # what was done since the last flush was not training
+        state.is_training, state.is_saved = False, True
 
 
 def count_skipped(job):
@@ -3243,34 +3226,22 @@ def load_models(args, dtype, device, samples, cache):
     return loaded
 
 
-def wrap(unet, accelerator):
-    """Return the UNet, in DDP where there are several processes."""
-    if accelerator.num_processes == 1:
-        return unet
-    # By hand, because accelerate's `prepare` adds autocast.
-    devices = [accelerator.device] if accelerator.device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(unet, devices, gradient_as_bucket_view=True)
-
-
 def make_job(args, accelerator, samples, cache, state, is_resumed=False):
     dtype, max_train_steps = DTYPES[accelerator.mixed_precision], count_updates(args, accelerator)
     loaded = load_models(args, dtype, accelerator.device, samples, cache)
     student_unet = loaded["pipe"].unet
     schedule = make_schedule(loaded["pipe"].scheduler.config, args, accelerator.device)
     teacher_unet, fake = make_twin(student_unet), None
+    prepare_unet(teacher_unet, args)
     if args.objective == "matching":
         fake = make_fake(student_unet, args, accelerator, loaded["pipe"].scheduler.config, max_train_steps)
-    parameters = add_lora(student_unet, args)
-    if args.init_lora and not is_resumed:
-        load_init_lora(student_unet, init_lora_file(args))
-    for unet in (student_unet, teacher_unet):
-        prepare_unet(unet, args)
+    init_lora = init_lora_file(args) if args.init_lora and not is_resumed else None
     updates = max_train_steps - (args.fake_warmup_steps if fake else 0)  # of the student
-    optimizer, lr_schedule = make_optimizer(parameters, args, accelerator.num_processes, updates)
+    student, optimizer, lr_schedule = make_trainable(student_unet, args, accelerator, updates, init_lora)
     return Job(
         args=args, accelerator=accelerator, dtype=dtype, teacher_unet=teacher_unet, student_unet=student_unet,
-        student=wrap(student_unet, accelerator), schedule=schedule, optimizer=accelerator.prepare_optimizer(optimizer),
-        lr_schedule=lr_schedule, max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
+        student=student, schedule=schedule, optimizer=optimizer, lr_schedule=lr_schedule,
+        max_train_steps=max_train_steps, state=state, fake=fake, **loaded,
     )  # fmt: skip
 
 
@@ -3285,12 +3256,6 @@ def make_stream(job, shards, workers, cache):
     stream.start_batch = state.global_step * job.args.gradient_accumulation_steps
     stream.start_positions = dict(state.positions)
     return stream
-
-
-def how_to_go_on(args, folder):
-    if args.lr_scheduler in SCHEDULES_WITHOUT_END:
-        return "a greater --max_train_steps goes on"
-    return f"to go on, name another --output_dir with --init_lora {folder}"
 
 
 def is_finished(args, manifest, max_train_steps):
@@ -3320,11 +3285,7 @@ def distil(job, loader, save):
 
 def main(args, state):
     accelerator = start(args)
-
-    def say(message):
-        if accelerator.is_main_process:
-            tqdm.write(message, file=sys.stderr)
-
+    say = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _message: None
     say("\n".join([describe_device(accelerator), *without_effect(args)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
@@ -3340,7 +3301,10 @@ def main(args, state):
     if manifest:
         agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
-            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {how_to_go_on(args, folder)}")
+            way_on = f"to go on, name another --output_dir with --init_lora {folder}"
+            if args.lr_scheduler in SCHEDULES_WITHOUT_END:
+                way_on = "a greater --max_train_steps goes on"
+            say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {way_on}")
             if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
                 push(args, args.output_dir)
             return
@@ -3402,8 +3366,7 @@ def run(args):
             kill_children()  # before the loader is deleted: it waits 5 s for each process that a stalled shard holds
         code, is_agreed = 0, True
     except (UnusableInput, NonFiniteLoss, StoppedBySignal) as error:
-        code = error.exit_code
-        is_agreed = error.is_agreed
+        code, is_agreed = error.exit_code, error.is_agreed
         printed = f"{'stopped' if code == 3 else 'error'}: {error}"
     except BaseException as error:
         if isinstance(error, RuntimeError) and OUT_OF_MEMORY.search(str(error)):
@@ -3418,8 +3381,6 @@ def run(args):
             printed = f"error: a loader process was killed; {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
-    if state.bar is not None:
-        state.bar.close()
     rank = int(os.environ.get("RANK", 0))
     if printed and (rank == 0 or not is_agreed):
         tqdm.write("\n" * (rank > 0) + printed, file=sys.stderr)  # below the bar, which is rank 0's
@@ -3433,7 +3394,7 @@ def run(args):
     return code
 
 
-# <<< shared: run
+# <<< shared: training
 
 if __name__ == "__main__":
     EXIT_CODE = run(ARGS)

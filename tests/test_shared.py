@@ -8,7 +8,7 @@ import sys
 import pytest
 from conftest import ROOT, SCRIPTS, load_script
 
-OPEN, CLOSE = "# >>> shared: step\n", "# <<< shared: step\n"
+OPEN, CLOSE = "# >>> shared: training\n", "# <<< shared: training\n"
 
 
 def replaced(old, new):
@@ -21,13 +21,13 @@ def replaced(old, new):
     return edit
 
 
-def without_step_markers(text):
+def without_markers(text):
     return text.replace(OPEN, "").replace(CLOSE, "")
 
 
 def swapped(text):
     """Exchange the names of two regions that follow each other."""
-    for old, new in (("step\n", "\0"), ("data\n", "step\n"), ("\0", "data\n")):
+    for old, new in (("training\n", "\0"), ("data\n", "training\n"), ("\0", "data\n")):
         for arrow in (">>>", "<<<"):
             text = text.replace(f"# {arrow} shared: {old}", f"# {arrow} shared: {new}")
     return text
@@ -39,23 +39,22 @@ IN_ONE = {
         replaced("SIGMA_DATA = 0.5", "SIGMA_DATA = 0.6"),
         ["region 'constants' differs", "-SIGMA_DATA = 0.5", "+SIGMA_DATA = 0.6", *SCRIPTS],
     ),
-    "a space at a line's end": (replaced(CLOSE, " \n" + CLOSE), ["region 'step' differs"]),
+    "a space at a line's end": (replaced(CLOSE, " \n" + CLOSE), ["region 'training' differs"]),
     "a def line": (
         replaced("def draw(args, shape,", "def draw(args, shape=None,"),
-        ["region 'step' differs", "+def draw(args, shape=None,"],
+        ["region 'training' differs", "+def draw(args, shape=None,"],
     ),
-    "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "<<< shared: step", "no partner"]),
-    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], ">>> shared: step"]),
-    "the last region without its end": (replaced("# <<< shared: run\n", ""), [">>> shared: run", "no partner"]),
-    "a region without markers": (without_step_markers, ["regions differ", *SCRIPTS]),
+    "a region without its start": (replaced(OPEN, ""), [SCRIPTS[1], "<<< shared: training", "no partner"]),
+    "a region without its end": (replaced(CLOSE, ""), [SCRIPTS[1], ">>> shared: training"]),
+    "a region without markers": (without_markers, ["regions differ", *SCRIPTS]),
     "regions in another order": (swapped, ["regions differ"]),
     "a region within a region": (
         replaced(CLOSE, "# >>> shared: inner\n# <<< shared: inner\n" + CLOSE), ["shared: inner", "lies in a region"]
     ),
     "a region that is there twice": (replaced(CLOSE, CLOSE + OPEN + CLOSE), ["there twice"]),
-    "another region's end": (replaced(CLOSE, "# <<< shared: stop\n"), [">>> shared: step"]),
-    "no colon": (replaced(OPEN, "# >>> shared step\n"), ["malformed", "shared step"]),
-    "no space": (replaced(OPEN, "#>>> shared: step\n"), ["malformed"]),
+    "another region's end": (replaced(CLOSE, "# <<< shared: stop\n"), [">>> shared: training"]),
+    "no colon": (replaced(OPEN, "# >>> shared training\n"), ["malformed", "shared training"]),
+    "no space": (replaced(OPEN, "#>>> shared: training\n"), ["malformed"]),
     "an indented marker": (replaced(CLOSE, "    " + CLOSE), ["malformed"]),
 }  # fmt: skip
 # What both scripts define alike outside of a region, and its name.
@@ -123,7 +122,7 @@ def test_a_copy_outside_of_the_regions_is_named(check, tmp_path):
 
 
 def test_a_region_that_lost_its_markers_in_both_scripts_is_named(check, tmp_path):
-    change(tmp_path, SCRIPTS, without_step_markers)
+    change(tmp_path, SCRIPTS, without_markers)
     code, said = check()
     assert code == 1 and "'training_loss' is defined in both" in said
 
@@ -146,7 +145,7 @@ def test_copying_brings_the_other_script_up_to_date(check, tmp_path, name, targe
 
 
 def test_copying_does_not_hide_a_missing_region(check, tmp_path):
-    change(tmp_path, SCRIPTS[1:], without_step_markers)
+    change(tmp_path, SCRIPTS[1:], without_markers)
     before = (tmp_path / SCRIPTS[1]).read_bytes()
     code, said = check("--copy_from", SCRIPTS[0])
     assert code == 1 and "regions differ" in said
