@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, count, groupby, islice, takewhile
+from itertools import accumulate, chain, count, groupby, islice, product, takewhile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -2604,58 +2604,42 @@ def usage_of(args):
 
 
 @torch.no_grad()
-def validate(job):
-    """Return {steps: [picture of each prompt]}, after giving them to the trackers and as a grid to `validation/`.
+def draw_pictures(job, unet, scheduler, step_counts, **settings):
+    """Return {steps: [picture of each prompt]}, always from the same noise.
 
     It is empty where memory or the VAE of a cached run is missing, because the updates are worth more than pictures.
     """
-    args, step, pipe, scheduler = job.args, job.state.global_step, job.pipe, job.pipe.scheduler
-    was_training, student_unet, (kind, options, eta) = pipe.unet.training, pipe.unet, sampler_of(args)
+    args, pipe, student_unet, own_scheduler = job.args, job.pipe, job.pipe.unet, job.pipe.scheduler
+    options = {"height": args.resolution, "width": args.resolution, "output_type": "latent"} | settings
+    uncond = {f"negative_{name}": value for name, value in job.uncond_embeds.items()}
+    was_training, drawn = unet.training, {steps: [] for steps in step_counts}
+    pictures = list(product(step_counts, range(len(job.prompts))))
     try:
         if not pipe.vae:  # a run on cached latents needs it only here
             parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
             pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
-        student_unet.eval()
-        if not job.teacher_pictures:
-            pipe.unet, pipe.scheduler = job.teacher_unet, DDIMScheduler.from_config(scheduler.config, **TRAILING)
-            job.teacher_pictures += draw_pictures(job, pipe, TEACHER_STEPS, guidance_scale=teacher_guidance(args))
-        pipe.unet, pipe.scheduler = student_unet, kind.from_config(scheduler.config, **options)
-        drawn = {steps: draw_pictures(job, pipe, steps, guidance_scale=1.0, eta=eta) for steps in VALIDATION_STEPS}
+        pipe.unet, pipe.scheduler = unet.eval(), scheduler
+        for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
+            embeds = uncond | {name: value[[number]] for name, value in job.prompt_embeds.items()}
+            generator = torch.Generator().manual_seed(args.seed + number)
+            latents = pipe(**embeds, **options, num_inference_steps=steps, generator=generator).images
+            # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
+            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
+            drawn[steps] += pipe.image_processor.postprocess(decoded.float())
     except (RuntimeError, UnusableInput) as error:  # cuDNN and cuBLAS name a lack of memory in their own ways
         tqdm.write(f"no pictures: {one_line(error)[:300]}; --validation_steps -1 leaves them out", file=sys.stderr)
         return {}
     finally:
-        job.pipe.unet, job.pipe.scheduler = student_unet, scheduler
-        student_unet.train(was_training)
-    columns = {f"{steps} step{'s' * (steps > 1)}": row for steps, row in drawn.items()}
-    columns["teacher"] = job.teacher_pictures
-    folder = Path(args.output_dir) / "validation"
-    folder.mkdir(exist_ok=True)
-    grid_of(columns).save(folder / f"step-{step:07d}.png")
-    to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
-    record = {"prompts": job.prompts}
-    if args.phases == 2:  # other LoRAs follow their own path, and come no nearer while they improve
-        record["differences"], said = differences_to_teacher(job, drawn)
-        values = {f"validation/difference_{steps}_steps": value for steps, value in record["differences"].items()}
-        to_trackers(job.accelerator, operator.methodcaller("log", values, step=step))
-        tqdm.write(f"update {step}: mean difference from the teacher's pictures {said}", file=sys.stderr)
-    write_atomically(folder / f"step-{step:07d}.json", json.dumps(record, indent=1))
+        job.pipe.unet, job.pipe.scheduler = student_unet, own_scheduler
+        unet.train(was_training)
     return drawn
 
 
-def draw_pictures(job, pipe, steps, **settings):
-    """Return a picture of each prompt, always from the same noise; as many at a time as an update has samples."""
-    side, pictures = job.args.resolution, []
-    for part in torch.arange(len(job.prompts)).split(job.args.train_batch_size):
-        embeds = {name: value[part] for name, value in job.prompt_embeds.items()}
-        negative = {f"negative_{name}": value.expand_as(embeds[name]) for name, value in job.uncond_embeds.items()}
-        generator = [torch.Generator().manual_seed(job.args.seed + int(number)) for number in part]
-        options = {"height": side, "width": side, "generator": generator, "output_type": "latent"} | settings
-        for latents in pipe(**embeds, **negative, num_inference_steps=steps, **options).images.split(1):
-            # Decoded in the VAE's own dtype, because SDXL's overflows in float16.
-            decoded = pipe.vae.decode(latents.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor).sample
-            pictures += pipe.image_processor.postprocess(decoded.float())
-    return pictures
+def draw_teacher(job):
+    """Return the teacher's picture of each prompt, beside which the student's are shown."""
+    scheduler = DDIMScheduler.from_config(job.pipe.scheduler.config, **TRAILING)
+    settings = {"guidance_scale": teacher_guidance(job.args)}
+    return draw_pictures(job, job.teacher_unet, scheduler, [TEACHER_STEPS], **settings).get(TEACHER_STEPS, [])
 
 
 def teacher_guidance(args):
@@ -2663,12 +2647,44 @@ def teacher_guidance(args):
     return min(max(7.5, args.w_min + 1), args.w_max + 1)
 
 
+def validate(job):
+    """Return {steps: [picture of each prompt]}, after giving them to the trackers and as a grid to `validation/`."""
+    args, step, (kind, options, eta) = job.args, job.state.global_step, sampler_of(job.args)
+    scheduler = kind.from_config(job.pipe.scheduler.config, **options)
+    drawn = draw_pictures(job, job.student_unet, scheduler, VALIDATION_STEPS, guidance_scale=1.0, eta=eta)
+    if not drawn:
+        return {}
+    columns = {f"{steps} steps": row for steps, row in drawn.items()}
+    if job.teacher_pictures:
+        columns["teacher"] = job.teacher_pictures
+    place = Path(args.output_dir) / "validation" / f"step-{step:07d}.png"
+    grid_of(columns).save(place)
+    to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
+    record = {"prompts": job.prompts}
+    if differences := differences_to_teacher(job, drawn):
+        record["differences"] = differences
+        values = {f"validation/difference_{steps}_steps": value for steps, value in differences.items()}
+        to_trackers(job.accelerator, operator.methodcaller("log", values, step=step))
+        said = in_words(differences)
+        tqdm.write(f"update {step}: mean difference from the teacher's pictures {said}", file=sys.stderr)
+    write_atomically(place.with_suffix(".json"), json.dumps(record, indent=1))
+    return drawn
+
+
 def differences_to_teacher(job, drawn):
-    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}, and in words."""
+    """Return {steps: mean difference, of 255, of the pictures from the teacher's of the same noise}.
+
+    It is empty without --phases 2: other LoRAs follow their own path, and come no nearer while they improve.
+    """
+    if job.args.phases != 2 or not job.teacher_pictures:
+        return {}
     teacher = np.stack(job.teacher_pictures).astype(np.float32)
-    found = {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
-    numbers = ", ".join(f"{value:.1f}" for value in found.values())
-    return found, f"{numbers} of 255 at {', '.join(map(str, found))} steps"
+    return {steps: round(float(np.abs(np.stack(row) - teacher).mean()), 3) for steps, row in drawn.items()}
+
+
+def in_words(differences):
+    numbers = ", ".join(f"{value:.1f}" for value in differences.values())
+    return f"{numbers} of 255 at {', '.join(map(str, differences))} steps"
 
 
 def grid_of(columns):
@@ -2774,9 +2790,9 @@ def training_table(job, drawn):
     values = {flag: getattr(job.args, flag) for flag in flags + READ_BY[job.args.objective]}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
     values["processes"] = job.accelerator.num_processes
-    if drawn and job.args.phases == 2:
-        compared = f"pictures from the teacher's of {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
-        values[f"mean difference of {len(job.prompts)} {compared}"] = differences_to_teacher(job, drawn)[1]
+    if differences := differences_to_teacher(job, drawn):
+        compared = f"the teacher's {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
+        values[f"mean difference of the pictures from {compared}"] = in_words(differences)
     return "\n".join(f"| {flag} | {value} |" for flag, value in values.items() if value is not None)
 
 
@@ -3052,12 +3068,14 @@ def open_output(args, state):
     try:
         folder.mkdir(parents=True, exist_ok=True)
         state.lock = lock_output(folder)
+        if args.validation_steps >= 0:
+            (folder / "validation").mkdir(exist_ok=True)
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
         if not (folder / script.name).exists() or not script.samefile(folder / script.name):
             write_atomically(folder / script.name, script.read_bytes())
     except OSError as error:
-        raise UnusableInput(f"--output_dir {folder} cannot be written: {error.strerror or error}") from error
+        raise UnusableInput(f"--output_dir {folder} cannot be written: {one_line(error)}") from error
 
 
 def package_versions():
@@ -3270,6 +3288,9 @@ def is_finished(args, manifest, max_train_steps):
 def distil(job, loader, save):
     """Train, write the last files, and end the trackers whatever happens: wandb loses what it has not sent."""
     try:
+        if job.args.validation_steps >= 0 and job.accelerator.is_main_process:
+            job.teacher_pictures = draw_teacher(job)  # now, when a signal costs nothing
+        job.accelerator.wait_for_everyone()
         train(job, loader, save)
         finish(job)
     except BaseException as error:

@@ -219,8 +219,8 @@ def peak_gib_of(fixed, peaks):
     return (sum(fixed.values()) + max(peaks.values())) / GIB
 
 
-def card_gib(peak):
-    return 1.1 * peak + 1
+def card_gib(fixed, peaks):
+    return 1.1 * peak_gib_of(fixed, peaks) + 1
 
 
 def main(own):
@@ -229,8 +229,7 @@ def main(own):
     print(f"{own.model}, {args.resolution} px, {setting}: GiB")
     for name, num_bytes in (fixed | {f"+ {part}": num_bytes for part, num_bytes in peaks.items()}).items():
         print(f"  {name:20}{num_bytes / GIB:8.2f}")
-    peak = peak_gib_of(fixed, peaks)
-    print(f"  {'peak':20}{peak:8.2f}\n  {'a card of at least':20}{card_gib(peak):8.2f}")
+    print(f"  {'peak':20}{peak_gib_of(fixed, peaks):8.2f}\n  {'a card of at least':20}{card_gib(fixed, peaks):8.2f}")
 
 
 if __name__ == "__main__":

@@ -274,8 +274,8 @@ def test_card_of_a_hub_teacher(script, args):
         "| loss_type | huber |" in text and "| max_train_steps | 7 |" in text and "| mixed_precision | bf16 |" in text
     )
     assert "difference" not in text and "| processes | 1 |" in text
-    args.phases, compared = 2, "pictures from the teacher's of 50 steps, guidance 7.5"
-    assert f"| mean difference of 2 {compared} | 1.0, 1.0 of 255 at 1, 4 steps |" in write_card(script, args)[1]
+    args.phases, compared = 2, "the pictures from the teacher's 50 steps, guidance 7.5"
+    assert f"| mean difference of {compared} | 1.0, 1.0 of 255 at 1, 4 steps |" in write_card(script, args)[1]
     args.phases = 1
     args.objective = "matching"  # whose fake has a rate by default, which is no flag's
     assert "| student_eta | 0.3 |" in write_card(script, args)[1] and "| None |" not in write_card(script, args)[1]

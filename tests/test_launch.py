@@ -689,6 +689,8 @@ def unusable(script, teacher, teachers, tmp_path_factory):
     write_shard(folder / "garbage.tar", [{"png": b"garbage", "txt": "sea"} for _ in range(8)])
     whole = write_shard(folder / "whole.tar", GOOD)
     (folder / "cut.tar").write_bytes(whole.read_bytes()[:5000])
+    (folder / "taken").mkdir()
+    (folder / "taken" / "validation").touch()
     return folder
 
 
@@ -707,6 +709,7 @@ IN_PROCESS = {
     "flow matching": ("pretrained_teacher_model", "{}/flow", "FlowMatchEulerDiscreteScheduler"),
     "truncated tokenizer": ("pretrained_teacher_model", "{}/cut-tokenizer", "{}/cut-tokenizer"),
     "output in a file": ("output_dir", "{}/whole.tar/out", "--output_dir {}/whole.tar/out"),
+    "a file for pictures": ("output_dir", "{}/taken", "File exists: '{}/taken/validation'"),
     "LoRA targets": ("lora_target_modules", "to_q,to_nowhere", "'to_nowhere'"),
     "no teacher": ("pretrained_teacher_model", "no-such/model", "no-such/model cannot be loaded (no such path"),
     "xformers on a CPU": ("enable_xformers_memory_efficient_attention", None, "leave it out: PyTorch's SDPA"),
@@ -721,7 +724,7 @@ def line_of(case, teacher, shards, unusable, out):
     flag, value, named = case
     value, named = (str(text).replace("{}", str(unusable)) for text in (value, named))
     changes = {"num_ddim_timesteps": 50, "lora_target_modules": "to_q", "lr_scheduler": "linear", "lr_warmup_steps": 4}
-    line = flags(teacher, shards, out, **changes)
+    line = flags(teacher, shards, out, validation_steps=0, **changes)
     line = [str(part) for part in line]
     if value == "None":
         line.append(f"--{flag}")

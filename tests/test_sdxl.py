@@ -301,14 +301,14 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     with torch.no_grad():
         assert script.encode_moments(loaded.vae, pixels, args).dtype == F32
         uncond, embeds = (script.encode_prompts(loaded, [text], CPU) for text in ("", "sea"))
-    teacher_unet = script.make_twin(loaded.unet)
+    (tmp_path / "validation").mkdir()
     assert seen == expected, "when pictures are encoded"
     seen.clear()
     script.add_lora(loaded.unet, args)
     accelerator = SimpleNamespace(device=CPU, trackers=[])
     job = SimpleNamespace(
         args=args, accelerator=accelerator, dtype=torch.float16, pipe=loaded, prompts=["sea"],
-        prompt_embeds=embeds, state=script.RunState(), uncond_embeds=uncond, teacher_unet=teacher_unet,
+        prompt_embeds=embeds, state=script.RunState(), uncond_embeds=uncond, student_unet=loaded.unet,
         teacher_pictures=[],
     )  # fmt: skip
     drawn = script.validate(job)

@@ -611,22 +611,20 @@ def check_that_the_reason_comes_first(script, job, capsys):
 
 
 def check_that_the_teacher_is_drawn_beside(script, job):
-    """The teacher's pictures are the plain pipeline's, drawn once, and the numbers compare with them."""
-    pipe, student, (kind, options) = job.pipe, job.pipe.unet, (DDIMScheduler, {"timestep_spacing": "trailing"})
-    calls = []
-    student.register_forward_pre_hook(lambda *_: calls.append("student"))
-    hook = job.teacher_unet.register_forward_pre_hook(lambda *_: calls.append("teacher"))
-    for _ in range(2):
-        script.validate(job)
-    assert calls.count("teacher") == 50, "both prompts at a time, and once"
-    hook.remove()
-    assert pipe.unet is student
-    scheduler, pipe.unet = pipe.scheduler, job.teacher_unet
-    pipe.scheduler = kind.from_config(scheduler.config, clip_sample=False, set_alpha_to_one=True, **options)
+    """The teacher's pictures are the plain pipeline's without the LoRA, and the numbers compare with them."""
+    pipe, student, scheduler = job.pipe, job.pipe.unet, job.pipe.scheduler
+    job.teacher_unet = script.make_twin(student)
+    passes = []
+    student.register_forward_pre_hook(lambda *_: passes.append("student"))
+    job.teacher_pictures = script.draw_teacher(job)
+    assert not passes and pipe.unet is student and pipe.scheduler is scheduler
+    options = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    pipe.unet, pipe.scheduler = job.teacher_unet, DDIMScheduler.from_config(scheduler.config, **options)
     size = {"height": 32, "width": 32, "generator": torch.Generator().manual_seed(job.args.seed + 1)}
     expected = np.asarray(pipe("hill", num_inference_steps=50, guidance_scale=7.5, **size).images[0], int)
     pipe.unet, pipe.scheduler = student, scheduler
     assert np.abs(np.asarray(job.teacher_pictures[1], int) - expected).max() <= 1
+    script.validate(job)
     (path,) = Path(job.args.output_dir).glob("validation/*.json")
     assert json.loads(path.read_text()) == {"prompts": job.prompts}, "an LCM-LoRA comes no nearer as it improves"
     job.args.phases, logged = 2, []
@@ -644,11 +642,12 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     with torch.no_grad():
         embeds = script.encode_prompts(pipe, prompts, CPU)
         uncond = script.encode_prompts(pipe, [""], CPU)
-    accelerator = SimpleNamespace(device=CPU, trackers=[])
+    accelerator = SimpleNamespace(device=CPU, trackers=[], is_main_process=False, wait_for_everyone=lambda: None)
     job = SimpleNamespace(
         args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
-        state=script.RunState(), uncond_embeds=uncond, teacher_unet=script.make_twin(pipe.unet), teacher_pictures=[],
+        state=script.RunState(), uncond_embeds=uncond, student_unet=pipe.unet, teacher_pictures=[],
     )  # fmt: skip
+    (tmp_path / "validation").mkdir()
     args.num_ddim_timesteps, args.timestep_scaling_factor = 20, 1e-3
     check_that_the_teacher_is_drawn_beside(script, job)
     scheduler, drawn = pipe.scheduler, script.validate(job)
@@ -689,6 +688,7 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
         patch.setattr(pipe.vae, "decode", decode)
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
         assert modes == [False], "drawn without the LoRA's dropout"
+        assert script.draw_teacher(job) == [], "and the student is drawn without it beside"
         patch.setattr(pipe, "vae", None)  # a cached run loads it here, where the Hub may be out of reach
         patch.setattr(script, "load_teacher", Mock(side_effect=script.UnusableInput("no such VAE")))
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
@@ -707,8 +707,8 @@ def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, coun
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", stub)
         tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-        script.log_pictures(tracker, {"1 step": ["a", "b"], "4 steps": ["c", "d"]}, ["sea", "hill"], 7)
-    rows = [("a", "sea (1 step)"), ("b", "hill (1 step)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
+        script.log_pictures(tracker, {"1 steps": ["a", "b"], "4 steps": ["c", "d"]}, ["sea", "hill"], 7)
+    rows = [("a", "sea (1 steps)"), ("b", "hill (1 steps)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
     assert logged == [({"validation": rows}, 7)]
 
 

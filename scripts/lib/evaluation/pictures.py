@@ -107,7 +107,9 @@ class Gallery:
         """Return the record of a kept picture; refuse one that was drawn with other settings."""
         path = self.path(row, index)
         try:
-            with Image.open(path if path.is_file() else "", formats=["PNG"]) as picture:  # a FIFO would be waited for
+            if not path.is_file():  # a FIFO would be waited for
+                raise ValueError("it is no file")
+            with Image.open(path, formats=["PNG"]) as picture:
                 record = json.loads(picture.text["record"])
             kept = record["settings"]
         except (OSError, LookupError, ValueError, TypeError) as error:
