@@ -624,6 +624,8 @@ def check_that_the_teacher_is_drawn_beside(script, job):
     expected = np.asarray(pipe("hill", num_inference_steps=50, guidance_scale=7.5, **size).images[0], int)
     pipe.unet, pipe.scheduler = student, scheduler
     assert np.abs(np.asarray(job.teacher_pictures[1], int) - expected).max() <= 1
+    ranges = ((5, 15), (9, 12), (2, 4.5))
+    assert [script.teacher_guidance(SimpleNamespace(w_min=a, w_max=b)) for a, b in ranges] == [7.5, 10, 5.5]
     script.validate(job)
     (path,) = Path(job.args.output_dir).glob("validation/*.json")
     assert json.loads(path.read_text()) == {"prompts": job.prompts}, "an LCM-LoRA comes no nearer as it improves"
