@@ -143,8 +143,8 @@ def announce(script):
     said(transformers.CLIPTextModel)
     said(transformers.CLIPTextModelWithProjection)
     said(AutoencoderKL)
-    validate = script.validate
-    script.validate = lambda job: script.tqdm.write("drawing", file=sys.stderr) or validate(job)
+    draw = script.draw_pictures
+    script.draw_pictures = lambda *given, **more: script.tqdm.write("drawing", file=sys.stderr) or draw(*given, **more)
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +169,7 @@ def test_a_cached_run_loads_the_vae_for_drawing_and_no_text_encoder(trained):
     said = [line.strip() for line in trained[2]]
     assert any("shards of cached tensors" in line for line in said)
     loaded = [line for line in said if line.startswith("loaded") or line == "drawing"]
-    assert loaded == ["drawing", "loaded AutoencoderKL"] * 2, "the VAE leaves the device after each drawing"
+    assert loaded == ["drawing", "loaded AutoencoderKL"] * 3, "the VAE leaves the device after each drawing"
     assert (trained[1] / "image_3.png").is_file(), "the first captions of the data are drawn"
 
 
@@ -178,9 +178,9 @@ def test_prompts_to_draw_need_the_text_encoders_and_still_no_vae(script, teacher
     line = flags(teacher, cached, tmp_path / "out", **SETTINGS | changes)
     said = finish(script, line, tmp_path / "said", hook=announce)
     loaded = [line.strip() for line in said if line.startswith("loaded") or line.strip() == "drawing"]
-    encoders = ["loaded CLIPTextModel", "loaded CLIPTextModelWithProjection"][: len(loaded) - 2]
-    assert sorted(loaded[:-2]) == encoders and len(encoders) == len(script.TEXT_PARTS) // 2
-    assert loaded[-2:] == ["drawing", "loaded AutoencoderKL"]
+    encoders = ["loaded CLIPTextModel", "loaded CLIPTextModelWithProjection"][: len(loaded) - 4]
+    assert sorted(loaded[:-4]) == encoders and len(encoders) == len(script.TEXT_PARTS) // 2
+    assert loaded[-4:] == ["drawing", "loaded AutoencoderKL"] * 2, "the teacher's pictures, and the LoRA's"
 
 
 def test_a_stopped_run_on_a_cache_goes_on_as_an_unbroken_one(script, teacher, cached, trained, tmp_path):
