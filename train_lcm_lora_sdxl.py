@@ -1936,7 +1936,7 @@ class Job:
     prompts: list  # to draw at validation
     prompt_embeds: dict  # of the prompts
     state: RunState
-    teacher_pictures: list = field(default_factory=list)  # of the prompts, once validation has drawn them
+    teacher_pictures: list = field(default_factory=list)  # of the prompts; empty where they cannot be drawn
     fake: object = None  # a Fake, for --objective matching
 
 
