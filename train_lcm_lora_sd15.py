@@ -2658,6 +2658,7 @@ def validate(job):
     if job.teacher_pictures:
         columns["teacher"] = job.teacher_pictures
     place = Path(args.output_dir) / "validation" / f"step-{step:07d}.png"
+    place.parent.mkdir(exist_ok=True)
     grid_of(columns).save(place)
     to_trackers(job.accelerator, partial(log_pictures, columns=columns, prompts=job.prompts, global_step=step))
     record = {"prompts": job.prompts}
@@ -3069,7 +3070,7 @@ def open_output(args, state):
         folder.mkdir(parents=True, exist_ok=True)
         state.lock = lock_output(folder)
         if args.validation_steps >= 0:
-            (folder / "validation").mkdir(exist_ok=True)
+            (folder / "validation").mkdir(exist_ok=True)  # now, and not once updates would be lost
         write_atomically(folder / "args.json", json.dumps(public_flags(args), indent=1))
         write_atomically(folder / "versions.json", json.dumps(package_versions(), indent=1))
         if not (folder / script.name).exists() or not script.samefile(folder / script.name):

@@ -112,7 +112,7 @@ def yardstick_problems(args):
 def read_yardstick(path):
     """Return (prompts, (their number, pictures of each), guidance, steps, seed) of a yardstick's header."""
     try:
-        with safe_open(path if path.is_file() else "", "np") as file:
+        with safe_open(path if path.is_file() else "", "np") as file:  # a FIFO would be waited for
             known, shape = file.metadata(), file.get_slice("features").get_shape()[:2]
         numbers = float(known["guidance_scale"]), int(known["teacher_steps"]), int(known["seed"])
         return json.loads(known["prompts"]), shape, *numbers

@@ -301,7 +301,6 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     with torch.no_grad():
         assert script.encode_moments(loaded.vae, pixels, args).dtype == F32
         uncond, embeds = (script.encode_prompts(loaded, [text], CPU) for text in ("", "sea"))
-    (tmp_path / "validation").mkdir()
     assert seen == expected, "when pictures are encoded"
     seen.clear()
     script.add_lora(loaded.unet, args)

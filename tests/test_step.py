@@ -639,33 +639,9 @@ def check_that_the_teacher_is_drawn_beside(script, job):
     assert record["4"] == pytest.approx(np.abs(pairs).mean(), abs=1e-3)
 
 
-def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path, capsys):
-    args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
-    with torch.no_grad():
-        embeds = script.encode_prompts(pipe, prompts, CPU)
-        uncond = script.encode_prompts(pipe, [""], CPU)
-    accelerator = SimpleNamespace(device=CPU, trackers=[], is_main_process=False, wait_for_everyone=lambda: None)
-    job = SimpleNamespace(
-        args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
-        state=script.RunState(), uncond_embeds=uncond, student_unet=pipe.unet, teacher_pictures=[],
-    )  # fmt: skip
-    (tmp_path / "validation").mkdir()
-    args.num_ddim_timesteps, args.timestep_scaling_factor = 20, 1e-3
-    check_that_the_teacher_is_drawn_beside(script, job)
-    scheduler, drawn = pipe.scheduler, script.validate(job)
-    assert pipe.scheduler is scheduler, "the teacher's own is put back"
-    pipe.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=20, timestep_scaling=1e-3)
-    generator = torch.Generator().manual_seed(args.seed + 1)
-    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
-    expected = pipe("hill", generator=generator, **options).images[0]
-    pipe.scheduler = scheduler
-    assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
-    grid = np.asarray(Image.open(tmp_path / "validation" / "step-0000000.png"))
-    assert np.array_equal(grid[-32:, 64:96], np.asarray(drawn[4][1])), "a row a prompt, a column a step count"
-    assert np.array_equal(grid[-32:, 128:], np.asarray(job.teacher_pictures[1])), "and the teacher beside them"
-    difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
-    assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
-    # Too little memory, or a tracker that fails, ends no run.
+def check_that_no_failure_of_validation_ends_a_run(script, job):
+    """Too little memory, or a tracker that fails."""
+    accelerator, pipe, scheduler = job.accelerator, job.pipe, job.pipe.scheduler
     steps, job.state.global_step = [], 7
     quiet = {"log": lambda _values, step: step}
     fine = SimpleNamespace(name="fine", log_images=lambda _values, step: steps.append(step), **quiet)
@@ -674,11 +650,6 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
     accelerator.trackers += [broken, silent, fine]
     assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent", "fine"]
     assert steps == [7] * 5, "every picture, with its step"
-    args.objective = "matching"
-    first, second = (np.asarray(script.validate(job)[4][1]) for args.student_eta in (0.0, 1.0))
-    assert not np.array_equal(first, second), "drawn with the eta that the card names"
-    args.objective, args.phases = "consistency", 2
-    assert np.array_equal(first, np.asarray(script.validate(job)[4][1])), "phases are for DDIM with eta 0"
     modes = []
 
     def raise_it():
@@ -694,6 +665,39 @@ def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp
         patch.setattr(pipe, "vae", None)  # a cached run loads it here, where the Hub may be out of reach
         patch.setattr(script, "load_teacher", Mock(side_effect=script.UnusableInput("no such VAE")))
         assert script.validate(job) == {} and pipe.scheduler is scheduler and pipe.unet.training
+
+
+def test_validation_draws_what_the_pipeline_itself_draws(script, pipe, args, tmp_path, capsys):
+    args.output_dir, prompts = str(tmp_path), ["sea 1", "hill"]
+    with torch.no_grad():
+        embeds = script.encode_prompts(pipe, prompts, CPU)
+        uncond = script.encode_prompts(pipe, [""], CPU)
+    accelerator = SimpleNamespace(device=CPU, trackers=[], is_main_process=False, wait_for_everyone=lambda: None)
+    job = SimpleNamespace(
+        args=args, accelerator=accelerator, dtype=F32, pipe=pipe, prompts=prompts, prompt_embeds=embeds,
+        state=script.RunState(), uncond_embeds=uncond, student_unet=pipe.unet, teacher_pictures=[],
+    )  # fmt: skip
+    args.num_ddim_timesteps, args.timestep_scaling_factor = 20, 1e-3
+    check_that_the_teacher_is_drawn_beside(script, job)
+    scheduler, drawn = pipe.scheduler, script.validate(job)
+    assert pipe.scheduler is scheduler, "the teacher's own is put back"
+    pipe.scheduler = LCMScheduler.from_config(scheduler.config, original_inference_steps=20, timestep_scaling=1e-3)
+    generator = torch.Generator().manual_seed(args.seed + 1)
+    options = {"num_inference_steps": 4, "guidance_scale": 1.0, "height": 32, "width": 32}
+    expected = pipe("hill", generator=generator, **options).images[0]
+    pipe.scheduler = scheduler
+    assert sorted(drawn) == [1, 2, 4, 8] and len(drawn[4]) == 2
+    grid = np.asarray(Image.open(tmp_path / "validation" / "step-0000000.png"))
+    assert np.array_equal(grid[-32:, 64:96], np.asarray(drawn[4][1])), "a row a prompt, a column a step count"
+    assert np.array_equal(grid[-32:, 128:], np.asarray(job.teacher_pictures[1])), "and the teacher beside them"
+    difference = np.asarray(drawn[4][1], int) - np.asarray(expected, int)
+    assert np.abs(difference).max() <= 1 and np.asarray(expected).std() > 1
+    args.objective = "matching"
+    first, second = (np.asarray(script.validate(job)[4][1]) for args.student_eta in (0.0, 1.0))
+    assert not np.array_equal(first, second), "drawn with the eta that the card names"
+    args.objective, args.phases = "consistency", 2
+    assert np.array_equal(first, np.asarray(script.validate(job)[4][1])), "phases are for DDIM with eta 0"
+    check_that_no_failure_of_validation_ends_a_run(script, job)
     assert "no such VAE; --validation_steps -1 leaves them out" in capsys.readouterr().err
     pipe.unet.eval()
     check_that_the_reason_comes_first(script, job, capsys)
