@@ -831,12 +831,12 @@ def frechet(first, second):
     return ((means[0] - means[1]).square().sum() + sum(each.trace() for each in covariances) - 2 * roots).item()
 
 
-def test_a_lora_trained_for_a_minute_draws_better_at_4_steps_than_none(script, tmp_path):
+def test_a_lora_of_30_updates_draws_better_at_4_steps_than_none(script, tmp_path):
     """By the demo's judge: distance to the teacher's own pictures, and how many attributes the pictures show."""
     scenes, judges = load_script("scripts/demo/landscapes.py"), load_script("scripts/demo/judge.py")
-    data, out = landscapes(tmp_path / "data", 512), tmp_path / "out"
+    data, out = landscapes(tmp_path / "data", 384), tmp_path / "out"
     line = demo_line(
-        SCRIPTS[0], data, out, train_batch_size=16, max_train_steps=50, lora_rank=32, loss_space="epsilon",
+        SCRIPTS[0], data, out, train_batch_size=16, max_train_steps=30, lora_rank=32, loss_space="epsilon",
         lr_scheduler="linear", vae_encode_batch_size=16, logging_steps=25,
     )  # fmt: skip
     finish(script, line, tmp_path / "said")
@@ -862,5 +862,5 @@ def test_a_lora_trained_for_a_minute_draws_better_at_4_steps_than_none(script, t
         results.append((distance, (read == labels).double().mean().item()))
     floor = frechet(reference[:96, 0].double(), reference.flatten(0, 1).double())
     (without, guessed), (distance, accuracy) = results
-    # Measured: 182 without, 74 with the LoRA, over a floor of 23; 89% and 98% of the attributes.
+    # Measured: 182 without, 82 with the LoRA, over a floor of 23; 89% and 99% of the attributes.
     assert distance - floor < (without - floor) / 2 and accuracy > guessed
