@@ -20,8 +20,8 @@ Exit codes: 0 done; 2 wrong usage, unusable input or a full disk; 3 stopped by a
 (128 + the signal's number where nothing had to be saved); 1 anything else, such as a loss that is not finite.
 `accelerate launch` and torchrun turn each but 0 into 1.
 
-The file reads downhill: arguments, mathematics, data, models, step, files, log, run. Blocks between `>>> shared`
-and `<<< shared` are equal in the scripts for SD 1.5 and for SDXL.
+The file reads downhill: arguments, mathematics, data, models, step, files, log, run. The method is
+`training_loss`. Blocks between `>>> shared` and `<<< shared` are equal in the scripts for SD 1.5 and for SDXL.
 Sources: LCM = Latent Consistency Models, arXiv:2310.04378; LCM-LoRA, arXiv:2311.05556.
 """
 
@@ -2696,7 +2696,7 @@ def validate(job):
     drawn = draw_pictures(job, job.student_unet, scheduler, VALIDATION_STEPS, guidance_scale=1.0, eta=eta)
     if not drawn:
         return {}
-    columns = {f"{steps} steps": row for steps, row in drawn.items()}
+    columns = {f"{steps} step" + "s" * (steps > 1): row for steps, row in drawn.items()}
     if job.teacher_pictures:
         columns["teacher"] = job.teacher_pictures
     place = Path(args.output_dir) / "validation" / f"step-{step:07d}.png"

@@ -12,6 +12,7 @@ from diffusers import ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lib import pipelines
@@ -286,6 +287,14 @@ def test_a_lora_that_is_not_finite_and_ctrl_c_end_with_one_line(teacher, loras, 
         raise KeyboardInterrupt
 
     assert exit_code(interrupted, None) == 130 and capsys.readouterr().err.split() == ["stopped", "by", "SIGINT"]
+
+    def refused(_args):
+        bar = tqdm(total=2, desc="drawing")
+        bar.update()
+        raise UnusableInput("no such row")
+
+    assert exit_code(refused, None) == 2
+    assert capsys.readouterr().err.endswith("\nerror: no such row\n"), "below the bar, and not at its end"
 
 
 def test_the_trainers_file_draws_what_was_trained(script, teacher, shards, tmp_path):

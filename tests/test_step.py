@@ -644,12 +644,13 @@ def check_that_no_failure_of_validation_ends_a_run(script, job):
     accelerator, pipe, scheduler = job.accelerator, job.pipe, job.pipe.scheduler
     steps, job.state.global_step = [], 7
     quiet = {"log": lambda _values, step: step}
-    fine = SimpleNamespace(name="fine", log_images=lambda _values, step: steps.append(step), **quiet)
+    fine = SimpleNamespace(name="fine", log_images=lambda values, step: steps.append((*values, step)), **quiet)
     silent, broken = (SimpleNamespace(name=name, **quiet) for name in ("silent", "broken"))
     broken.log_images = None
     accelerator.trackers += [broken, silent, fine]
     assert script.validate(job) and [tracker.name for tracker in accelerator.trackers] == ["silent", "fine"]
-    assert steps == [7] * 5, "every picture, with its step"
+    titles = "1 step", "2 steps", "4 steps", "8 steps", "teacher"
+    assert steps == [(f"validation/{title}", 7) for title in titles], "every picture, with its step"
     modes = []
 
     def raise_it():
@@ -713,8 +714,8 @@ def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, coun
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(sys.modules, "wandb", stub)
         tracker = SimpleNamespace(name="wandb", log=lambda values, step: logged.append((values, step)))
-        script.log_pictures(tracker, {"1 steps": ["a", "b"], "4 steps": ["c", "d"]}, ["sea", "hill"], 7)
-    rows = [("a", "sea (1 steps)"), ("b", "hill (1 steps)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
+        script.log_pictures(tracker, {"1 step": ["a", "b"], "4 steps": ["c", "d"]}, ["sea", "hill"], 7)
+    rows = [("a", "sea (1 step)"), ("b", "hill (1 step)"), ("c", "sea (4 steps)"), ("d", "hill (4 steps)")]
     assert logged == [({"validation": rows}, 7)]
 
 

@@ -4,6 +4,7 @@
 import os
 import signal
 import sys
+import traceback
 from pathlib import Path
 
 if os.environ.get("RANK", "0") == "0":
@@ -24,6 +25,7 @@ def exit_code(main, args):
     try:
         return main(args) or 0
     except INPUT_ERRORS as error:
+        traceback.clear_frames(error.__traceback__)  # ends loops, so that their bars are closed above the line
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:

@@ -38,10 +38,8 @@ from lib.trainers import DTYPES, UnusableInput, exit_code
 
 def parse_args(argv=None):
     cli = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    for name in ("model", "recipe"):
-        cli.add_argument(f"--{name}", required=True)
-    for name in ("steps", "warmup_steps"):
-        cli.add_argument(f"--{name}", type=int, required=True)
+    for name, kind in {"model": str, "recipe": str, "steps": int, "warmup_steps": int}.items():
+        cli.add_argument(f"--{name}", type=kind, required=True)
     cli.add_argument("--cached", action="store_true")
     return cli.parse_known_args(argv)
 
