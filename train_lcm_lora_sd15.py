@@ -543,7 +543,7 @@ import numpy as np
 import psutil
 import torch
 import webdataset as wds
-from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs, PartialState
+from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device, slice_tensors
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
@@ -2385,7 +2385,7 @@ def write_checkpoint(job, manifest):
         os.replace(scratch, final)
         prune_checkpoints(output_dir, args.checkpoints_total_limit)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if str(error).startswith("DataLoader worker"):  # killed meanwhile
+        if OUT_OF_MEMORY.search(str(error)) or str(error).startswith("DataLoader worker"):  # killed meanwhile
             raise
         remedy = "make room or name another --output_dir, then give the same command again"
         cause = f"{final} cannot be written ({one_line(error)})"
@@ -2868,6 +2868,8 @@ MEMORY_SAVERS = {  # in the order of what they save for what they cost
 def start(args):
     # DDP warns about the strides of 1x1-convolution gradients. Strides of size-1 dimensions carry no meaning.
     warnings.filterwarnings("ignore", message="Grad strides do not match bucket view strides")
+    # fp16's loss scaler begins with updates that overflow and are skipped.
+    warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
     diffusers_logging.set_verbosity_error()
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
@@ -2890,6 +2892,8 @@ def start(args):
     check_launch(accelerator)
     if args.enable_xformers_memory_efficient_attention:
         check_xformers(accelerator)
+    if args.compile:
+        check_compile(accelerator)
     if args.use_8bit_adam and accelerator.device.type == "mps":
         raise UnusableInput("--use_8bit_adam: bitsandbytes has no kernels for MPS; leave it out")
     if args.allow_tf32:
@@ -2933,6 +2937,14 @@ def check_xformers(accelerator):
         cause = f"the kernels of xformers do not run with torch {torch.__version__} here ({one_line(error)[:120]})"
         pair = "install a pair made for each other, such as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
         raise UnusableInput(f"{flag}: {cause}; {remedy}, or {pair}") from error
+
+
+def check_compile(accelerator):
+    try:
+        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=accelerator.device))
+    except Exception as error:  # no compiler, no Triton, a GPU that is too old for it
+        cause = f"torch.compile does not work here ({one_line(error)[:160]})"
+        raise UnusableInput(f"--compile: {cause}; leave it out") from error
 
 
 def describe_device(accelerator):
@@ -3046,6 +3058,12 @@ def agree(accelerator, function, *arguments):
     if isinstance(result[0], UnusableInput):
         raise result[0]
     return result[0]
+
+
+def wait_for_all():
+    """Return once every process is here."""
+    # Not by accelerate's barrier: LOCAL_RANK is not the GPU's number where each process sees its own alone, as 0.
+    gather_object([None])
 
 
 def lock_output(folder):
@@ -3193,7 +3211,7 @@ def train(job, loader, save):
                 log.flush()  # trackers take steps in order
                 if accelerator.is_main_process:
                     validate(job)
-                accelerator.wait_for_everyone()
+                wait_for_all()
             if not log.rows:
                 log.started = time.monotonic()  # what was done since the last flush was not training
         state.is_training, state.is_saved = False, True
@@ -3219,7 +3237,7 @@ def finish(job):
         tqdm.write(f"the LoRA is {path}", file=sys.stderr)
         if args.push_to_hub:
             push(args, args.output_dir)
-    accelerator.wait_for_everyone()
+    wait_for_all()
 
 
 def load_models(args, dtype, device, samples, cache):
@@ -3291,7 +3309,7 @@ def distil(job, loader, save):
     try:
         if job.args.validation_steps >= 0 and job.accelerator.is_main_process:
             job.teacher_pictures = draw_teacher(job)  # now, when a signal costs nothing
-        job.accelerator.wait_for_everyone()
+        wait_for_all()
         train(job, loader, save)
         finish(job)
     except BaseException as error:
@@ -3411,7 +3429,7 @@ def run(args):
     # A rank that fails alone must not wait here for ranks that are in another collective.
     if torch.distributed.is_initialized() and is_agreed:
         with suppress(RuntimeError, KeyboardInterrupt):  # another rank may be gone
-            PartialState().wait_for_everyone()  # torchrun ends rank 0 and its trackers once another has left
+            wait_for_all()  # torchrun ends rank 0 and its trackers once another has left
             torch.distributed.destroy_process_group()
     return code
 

@@ -161,7 +161,7 @@ def draw_pictures(args, gallery, rows, accelerator):
         with writing_to(args.output_dir):
             gallery.draw(pipe, missing, not accelerator.is_main_process)
         release_memory(pipe)
-    accelerator.wait_for_everyone()
+    gather_object([None])  # waits; accelerate's barrier fails where each process sees a GPU of its own alone
     return count
 
 

@@ -168,6 +168,9 @@ def test_4_a_full_disk_at_the_log(out_of, tmp_path):
     (tmp_path / "out" / "log.jsonl").unlink()
     codes, said = out_of(at_call("save_for_peft", 1, killed), **WORKERS)
     assert codes == [1] and said.splitlines()[-1].startswith("error: a loader process was killed")
+    short = fail(RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB"))
+    codes, said = out_of(at_call("save_for_peft", 1, short), **WORKERS)
+    assert codes == [1] and said.splitlines()[-1].startswith("error: out of GPU memory"), "and no full disk"
 
 
 @pytest.mark.parametrize("processes", [1, 2])

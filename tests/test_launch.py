@@ -268,7 +268,10 @@ def test_two_processes_killed_and_stopped_end_as_an_unbroken_run(script, teacher
 
 
 def test_ddp_goes_before_its_process_group(script, teacher, shards, tmp_path):
-    """Else the run hangs now and then: the group's end waits for a thread that waits for the interpreter."""
+    """Else the run hangs now and then: the group's end waits for a thread that waits for the interpreter.
+
+    And no barrier is used on the way.
+    """
 
     def look(_script):
         destroy = torch.distributed.destroy_process_group
@@ -278,6 +281,8 @@ def test_ddp_goes_before_its_process_group(script, teacher, shards, tmp_path):
             os._exit(7) if found else destroy(*args)
 
         torch.distributed.destroy_process_group = looked
+        # accelerate's names the GPU by LOCAL_RANK, which is none where each process sees its own alone.
+        torch.distributed.barrier = lambda *_, **__: os._exit(8)
 
     line = flags(teacher, shards, tmp_path / "out", **TWO | {"max_train_steps": 1})
     finish(script, line, tmp_path / "said", processes=2, hook=look)
@@ -552,13 +557,16 @@ def test_launches_that_would_train_something_else_are_refused(script, monkeypatc
     script.check_launch(machine(processes=2, distributed="MULTI_CPU"))
 
 
-def test_settings_of_accelerate_that_compile_the_unet_are_refused(script, teacher, shards, tmp_path, monkeypatch):
+@cases("backend, said", [("INDUCTOR", "dynamo.*--compile"), ("NO", "--compile: .*No C compiler Hint.*; leave it out")])
+def test_compiling_that_would_fail_later_is_refused(script, teacher, shards, tmp_path, monkeypatch, backend, said):
+    """By accelerate, which renames the LoRA's weights, or without a compiler."""
     for state in (AcceleratorState, GradientState, PartialState):
         monkeypatch.setattr(state, "_shared_state", {})
-    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", backend)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
-    with pytest.raises(script.UnusableInput, match="dynamo.*--compile"):
-        script.start(script.parse_args(flags(teacher, shards, tmp_path)))
+    monkeypatch.setattr(script.torch, "compile", lambda _: mock.Mock(side_effect=RuntimeError("No C compiler\nHint")))
+    with pytest.raises(script.UnusableInput, match=said):
+        script.start(script.parse_args(flags(teacher, shards, tmp_path, compile=True)))
 
 
 @pytest.mark.parametrize(
