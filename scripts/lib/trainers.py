@@ -25,7 +25,7 @@ def exit_code(main, args):
     try:
         return main(args) or 0
     except INPUT_ERRORS as error:
-        traceback.clear_frames(error.__traceback__)  # ends loops, so that their bars are closed above the line
+        traceback.clear_frames(error.__traceback__)  # frees the bars, which are then closed above the line
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
