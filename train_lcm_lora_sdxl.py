@@ -1,6 +1,6 @@
 #!/usr/bin/env python
 # SPDX-License-Identifier: Apache-2.0
-"""Distil an LCM-LoRA from an SDXL teacher (SDXL, SSD-1B, fine-tunes), so that it draws in 1 to 8 steps.
+"""Distil an LCM-LoRA from an SDXL teacher (SDXL, SSD-1B, fine-tunes), so that it draws in 2 to 8 steps.
 
 One GPU, eight GPUs, and a recipe for a card (flags in a file):
 
@@ -71,8 +71,9 @@ DEFAULT_RESOLUTION_PX = 1024
 DEFAULT_W_MIN = 3.0  # range of the released SDXL recipe
 TEXT_PARTS = ("tokenizer", "tokenizer_2", "text_encoder", "text_encoder_2")
 CACHED_TENSORS = {"moments", "prompt_embeds", "pooled_prompt_embeds", "time_ids"}
+VAE_SCALING = 0.13025  # of the family's own VAE
 CARD_TAGS = ("stable-diffusion-xl", "stable-diffusion-xl-diffusers")
-FP16_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own VAE overflows in float16
+USUAL_VAE = "madebyollin/sdxl-vae-fp16-fix"  # SDXL's own overflows in float16
 # Flags that launch lines may carry and that change nothing.
 FLAGS_WITHOUT_EFFECT = {
     "cast_teacher_unet": "teacher and student share one UNet's weights",
@@ -95,6 +96,8 @@ NEUTRAL_PROMPTS = (  # drawn in place of training captions where the pictures be
     "a lighthouse on a rocky coast at sunset", "portrait of an old fisherman", "a red bicycle in front of a shop",
     "a mountain lake on a clear morning",
 )  # fmt: skip
+NO_REPOSITORY = "PATH/TO/THIS/FOLDER"  # in the card of a LoRA that is not uploaded
+UNET_PARTS = ("conv_", "time_", "add_", "class_", "encoder_hid_", "down_blocks.", "mid_block.", "up_blocks.")
 WEIGHTS_NAME = "pytorch_lora_weights.safetensors"
 MANIFEST_NAME = "checkpoint.json"
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -102,17 +105,18 @@ INTERPOLATIONS = ("nearest", "nearest_exact", "box", "bilinear", "hamming", "bic
 TRACKERS = "tensorboard wandb comet_ml aim mlflow clearml dvclive swanlab trackio all none".split()
 READ_ATTEMPTS = 3
 DEAD_SHARDS, DEAD_SHARDS_AT_START = 8, 3  # so many unreadable shards in a row end a run
-EMPTY_EPOCHS = 5  # a loader process that finds nothing usable in so many in a row ends a run, too
+EMPTY_EPOCHS = 5  # a loader process that finds nothing usable in so many in a row ends a run, too; see `__iter__`
 STALL_S, COMMAND_STALL_S = 30, 600  # a server, a command that sends nothing for so long is given up
 MAX_CAPTION = 10_000  # characters; megabytes of text would take minutes to cut into tokens
 WAITING_BYTES = 2**28  # of samples whose files are not neighbours in their tar
 AUDIT_USABLE_SAMPLES, AUDIT_SAMPLES = 32, 1000
 # Flags that may differ when a run is resumed; every other one must stay the same.
 FREE_FLAGS = frozenset(
-    "cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit dry_run gradient_checkpointing "
-    "hub_model_id hub_public_repo hub_token init_lora local_rank vae_encode_batch_size logging_dir logging_steps "
-    "num_train_epochs max_train_samples max_train_steps output_dir push_to_hub push_checkpoints_to_hub report_to "
-    "resume_from_checkpoint revision tracker_project_name validation_prompts validation_steps".split()
+    "allow_tf32 cache_dir cast_teacher_unet checkpointing_steps checkpoints_total_limit compile dry_run "
+    "enable_xformers_memory_efficient_attention gradient_checkpointing hub_model_id hub_public_repo hub_token "
+    "init_lora local_rank logging_dir logging_steps max_train_samples max_train_steps num_train_epochs output_dir "
+    "push_checkpoints_to_hub push_to_hub report_to resume_from_checkpoint revision tracker_project_name "
+    "vae_encode_batch_size validation_prompts validation_steps".split()
 )
 # Flags that may name a place on the disk.
 PLACES = "train_shards_path_or_url pretrained_teacher_model pretrained_vae_model_name_or_path teacher_config".split()
@@ -127,6 +131,7 @@ OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|unable to find an engine"
 FOREIGN_FLAGS = {
     "pretrained_model_name_or_path": "--pretrained_teacher_model", "network_dim": "--lora_rank",
     "save_every_n_steps": "--checkpointing_steps", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
+    "optimizer": "--use_8bit_adam", "warmup": "--lr_warmup_steps",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -370,7 +375,7 @@ def add_output_args(parser):
     add("--use_4bit_base", action="store_true",
         help="frozen weights of the attention blocks in 4 bits (NF4, bitsandbytes): less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
-        help="attention of xformers in place of PyTorch's SDPA; needs CUDA")
+        help="attention of xformers, where it runs, in place of PyTorch's SDPA")
     add("--vae_encode_batch_size", type=COUNT, default=4, help="pictures that the VAE encodes at a time")
     add("--compile", action="store_true", help="torch.compile of the transformer blocks; the first updates are slow")
 # fmt: on
@@ -391,7 +396,7 @@ def unknown_flag(word, parser):
         command = "python scripts/make_shards.py --dataset_name NAME --output_dir shards"
         return f"{word}: not a flag here; make shards first: {command}, then --train_shards_path_or_url shards"
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1)), None)
+    near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1, 0.65)), None)
     return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
 
 
@@ -446,6 +451,9 @@ def check_paths(args, error):
         is_local = re.search(r"^[./~]|/.*/|\\|\.(safetensors|ckpt)$", value) or os.path.exists(value)
         if is_local and "://" not in value and not is_there:
             error(f"--{flag} {value}: no such file or folder; give an existing path or a Hub id, owner/name")
+    vae = args.pretrained_vae_model_name_or_path
+    if vae and os.path.isfile(vae):
+        error(f"--pretrained_vae_model_name_or_path {vae}: is a file; name a folder or Hub id, such as {USUAL_VAE}")
     if args.resume_from_checkpoint not in ("latest", "none") and not named_checkpoints(args):
         where = f"no such checkpoint, neither here nor in {args.output_dir}"
         error(f"--resume_from_checkpoint {args.resume_from_checkpoint}: {where}; give 'latest', 'none' or its folder")
@@ -524,7 +532,7 @@ if __name__ == "__main__":
     # Flags are read before the imports below, which take seconds, so that --help and wrong flags answer at once.
     ARGS = parse_args()
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while libraries load: the end, without a traceback
-    if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_MIXED_PRECISION") in os.environ:
+    if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_DYNAMO_MODE") in os.environ:
         # torchrun may be killed; `accelerate launch` of one process does not pass signals on.
         end_with_parent(signal.SIGTERM)
     print("loading libraries", file=sys.stderr, flush=True)
@@ -700,7 +708,7 @@ class SkippedSample(Exception):
 class Skipped(Counter):
     """Counts of what was not used, by cause."""
 
-    dead_shards = 0  # remote ones in a row that gave nothing at all
+    dead_shards = 0  # so many in a row gave nothing at all
 
 
 class PictureFolder(NamedTuple):
@@ -733,10 +741,16 @@ def list_shards(values):
             if not name.strip():  # as of an unset variable; it would be the current folder
                 raise UnusableInput(f"{flag} {masked(' '.join(values))}: a part of it, {given!r}, is empty; mend it")
             shards += [name] if is_remote(value) else find_local(name)
-    kinds = {}
+    kinds, faults = {}, []
     for shard in shards:
-        if not is_remote(shard):
-            kinds.setdefault(check_shard(Path(shard)) if isinstance(shard, str) else b"", shard)
+        try:
+            if not is_remote(shard):
+                kinds.setdefault(check_shard(Path(shard)) if isinstance(shard, str) else b"", shard)
+        except UnusableInput as error:
+            faults.append((shard, error))
+    if faults:
+        more = "; unusable, too: " * (len(faults) > 1) + ", ".join(shard for shard, _ in faults[1:20])
+        raise UnusableInput(f"{faults[0][1]}{more}" + f" and {len(faults) - 20} more" * (len(faults) > 20))
     if len(kinds) > 1:
         mixed = "cached shards and others" if b"" in kinds else "shards that were cached in different ways"
         raise UnusableInput(f"{flag} mixes {mixed}, such as {' and '.join(map(str, kinds.values()))}; name one kind")
@@ -764,11 +778,12 @@ def list_folder(folder):
     for path in sorted(files_below(folder, faults.append)):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
-        samples.setdefault(key, []).append(name)
+        if suffix:
+            samples.setdefault(key, []).append(name)
+        else:
+            unread[path.suffix.lower() or path.name] += 1
         if suffix in IMAGE_SUFFIXES:
             keys[key] = True  # in order
-        elif not suffix:
-            unread[path.suffix.lower() or path.name] += 1
     unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
     if unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
@@ -856,11 +871,10 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
             cause = f"{type(error).__name__}: {error.args[-1] if error.args else error}"
             failures = 1 if done > before else failures + 1
     skipped[f"shard {name} broke off ({cause})"] += 1
-    is_dead = is_remote(shard) and not done  # the network, not one file
-    skipped.dead_shards = skipped.dead_shards + 1 if is_dead else 0
+    skipped.dead_shards = 0 if done else skipped.dead_shards + 1  # the network or the disk, not one file
     if skipped.dead_shards >= (DEAD_SHARDS if attempts > 1 else DEAD_SHARDS_AT_START):
         found = f"{skipped.dead_shards} shards in a row cannot be read; the last: {name} ({cause})"
-        raise UnusableInput(f"{found}; check the address or command, the network and the permissions")
+        raise UnusableInput(f"{found}; check the address or command, the network or disk, and the permissions")
 
 
 class Member(tarfile.TarInfo):
@@ -893,6 +907,7 @@ def shard_members(shard):
     else:
         with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
             for member in tar:
+                tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
                 if member.issparse():
                     raise tarfile.ReadError("sparse files are not read; pack without --sparse")
                 if member.isreg() and split_name(member.name)[1]:
@@ -1108,6 +1123,9 @@ def open_picture(picture, max_pixels, draft_px=None):
         original = picture.size[::-1] if is_turned else picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
+        picture.load()
+        for name in ("exif", "Raw profile type exif"):
+            picture.info.pop(name, None)  # Pillow would write it anew, and fail at a tag of a wrong type
         ImageOps.exif_transpose(picture, in_place=True)
         return to_rgb(picture), original
     except SkippedSample:
@@ -1233,8 +1251,11 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.start_positions.get(str(consumer), (0, 0))
-        skipped, batch, usable_epoch = Skipped(), [], epoch if start else epoch - 1  # the last with a usable sample
+        skipped, batch, empty, limit = Skipped(), [], 0, EMPTY_EPOCHS  # `empty`: epochs without a usable sample
+        if 1 < len(self.shards) < 10 * self.consumers:  # a bad or short one may be all that this one has in an epoch
+            limit *= 2 * min(len(self.shards), self.consumers)
         while True:
+            usable = start > 0
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
             shuffled = wds.shuffle(buffer, initial=buffer, rng=rng)(self.raw_samples(epoch, consumer, skipped))
@@ -1248,15 +1269,15 @@ class ShardStream(torch.utils.data.IterableDataset):
                     except SkippedSample as cause:
                         skipped[str(cause)] += 1
                         continue
-                    usable_epoch = epoch
+                    usable = True
                     if len(batch) == self.args.train_batch_size:
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
-                # A bad shard may be all that this consumer has in an epoch; in the next one it may have another.
-                if epoch - usable_epoch == EMPTY_EPOCHS:
+                empty = 0 if usable else empty + 1
+                if empty == limit:
                     causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-                    found = f"gave a loader process no usable sample in {EMPTY_EPOCHS} epochs"
+                    found = f"gave a loader process no usable sample in {limit} epochs"
                     raise UnusableInput(f"--train_shards_path_or_url {found}: {causes}")
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
@@ -1265,7 +1286,13 @@ class ShardStream(torch.utils.data.IterableDataset):
 
     def collate(self, samples):
         batch = torch.utils.data.default_collate(samples)
-        return batch if self.cache else batch | {"ids": tokenize(self.tokenizers, batch["caption"])}
+        if not self.cache:
+            batch["ids"] = tokenize(self.tokenizers, batch["caption"])
+        if torch.utils.data.get_worker_info():  # a lack of room raises here; in the queue's thread the run would wait
+            for value in (*batch.values(), *batch.get("ids", ())):
+                if isinstance(value, torch.Tensor):
+                    value.share_memory_()
+        return batch
 
 
 def tokenize(tokenizers, captions):
@@ -1275,13 +1302,15 @@ def tokenize(tokenizers, captions):
 
 
 def describe(skipped):
-    """Return counts by cause as one line, the most frequent first."""
-    return masked(", ".join(f"{cause}: {count}" for cause, count in (+Counter(skipped)).most_common()))
+    """Return counts by cause as one line, the 20 most frequent first."""
+    counts = +Counter(skipped)
+    found = masked(", ".join(f"{cause}: {count}" for cause, count in counts.most_common(20)))
+    return found + f", and {len(counts) - 20} causes more" * (len(counts) > 20)
 
 
 def audit(shards, args):
     """Return (usable samples, report line, head of the cache or None) after reading the first samples."""
-    skipped, usable, examined, cache = Skipped(), [], 0, None
+    skipped, usable, examined, cache, known = Skipped(), [], 0, None, set()
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
         if sample["__key__"] == CACHE_KEY and not sample.keys() & {*IMAGE_SUFFIXES}:
@@ -1292,6 +1321,7 @@ def audit(shards, args):
             continue
         examined += 1
         try:
+            known |= metadata_of(sample).keys()
             usable.append(prepare_sample(sample, args, epoch=0, cached=cache is not None))
             usable[-1].pop("pixels", None)  # other processes need only captions and their embeddings
         except SkippedSample as cause:
@@ -1309,7 +1339,12 @@ def audit(shards, args):
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
     report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped)})"
-    return usable, report.removesuffix(" ()"), cache
+    report = report.removesuffix(" ()")
+    for flag in ("max_watermark", "max_unsafe", "min_aesthetic"):
+        if getattr(args, flag) is not None and flag[4:] not in known:
+            cause = f"no sample that was read has a number for {flag[4:]}; --require_metadata leaves those out"
+            report += f"\nwarning: --{flag} filters nothing, because {cause}"
+    return usable, report, cache
 
 
 def check_cache(cache, args):
@@ -1422,7 +1457,7 @@ def load_pipeline(args, dtype, **options):
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(teacher, config=args.teacher_config, **options)
     else:
         if "vae" not in options and not Path(teacher).exists() and dtype != torch.float32:
-            options["vae"] = AutoencoderKL.from_pretrained(FP16_VAE, dtype=dtype, cache_dir=args.cache_dir)
+            options["vae"] = AutoencoderKL.from_pretrained(USUAL_VAE, dtype=dtype, cache_dir=args.cache_dir)
         pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
             teacher, revision=args.teacher_revision, variant=args.variant, **options
         )
@@ -1521,9 +1556,9 @@ def load_teacher(args, dtype, device, check=True, **parts):
         for name, module in pipe.components.items():
             if isinstance(module, torch.nn.Module) and name not in given:  # a given student must stay trainable
                 module.requires_grad_(False).eval().to(device)
-    except (UnusableInput, torch.OutOfMemoryError):
-        raise
     except Exception as error:  # libraries raise almost anything for a missing, cut or foreign model
+        if isinstance(error, (UnusableInput, torch.AcceleratorError)) or OUT_OF_MEMORY.search(str(error)):
+            raise
         raise UnusableInput(loading_error(args, error, flag)) from error
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -1533,9 +1568,11 @@ def check_vae(vae, args):
     """Raise UnusableInput where another VAE's latents are not those that the teacher was trained on."""
     is_file = "://" in args.pretrained_teacher_model or Path(args.pretrained_teacher_model).is_file()
     teacher, own = args.teacher_config if is_file else args.pretrained_teacher_model, {}
+    if not teacher:  # a single file has its family's VAE
+        own = {"_class_name": "AutoencoderKL", "scaling_factor": VAE_SCALING}
     with suppress(OSError):  # a teacher without a VAE of its own
         options = {"cache_dir": args.cache_dir, "revision": None if is_file else args.teacher_revision}
-        own = AutoencoderKL.load_config(teacher, subfolder="vae", **options) if teacher else {}
+        own = own or AutoencoderKL.load_config(teacher, subfolder="vae", **options)
     remedy = "name a VAE for this teacher, or mend the teacher's vae/config.json"
     for name, usual in {"latent_channels": 4, "scaling_factor": 0.18215, "shift_factor": None}.items():
         if own.get("_class_name") == "AutoencoderKL" and own.get(name, usual) != vae.config[name]:
@@ -1718,7 +1755,7 @@ def add_lora(unet, args):
 def prepare_unet(unet, args):
     if args.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
-    if args.enable_xformers_memory_efficient_attention:
+    if args.enable_xformers_memory_efficient_attention and not xformers_fault(unet.device):
         unet.enable_xformers_memory_efficient_attention()
     if args.compile:
         # A graph for each width of the blocks in each pass, of teacher, target, student and so on: more than
@@ -1844,9 +1881,12 @@ def parse_lora(path, layers_per_block):
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
         alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
         loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
-    is_pair = {name: one.up.shape[1:2] == one.down.shape[:1] for name, one in loras.items()}
-    is_number = {name: one.up.is_floating_point() and one.down.is_floating_point() for name, one in loras.items()}
-    return loras, [*state, *(name for name in loras if not (is_pair[name] and is_number[name]))], number
+
+    def is_whole(name, one):  # and of the UNet, not of a text encoder
+        is_number = one.up.is_floating_point() and one.down.is_floating_point()
+        return is_number and one.up.shape[1:2] == one.down.shape[:1] and name.startswith(UNET_PARTS)
+
+    return loras, [*state, *(name for name, one in loras.items() if not is_whole(name, one))], number
 
 
 def reduce_rank(one, rank):
@@ -1905,6 +1945,7 @@ def make_trainable(unet, args, accelerator, num_updates, init_lora=None):
 @dataclass
 class RunState:
     global_step: int = 0  # updates done
+    saved_step: int | None = None  # updates done at the newest checkpoint in the output folder
     positions: dict = field(default_factory=dict)  # consumer -> (epoch, samples read in it)
     skipped: Counter = field(default_factory=Counter)  # samples of this process by cause
     stop_signal: str | None = None  # the first signal that asked the run to stop
@@ -2240,10 +2281,15 @@ def matching_loss(x, teacher_z0, fake_z0):
 
 
 def fake_loss(fake, schedule, x, tau, eps, conditioning, dtype):
-    """Return the fake's denoising loss on what the student drew, without guidance."""
-    z_tau = add_noise(schedule, x, eps, tau)
-    _, fake_eps = clean_estimate(schedule, predict(fake, z_tau, tau, conditioning, dtype), z_tau, tau)
-    return (fake_eps - eps).square().mean()
+    """Return the fake's denoising loss on what the student drew, without guidance, and its error of the noise.
+
+    The loss is the error of its own output, from which it learns as much at every tau.
+    """
+    (alpha, sigma), z_tau = schedule.at(tau), add_noise(schedule, x, eps, tau)
+    target = {"epsilon": eps, "v_prediction": alpha * eps - sigma * x, "sample": x}[schedule.prediction_type]
+    output = predict(fake, z_tau, tau, conditioning, dtype)
+    _, fake_eps = clean_estimate(schedule, output.detach(), z_tau, tau)
+    return (output - target).square().mean(), (fake_eps - eps).square().mean()
 
 
 @torch.no_grad()
@@ -2303,8 +2349,8 @@ def update_matching(job, batches):
             part = slice(number % len(x), None, args.fake_updates)  # where samples are fewer, each serves several
             x, conditioning, tau, eps = slice_tensors((x, conditioning, tau[number], eps[number]), part)
             with job.accelerator.accumulate(fake.model):
-                loss = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
-                fake_losses.append(loss.detach())
+                loss, noise_error = fake_loss(fake.model, job.schedule, x, tau, eps, conditioning, job.dtype)
+                fake_losses.append(noise_error)
                 fake_norm = descend(job, fake.optimizer, loss)
         fake_norms.append(fake_norm)  # `descend` returns one at the last micro step alone
     if is_trained:
@@ -2401,6 +2447,7 @@ def save_checkpoint(job, settings):
     manifest["positions"] = dict(gather_object(list(job.state.positions.items())))
     manifest["skipped"] = count_skipped(job)
     agree(job.accelerator, write_checkpoint, job, manifest)
+    job.state.saved_step = job.state.global_step
 
 
 def write_checkpoint(job, manifest):
@@ -2408,6 +2455,9 @@ def write_checkpoint(job, manifest):
     args, output_dir = job.args, Path(job.args.output_dir)
     final = output_dir / f"checkpoint-{manifest['global_step']}"
     scratch = output_dir / f".writing-{final.name}"
+    old = scratch.with_name(f"{scratch.name}-old")
+    if job.state.saved_step == manifest["global_step"] and read_manifest(final)[0]:
+        return  # as where a signal comes before the next update
     try:
         for leftover in output_dir.glob(f"{scratch.name}*"):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -2418,16 +2468,22 @@ def write_checkpoint(job, manifest):
             save_for_peft(unet, scratch / folder_name)
         with (scratch / "training_state.pt").open("wb") as file:
             torch.save({name: part.state_dict() for name, part in stateful_parts(job).items()}, file)
-            os.fsync(file.fileno())
         files = [path for path in sorted(scratch.rglob("*")) if path.is_file()]
+        for path in files:
+            with path.open("rb+") as file:
+                os.fsync(file.fileno())
         manifest["sizes"] = {path.relative_to(scratch).as_posix(): path.stat().st_size for path in files}
         write_atomically(scratch / MANIFEST_NAME, json.dumps(manifest, indent=1))
         if final.exists():  # damaged, or of a longer run that was resumed from an earlier checkpoint
-            os.replace(final, scratch.with_name(f"{scratch.name}-old"))
+            os.replace(final, old)
         os.replace(scratch, final)
-        prune_checkpoints(output_dir, args.checkpoints_total_limit)
+        prune_checkpoints(output_dir, args.checkpoints_total_limit, final)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if OUT_OF_MEMORY.search(str(error)) or str(error).startswith("DataLoader worker"):  # killed meanwhile
+        shutil.rmtree(scratch, ignore_errors=True)
+        with suppress(OSError):  # where `final` is there, or never was
+            os.rename(old, final)
+        is_of_gpu = isinstance(error, torch.AcceleratorError) or OUT_OF_MEMORY.search(str(error))
+        if is_of_gpu or str(error).startswith("DataLoader worker"):  # killed meanwhile
             raise
         remedy = "make room or name another --output_dir, then give the same command again"
         cause = f"{final} cannot be written ({one_line(error)})"
@@ -2450,6 +2506,8 @@ def load_checkpoint(job, folder, manifest):
     if read_manifest(folder)[0] != manifest:  # which rank 0 has read
         raise UnusableInput(f"{folder} is not that of the first process; put --output_dir where all nodes see it")
     job.state.global_step, job.state.positions = manifest["global_step"], manifest["positions"]
+    if is_of_run(folder, job.args):
+        job.state.saved_step = manifest["global_step"]
     if job.accelerator.is_main_process:
         job.state.skipped.update(manifest.get("skipped", {}))
     for name, unet in trained_unets(job).items():
@@ -2465,11 +2523,12 @@ def list_checkpoints(output_dir):
     return sorted((path for path in steps if steps[path].isdecimal()), key=lambda path: int(steps[path]))
 
 
-def prune_checkpoints(output_dir, limit):
+def prune_checkpoints(output_dir, limit, newest):
     """Remove the checkpoints written first, over the limit, and what interrupted writes left."""
-    manifests = [(folder / MANIFEST_NAME, folder) for folder in list_checkpoints(output_dir)]
-    written = sorted((path.stat().st_mtime_ns if path.exists() else 0, folder) for path, folder in manifests)
-    spare = [folder for _, folder in written[:-limit]] if limit else []
+    others = [folder for folder in list_checkpoints(output_dir) if folder != newest]  # whatever the clock says
+    written = {path.parent: path.stat().st_mtime_ns for path in Path(output_dir).glob(f"*/{MANIFEST_NAME}")}
+    others.sort(key=lambda folder: written.get(folder, 0))
+    spare = others[: 1 - limit or None] if limit else []
     for path in chain(output_dir.glob(".writing-checkpoint-*"), spare):
         try:
             shutil.rmtree(path)
@@ -2495,21 +2554,41 @@ def read_manifest(folder):
 def find_checkpoint(args, say):
     """Return (folder, manifest) to resume from, or (None, None) to start afresh."""
     wanted, existing = args.resume_from_checkpoint, list_checkpoints(args.output_dir)
+    for folder in existing:
+        if not (folder / MANIFEST_NAME).exists() and any(folder.glob("optimizer.*")):  # it would be removed in time
+            raise UnusableInput(f"{folder}: is of another program; move it, or choose another --output_dir")
     if wanted == "none" and existing:
         found = f"{args.output_dir} holds checkpoints of an earlier run"
         raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
     named = [] if wanted in ("none", "latest") else named_checkpoints(args)[:1]
-    for folder in existing[::-1] if wanted == "latest" else named:
+    candidates = existing[::-1] if wanted == "latest" else named
+    if named and existing and not is_of_run(named[0], args):
+        if masked(wanted) != read_args(args.output_dir).get("resume_from_checkpoint"):
+            remedy = "go on from them with 'latest', or name another folder"
+            raise UnusableInput(f"--output_dir {args.output_dir}: holds checkpoints of another run; {remedy}")
+        candidates = existing[::-1] + named  # the run began at that checkpoint, was stopped, and is requeued
+    for folder in candidates:
         manifest, reason = read_manifest(folder)
         if manifest:
-            if folder.resolve().parent != Path(args.output_dir).resolve():
+            if not is_of_run(folder, args):
                 check_unused(args)
             return folder, manifest
-        if wanted != "latest":
+        if folder in named:
             raise UnusableInput(f"--resume_from_checkpoint {folder}: {reason}; name a complete checkpoint or 'latest'")
         say(f"passing over {folder}: {reason}")
     check_unused(args)
     return None, None
+
+
+def is_of_run(folder, args):
+    return folder.resolve().parent == Path(args.output_dir).resolve()
+
+
+def read_args(folder):
+    """Return the flags of the last run in a folder, as `open_output` wrote them."""
+    with suppress(OSError, ValueError, TypeError):
+        return dict(json.loads((Path(folder) / "args.json").read_text(encoding="utf-8")))
+    return {}
 
 
 def check_unused(args):
@@ -2523,7 +2602,7 @@ def check_resume(folder, manifest, settings, max_train_steps):
     parser = build_parser()
     # A checkpoint written before a flag existed behaved as that flag's default does; before a checksum, as today's.
     old = {name: settings[name] if " " in name else parser.get_default(name) for name in settings}
-    old |= manifest["settings"]
+    old |= {name: value for name, value in manifest["settings"].items() if name in settings or name not in FREE_FLAGS}
     if len(old["teacher_revision"] or "") < 40 == len(settings["teacher_revision"] or ""):
         old["teacher_revision"] = settings["teacher_revision"]  # 0.2.0 noted the branch and not its commit
     for name in PLACES:
@@ -2626,7 +2705,8 @@ class Log:
         return f"{cause} at update {line['step']}; the last checkpoint is untouched. {remedy}"
 
 
-TRAILING = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}  # options of DDIM
+UNCLIPPED = {"clip_sample": False, "thresholding": False}  # to [-1, 1], which is for pixels and not for latents
+TRAILING = {"timestep_spacing": "trailing", "set_alpha_to_one": True} | UNCLIPPED  # options of DDIM
 
 
 def sampler_of(args):
@@ -2634,7 +2714,7 @@ def sampler_of(args):
     if args.objective == "matching" or args.phases == 2:
         return DDIMScheduler, dict(TRAILING), args.student_eta if args.objective == "matching" else 0.0
     options = {"timestep_scaling": args.timestep_scaling_factor, "original_inference_steps": args.num_ddim_timesteps}
-    return LCMScheduler, options, 0.0
+    return LCMScheduler, options | UNCLIPPED, 0.0
 
 
 def usage_of(args):
@@ -2780,18 +2860,18 @@ def write_card(job, drawn):
     """Write the pictures at 4 steps and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
     save_gallery(folder, drawn.get(4, []))
-    teacher = masked(args.pretrained_teacher_model)
+    teacher = args.pretrained_teacher_model
+    teacher = masked(teacher) if "://" in teacher else teacher
     from_hub = "://" not in teacher and not Path(teacher).exists()
     prompt = json.dumps(job.prompts[0], ensure_ascii=False)
-    source = f'"{teacher if from_hub else "THE-TEACHER"}"' + f', variant="{args.variant}"' * bool(args.variant)
-    kind, load = "DiffusionPipeline", "from_pretrained"
+    kind, load = "DiffusionPipeline", f'from_pretrained("{teacher if from_hub else "THE-TEACHER"}"'
+    load += f', variant="{args.variant}"' * bool(args.variant)
     if "://" in teacher or Path(teacher).is_file():
-        kind, load = type(job.pipe).__name__, "from_single_file"
-    scheduler, options, eta = sampler_of(args)
-    usual, (title, sampler) = {"timestep_scaling": 10.0, "original_inference_steps": 50}, usage_of(args)
-    options["prediction_type"] = job.schedule.prediction_type
-    # Any other option is written out, because `from_config` would take the teacher's value in place of a default.
-    changed = "".join(f", {name}={value!r}" for name, value in options.items() if value != usual.get(name))
+        kind, load = type(job.pipe).__name__, 'from_single_file("THE-TEACHER"'
+        if args.teacher_config:
+            load += f', config="{"ITS-CONFIG" if Path(args.teacher_config).exists() else args.teacher_config}"'
+    scheduler, _, eta = sampler_of(args)
+    title, sampler = usage_of(args)
     description = f"""# {title}
 
 Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 steps.
@@ -2801,10 +2881,10 @@ Distilled from {teacher if from_hub else "a local teacher"}; draws in 2 to 8 ste
 ```python
 import torch
 from diffusers import {scheduler.__name__}, {kind}
-pipe = {kind}.{load}({source}, torch_dtype=torch.float16)
+pipe = {kind}.{load}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
-pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed})
-pipe.load_lora_weights("{job.state.repository or args.hub_model_id or "PATH/TO/THIS/FOLDER"}", adapter_name="lcm")
+pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed_options(job)})
+pipe.load_lora_weights("{job.state.repository or args.hub_model_id or NO_REPOSITORY}", adapter_name="lcm")
 picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
 ```
 
@@ -2822,6 +2902,18 @@ The LoRA inherits the teacher's limits and biases.
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
     write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
+
+
+def changed_options(job):
+    """Return the sampler's options as the card's call of `from_config` needs them: ", NAME=VALUE" of each."""
+    (scheduler, options, _), given = sampler_of(job.args), job.pipe.scheduler.config
+    # What a single file tells by its keys, which diffusers does not read; False is the usual value.
+    options |= {name: given.get(name) for name in ("prediction_type", "rescale_betas_zero_snr") if given.get(name)}
+    usual = {"timestep_scaling": 10.0, "original_inference_steps": 50, "thresholding": False}
+    usual["clip_sample"] = scheduler is DDIMScheduler
+    # Any other option is written out, because `from_config` would take the teacher's value in place of a default.
+    changed = {name: value for name, value in options.items() if {usual.get(name), given.get(name, value)} != {value}}
+    return "".join(f", {name}={value!r}" for name, value in changed.items())
 
 
 def training_table(job, drawn):
@@ -2863,14 +2955,27 @@ def make_repository(args):
         name = create_repo(repository_name(args), **options).repo_id
         auth_check(name, token=args.hub_token, write=True)  # `create_repo` lets a token read what exists
         return name
-    except (HTTPError, OSError, ValueError) as error:
+    except (HTTPError, OSError, ValueError, ImportError) as error:  # the last: no package for a proxy of SOCKS
         status = getattr(getattr(error, "response", None), "status_code", 0)
         message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
         refused = status in range(400, 500) and status not in (408, 429)
-        if refused or isinstance(error, (ValueError, LocalTokenNotFoundError)):
-            raise UnusableInput(f"{message}; log in with `hf auth login`, or leave the flag out") from error
-        tqdm.write(f"{message}; training goes on, the upload is tried again later", file=sys.stderr)
+        if refused or isinstance(error, (ValueError, ImportError, LocalTokenNotFoundError)):
+            remedy = "install it" if isinstance(error, ImportError) else "log in with `hf auth login`"
+            raise UnusableInput(f"{message}; {remedy}, or leave the flag out") from error
+        tqdm.write(f"{message}; the upload is tried again later", file=sys.stderr)
         return repository_name(args)
+
+
+def publish(args):
+    """Upload a finished run, unless its card was written without --push_to_hub and may show captions of the data."""
+    path, shown = Path(args.output_dir) / "README.md", (args.validation_prompts or NEUTRAL_PROMPTS)[0]
+    card = path.read_text(encoding="utf-8", errors="replace")
+    if NO_REPOSITORY in card or json.dumps(shown, ensure_ascii=False) not in card:
+        cause = f"{path} was not written for the Hub and may show captions of the data"
+        remedy = "remove it, and the same command draws neutral prompts and writes another, or upload by `hf upload`"
+        raise UnusableInput(f"--push_to_hub: {cause}; {remedy}")
+    make_repository(args)
+    push(args, args.output_dir)
 
 
 def push(args, folder):
@@ -2887,7 +2992,8 @@ def push(args, folder):
             tqdm.write(f"upload {attempt + 1} of 2 failed: {one_line(error)}", file=sys.stderr)
             time.sleep(2)
     include = " ".join(f"--include {shlex.quote(pattern)}" for pattern in files)
-    command = f"hf upload {name} {shlex.quote(str(folder))} {include}"
+    private = " --private" * (not args.hub_public_repo)  # of a repository that it makes
+    command = f"hf upload {name} {shlex.quote(str(folder))} {include}{private}"
     tqdm.write(f"not uploaded; publish the files later with: {command}", file=sys.stderr)
 
 
@@ -2916,14 +3022,8 @@ def start(args):
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     folder = Path(args.output_dir) / args.logging_dir
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))  # rank 0 may upload meanwhile
-    try:
-        accelerator = Accelerator(
-            mixed_precision=args.mixed_precision, project_dir=str(folder), kwargs_handlers=[patience],
-            log_with=None if args.report_to == "none" else args.report_to,
-        )  # fmt: skip
-    except (ValueError, ImportError, RuntimeError) as error:
-        raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    trackers = None if args.report_to == "none" else args.report_to
+    accelerator = make_accelerator(mixed_precision=args.mixed_precision, project_dir=str(folder), log_with=trackers)
     if accelerator.is_local_main_process:
         enable_progress_bars()  # transformers hides those of downloads too, which may take an hour
     # Not as an argument, over which accelerate's environment variable would win.
@@ -2932,8 +3032,6 @@ def start(args):
         remedy = "its package is not installed; install it or choose another"
         raise UnusableInput(f"--report_to {args.report_to}: {remedy}")
     check_launch(accelerator)
-    if args.enable_xformers_memory_efficient_attention:
-        check_xformers(accelerator)
     if args.compile:
         check_compile(accelerator)
     if args.use_8bit_adam and accelerator.device.type == "mps":
@@ -2943,16 +3041,26 @@ def start(args):
     return accelerator
 
 
+def make_accelerator(wait_hours=6, **options):
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=wait_hours))  # rank 0 may upload meanwhile
+    try:
+        accelerator = Accelerator(**options, kwargs_handlers=[patience])
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise UnusableInput(f"accelerate cannot start: {one_line(error)}") from error
+    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
+        remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
+        raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would work alone; {remedy}")
+    return accelerator
+
+
 def check_launch(accelerator):
     """Raise UnusableInput where the launch or the device would train something else than the flags describe."""
     kind, precision = accelerator.distributed_type, accelerator.mixed_precision
     if kind not in (DistributedType.NO, DistributedType.MULTI_GPU, DistributedType.MULTI_CPU):
         raise UnusableInput(f"{kind} is not supported; launch with one or several GPUs or CPUs (DDP)")
-    if int(os.environ.get("WORLD_SIZE", 1)) != accelerator.num_processes:
-        remedy = "on CPUs set ACCELERATE_USE_CPU=true and start them with torchrun"
-        raise UnusableInput(f"launched as {os.environ['WORLD_SIZE']} processes, but each would train alone; {remedy}")
     here, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), torch.cuda.device_count()
-    is_own = gpus == 1 and "CUDA_VISIBLE_DEVICES" in os.environ  # a launcher can show each process a GPU of its own
+    # A launcher can show each process a GPU of its own.
+    is_own = gpus == 1 and any(f"{maker}_VISIBLE_DEVICES" in os.environ for maker in ("CUDA", "HIP", "ROCR"))
     if kind == DistributedType.MULTI_GPU and here > gpus and not is_own:
         raise UnusableInput(f"{here} processes for {gpus} visible GPUs; start one for each GPU")
     if precision not in DTYPES:
@@ -2964,21 +3072,20 @@ def check_launch(accelerator):
         raise UnusableInput("accelerate's dynamo settings would rename the LoRA's weights; unset them, use --compile")
 
 
-def check_xformers(accelerator):
-    flag, remedy = "--enable_xformers_memory_efficient_attention", "leave it out: PyTorch's SDPA computes the same"
-    if accelerator.device.type != "cuda":
-        raise UnusableInput(f"{flag} needs a CUDA GPU; {remedy}")
+def xformers_fault(device):
+    """Return why the kernels of xformers do not run on a device, "" where they do."""
+    if device.type != "cuda":
+        return "it needs a CUDA GPU"
     try:
         import xformers.ops
 
         # The second is what diffusers itself tries.
         for shape, dtype in ((1, 8, 1, 64), torch.float16), ((1, 2, 40), torch.float32):
-            query = torch.zeros(shape, dtype=dtype, device=accelerator.device)
+            query = torch.zeros(shape, dtype=dtype, device=device)
             xformers.ops.memory_efficient_attention(query, query, query)
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
-        cause = f"the kernels of xformers do not run with torch {torch.__version__} here ({one_line(error)[:120]})"
-        pair = "install a pair made for each other, such as torch 2.10 for CUDA 12.8 with xformers 0.0.35"
-        raise UnusableInput(f"{flag}: {cause}; {remedy}, or {pair}") from error
+        return f"xformers does not run with torch {torch.__version__} here ({one_line(error)[:120]})"
+    return ""
 
 
 def check_compile(accelerator):
@@ -3005,9 +3112,12 @@ def describe_device(accelerator):
     return line
 
 
-def without_effect(args):
+def without_effect(args, device):
     """Return a line for each flag or variable of the user's that changes nothing."""
     lines = [f"--{flag} has no effect: {why}" for flag, why in FLAGS_WITHOUT_EFFECT.items() if getattr(args, flag)]
+    flag = "enable_xformers_memory_efficient_attention"
+    if getattr(args, flag) and (fault := xformers_fault(device)):
+        lines.append(f"--{flag} has no effect: {fault}; PyTorch's SDPA computes the same")
     for flag in chain.from_iterable(READ_BY[objective] for objective in READ_BY.keys() - {args.objective}):
         if getattr(args, flag) != build_parser().get_default(flag):
             lines.append(f"--{flag} has no effect with --objective {args.objective}")
@@ -3043,6 +3153,9 @@ def describe_models(job, samples):
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
         lines += [f"captions cut at {limit} tokens: {cut} of the first {len(samples)}"] * bool(cut)
+    if (top := int(schedule.ddim_timesteps[-1])) < 0.95 * len(schedule.alphas) - 1:
+        cause = f"the noisiest timestep trained is {top}, and drawing begins with pure noise"
+        lines.append(f"warning: --num_ddim_timesteps {job.args.num_ddim_timesteps}: {cause}; take a divisor of 1000")
     side = job.student_unet.config.sample_size
     if job.pipe.vae and isinstance(side, int) and side * job.pipe.vae_scale_factor != job.args.resolution:
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
@@ -3275,6 +3388,8 @@ def finish(job):
     tell_skipped(job)
     if accelerator.is_main_process:
         save_lora(job.student_unet, path, args)
+        if args.validation_steps == 0:
+            job.teacher_pictures = draw_teacher(job)
         write_card(job, validate(job) if args.validation_steps >= 0 else {})
         tqdm.write(f"the LoRA is {path}", file=sys.stderr)
         if args.push_to_hub:
@@ -3346,29 +3461,42 @@ def is_finished(args, manifest, max_train_steps):
     return manifest["global_step"] == max_train_steps and is_written
 
 
-def distil(job, loader, save):
-    """Train, write the last files, and end the trackers whatever happens: wandb loses what it has not sent."""
+@contextmanager
+def trackers_ended(accelerator, state):
+    """End the trackers whatever happens: they lose what they have not sent."""
+    code = 0
     try:
-        if job.args.validation_steps >= 0 and job.accelerator.is_main_process:
-            job.teacher_pictures = draw_teacher(job)  # now, when a signal costs nothing
-        wait_for_all()
-        train(job, loader, save)
-        finish(job)
+        yield
     except BaseException as error:
-        job.state.waits_at = None
-        if any(tracker.name != "tensorboard" for tracker in job.accelerator.trackers):
+        state.waits_at, code = None, int(not isinstance(error, StoppedBySignal))
+        if any(tracker.name != "tensorboard" for tracker in accelerator.trackers):
             # Their end may take long, and this error is printed after it.
             tqdm.write(f"finishing the trackers after {type(error).__name__}: {one_line(error)}", file=sys.stderr)
         raise
     finally:
-        job.state.is_training = False  # a signal ends the run at once, because a tracker may wait for its server
-        to_trackers(job.accelerator, operator.methodcaller("finish"))
+        state.is_training = False  # a signal ends the run at once, because a tracker may wait for its server
+        to_trackers(accelerator, partial(end_tracker, code))
+
+
+def end_tracker(code, tracker):
+    if tracker.name == "wandb":  # accelerate's own way records a success whatever happened
+        tracker.tracker.finish(exit_code=code)
+    else:
+        tracker.finish()
+
+
+def distil(job, loader, save):
+    if job.args.validation_steps > 0 and job.accelerator.is_main_process:
+        job.teacher_pictures = draw_teacher(job)  # now, when a signal costs nothing
+    wait_for_all()
+    train(job, loader, save)
+    finish(job)
 
 
 def main(args, state):
     accelerator = start(args)
     say = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _message: None
-    say("\n".join([describe_device(accelerator), *without_effect(args)]))
+    say("\n".join([describe_device(accelerator), *without_effect(args, accelerator.device)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
@@ -3379,7 +3507,7 @@ def main(args, state):
     workers = agree(accelerator, count_workers, args, accelerator, manifest)
     max_train_steps = count_updates(args, accelerator)
     settings = agree(accelerator, settings_of, args, accelerator, max_train_steps, shards, workers)
-    say(describe_data(shards, report, args, accelerator, workers))
+    say(agree(accelerator, describe_data, shards, report, args, accelerator, workers))  # it reads files beside shards
     if manifest:
         agree(accelerator, check_resume, folder, manifest, settings, max_train_steps)
         if agree(accelerator, is_finished, args, manifest, max_train_steps):
@@ -3387,8 +3515,8 @@ def main(args, state):
             if args.lr_scheduler in SCHEDULES_WITHOUT_END:
                 way_on = "a greater --max_train_steps goes on"
             say(f"this run is finished: {Path(args.output_dir) / WEIGHTS_NAME}; {way_on}")
-            if args.push_to_hub and not args.dry_run and accelerator.is_main_process:
-                push(args, args.output_dir)
+            if args.push_to_hub and not args.dry_run:
+                agree(accelerator, publish, args)
             return
         say(f"resuming from {folder}" + "; --init_lora was read when the run began" * bool(args.init_lora))
     elif args.resume_from_checkpoint == "latest":
@@ -3403,13 +3531,14 @@ def main(args, state):
     state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""
     agree(accelerator, start_trackers, args, accelerator)
     listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
-    say("loading the models")
-    job = make_job(args, accelerator, samples, cache, state, is_resumed=bool(manifest))
-    say(describe_models(job, samples))
-    if manifest:
-        load_checkpoint(job, folder, manifest)
-    loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
-    distil(job, loader, partial(save_checkpoint, job, settings))
+    with trackers_ended(accelerator, state):
+        say("loading the models")
+        job = make_job(args, accelerator, samples, cache, state, is_resumed=bool(manifest))
+        say(describe_models(job, samples))
+        if manifest:
+            load_checkpoint(job, folder, manifest)
+        loader = make_loader(make_stream(job, shards, workers, cache), workers, accelerator.device)
+        distil(job, loader, partial(save_checkpoint, job, settings))
     # Delete the DDP wrapper before destroying the process group: as the group's last owner its destructor would
     # wait for a gloo thread that waits for the GIL, and the run would hang at exit.
     del job
@@ -3458,9 +3587,9 @@ def run(args):
             place = error.errno == errno.EACCES and error.filename or f"--output_dir {args.output_dir}"
             remedy = "give this user the right" if error.errno == errno.EACCES else "make room"
             code, printed = 2, f"error: {place}: {error.strerror}; {remedy}, then give the command again"
-        elif isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
-            remedy = "memory may be short: use fewer --dataloader_num_workers or less --shuffle_buffer_samples"
-            printed = f"error: a loader process was killed; {remedy}"
+        elif isinstance(error, RuntimeError) and re.search("^DataLoader worker|unable to allocate shared", str(error)):
+            remedy = "use fewer --dataloader_num_workers or less --shuffle_buffer_samples, in a container --ipc=host"
+            printed = f"error: a loader process failed; memory or /dev/shm may be short: {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
     rank = int(os.environ.get("RANK", 0))

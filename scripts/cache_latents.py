@@ -143,9 +143,9 @@ def metadata_with_size(trainer, raw):
     return json.dumps(record | {"original_width": width, "original_height": height}).encode()
 
 
-def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
-    """Write the cached form of a shard, whole or not at all; returns skipped samples by cause."""
-    skipped, done, source = trainer.Skipped(), 0, source_of(trainer, shard)
+def cache_shard(trainer, pipe, head, shard, target, args, own, skipped, bar):
+    """Write the cached form of a shard, whole or not at all; adds to the counts of what was `skipped`, by cause."""
+    before, done, source = Counter(skipped), 0, source_of(trainer, shard)
     scratch = target.with_name(f".writing-{target.name}")
     # One thread writes a batch while the next is encoded. A whole time saves each member an extended header.
     with (
@@ -165,13 +165,12 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, bar):
             bar.update(len(batch))
         if written:
             written.result()
-    if not done or any(cause.startswith("shard ") for cause in skipped):  # it broke off
-        scratch.unlink()
-        return skipped
-    stats = {"samples": done, "source": source, "skipped": dict(skipped)}
+    found = dict(skipped - before)
+    if not done or any(cause.startswith("shard ") for cause in found):  # it broke off
+        return scratch.unlink()
+    stats = {"samples": done, "source": source, "skipped": found}
     trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), json.dumps(stats, indent=1))
     os.replace(scratch, target)
-    return skipped
 
 
 def source_of(trainer, shard):
@@ -208,11 +207,11 @@ def main(own):
     head = make_head(trainer, pipe, args, own.num_views)
     # What is missing is shared, not all shards: so no process of a resumed run waits for one that has more left.
     missing = trainer.agree(accelerator, missing_shards, trainer, own.output_dir, head, shards)
-    skipped = Counter()
+    skipped = trainer.Skipped()
     with tqdm(unit="picture", desc="encoding", disable=not accelerator.is_main_process) as bar:
         for shard, target in missing[accelerator.process_index :: accelerator.num_processes]:
             with writing_to(own.output_dir), writing_alone(target):
-                skipped += cache_shard(trainer, pipe, head, shard, target, args, own, bar)
+                cache_shard(trainer, pipe, head, shard, target, args, own, skipped, bar)
     skipped = sum((Counter(part) for part in gather_object([dict(skipped)])), Counter())
     broken = [cause for cause in skipped if cause.startswith("shard ")]
     if accelerator.is_main_process:

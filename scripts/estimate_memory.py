@@ -97,11 +97,6 @@ class LiveMemory(TorchDispatchMode):
         return patch.object(owner, name, counted)
 
 
-def flash_attention(query, key, value, *_, **__):
-    """Return a tensor like attention [B,H,L,D], by CUDA's operation: on meta SDPA makes the L x L matrix."""
-    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
-
-
 def trainer_flags(own, words, trainer):
     args = trainer.parse_args([
         *words, "--pretrained_teacher_model", f"random/{own.model}", "--train_shards_path_or_url",
@@ -149,7 +144,7 @@ def losses_of(trainer, job, batch):
     yield trainer.student_loss(job, x, *conditioning, draws)
     job.student.zero_grad()
     inputs = x.detach(), draws.tau[1], draws.tau_eps[1], conditioning[0], job.dtype
-    yield trainer.fake_loss(job.fake.unet, job.schedule, *inputs)
+    yield trainer.fake_loss(job.fake.unet, job.schedule, *inputs)[0]
 
 
 def saved_by_packing(trainer, unet):
@@ -190,7 +185,11 @@ def count_memory(own, words):
     memory = LiveMemory([*fake_parameters, *(tensor for each in tensors.values() for tensor in each)])
     side = args.resolution // job.pipe.vae_scale_factor
     with ExitStack() as stack:
-        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", flash_attention))
+
+        def flash(query, key, value, *_, **__):  # on meta SDPA makes the L x L matrix
+            return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value)[0]
+
+        stack.enter_context(patch.object(functional, "scaled_dot_product_attention", flash))
         stack.enter_context(memory.parted(trainer, "encode", "VAE, text"))
         stack.enter_context(memory.parted(trainer, "teacher_step", "teacher"))
         stack.enter_context(memory)

@@ -137,10 +137,7 @@ def figure_problems(args):
 if __name__ == "__main__":
     ARGS = parse_args()
 
-from datetime import timedelta
-
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.utils import gather_object, release_memory
 from lib.evaluation import measures as m
 from lib.evaluation.pictures import REFERENCE_SEED, Gallery, list_rows, teacher_row
@@ -171,6 +168,7 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
         drawn = judges.row(gallery, yardstick)
         references = {"teacher": {name: drawn[name] for name in names}}
     else:
+        args.resolution = args.resolution or min(gallery.picture(teacher, 0).size)  # that of the yardstick, too
         references = {"teacher": m.load_yardstick(args, names)}
     if args.reference:
         references["real"] = judges.real(args.reference, gallery.picture(teacher, 0).size, accelerator)
@@ -186,7 +184,7 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
             "name": row.folder, "label": row.label, "sampler": row.sampler, "steps": row.steps,
             "guidance": row.guidance, "lora": row.lora and row.lora[1],
             "figures": m.score_row(values, distances, took),
-            "evaluations": took[0]["evaluations"],
+            "evaluations": took[0]["evaluations"], "drawn_on": sorted({record["place"] for record in took}),
         })  # fmt: skip
     return found, m.titles(names, references)
 
@@ -216,8 +214,7 @@ def report_settings(args, accelerator):
 
 
 def main(args):
-    # Processes wait for the slowest one's pictures and for the first one's statistics.
-    accelerator = Accelerator(kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=12))])
+    accelerator = sd15.make_accelerator(wait_hours=12, mixed_precision="no")  # for the slowest's pictures
     judges = m.Measures(args, accelerator.device)  # before hours of drawing, because one may not load
     if args.reference:
         m.check_real(args.reference, accelerator)
@@ -245,6 +242,7 @@ def main(args):
     found, figures = measure_rows(args, gallery, yardstick, rows, judges, accelerator)
     if accelerator.is_main_process:
         results = {"settings": report_settings(args, accelerator), "notes": m.NOTES}
+        results["settings"]["timed on"] = "; ".join(sorted({place for row in found for place in row["drawn_on"]}))
         results |= {"figures": figures, "rows": found}
         accelerator.print(f"{drawn} pictures drawn; those from before were kept")
         with writing_to(args.output_dir):

@@ -74,7 +74,6 @@ import torch
 from lib.original_layout import original_state
 from lib.pipelines import TEACHER_FLAGS, family_of, set_sampler
 from lib.trainers import DTYPES, INPUT_ERRORS, UnusableInput, exit_code, sd15, sdxl
-from peft import LoraConfig
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -162,8 +161,8 @@ def diffusers_file(loras):
     ranks = {name: len(lora.down) for name, lora in loras.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     others = {name: value for name, value in ranks.items() if value != rank}
-    config = LoraConfig(r=rank, lora_alpha=rank, rank_pattern=others, alpha_pattern=others).to_dict()
-    config |= {"target_modules": sorted(loras)}
+    config = {"r": rank, "lora_alpha": rank, "rank_pattern": others, "alpha_pattern": others}
+    config["target_modules"] = sorted(loras)  # and no other field: a PEFT that does not know one refuses the file
     state = {}
     for name, lora in loras.items():
         up = lora.up if lora.alpha == ranks[name] else lora.up.float() * (lora.alpha / ranks[name])

@@ -146,6 +146,13 @@ def test_each_row_is_written_as_it_is_measured_and_a_cut_run_keeps_them(tmp_path
         return plain_run(self, worker, case, recipe)
 
     plain_run = sweep.Sweep.run
+    text, row = "  + validation            0.75\n  peak                   12.14\n  a card of at least     14.36\n", {}
+    with monkeypatch.context() as patch:
+        done = argparse.Namespace(returncode=0, stdout=text)
+        patch.setattr(sweep.subprocess, "run", lambda *_given, **_named: done)
+        one = argparse.Namespace(words=lambda *_: ("sdxl", []))
+        sweep.Sweep.estimate(one, row, ())
+    assert row == {"estimated_gib": 12.14}
     args = argparse.Namespace(minutes=1, steps=1, warmup_steps=1, tiny=False)
     assert sweep.measure_all(args) == 2 and "--tiny" in capsys.readouterr().err, "without a GPU"
     monkeypatch.setattr(sweep.shutil, "which", lambda _program: "/usr/bin/nvidia-smi")

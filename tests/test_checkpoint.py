@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import conftest
@@ -332,13 +333,33 @@ def test_a_run_stopped_before_its_first_update_does_not_hold_its_folder(script, 
     assert said[-1].endswith("it holds no update: remove it, or choose another --output_dir")
 
 
-def test_a_finished_run_is_uploaded_when_asked_later(again, unbroken, tmp_path):
+def test_a_finished_run_is_uploaded_when_asked_later(script, again, unbroken, tmp_path):
     def stub(script):
+        script.make_repository = lambda args: f"me/{args.hub_model_id}"
         script.push = lambda _args, folder: script.tqdm.write(f"pushed {folder}")
 
     shutil.copytree(unbroken, tmp_path / "out")
-    assert again(hook=stub)[-1].startswith("this run is finished")
-    assert again(hook=stub, push_to_hub=True)[-1] == f"pushed {tmp_path / 'out'}"
+    manifest = tmp_path / "out" / "checkpoint-6" / script.MANIFEST_NAME
+    record = json.loads(manifest.read_text())
+    record["settings"] |= {"compile": False, "allow_tf32": False}  # as earlier versions noted them
+    manifest.write_text(json.dumps(record))
+    assert again(hook=stub, allow_tf32=True)[-1].startswith("this run is finished")
+    weights = load_file(tmp_path / "out" / WEIGHTS)
+    card, asked = tmp_path / "out" / "README.md", {"push_to_hub": True, "hub_model_id": "late"}
+    for prompts, shown in (("a hill", '"a hill"'), (None, script.NEUTRAL_PROMPTS[0])):
+        text = card.read_text()
+        said = again(2, hook=stub, validation_prompts=prompts, **asked)
+        assert f"{card} was not written for the Hub and may show captions" in said[-1] and card.read_text() == text
+        card.unlink()
+        said = again(hook=stub, validation_prompts=prompts, **asked)
+        assert said[-1] == f"pushed {tmp_path / 'out'}" and "loading the models" in said
+        text = card.read_text()
+        assert 'load_lora_weights("me/late"' in text and shown in text and "sea" not in text
+        card.write_bytes(text.encode() + b"\xe4")  # edited, in another encoding
+        said = again(hook=stub, validation_prompts=prompts, **asked)
+        assert said[-1] == f"pushed {tmp_path / 'out'}" and "loading the models" not in said
+        card.write_text(text)
+    torch.testing.assert_close(load_file(tmp_path / "out" / WEIGHTS), weights, rtol=0, atol=0)
 
 
 def test_a_finished_run_of_a_constant_rate_names_the_flag_that_goes_on(script, teacher, shards, tmp_path):
@@ -488,8 +509,55 @@ def test_the_newest_complete_checkpoint_is_found(script, tmp_path):
                 find(script, tmp_path / name, wanted)
         make_checkpoint(script, tmp_path / name, 4)
         assert find(script, tmp_path / name) == ("checkpoint-4", [])
+        (tmp_path / name / "checkpoint-4").rename(tmp_path / name / "best")
         with pytest.raises(script.UnusableInput, match="would replace"):  # from elsewhere
             find(script, tmp_path / name, tmp_path / "checkpoint-2")
+
+
+def test_checkpoints_of_another_run_or_program_are_left_alone(script, tmp_path):
+    named, out = make_checkpoint(script, tmp_path / "a", 2), tmp_path / "b"
+    make_checkpoint(script, out, 7)
+    with pytest.raises(
+        script.UnusableInput, match="b: holds checkpoints of another run; go on from them with 'latest'"
+    ):
+        find(script, out, named)
+    (out / "args.json").write_text(json.dumps({"resume_from_checkpoint": str(named)}))
+    assert find(script, out, named)[0] == "checkpoint-7", "the run began there, and is requeued"
+    (out / "checkpoint-7" / "a").unlink()
+    assert find(script, out, named)[0] == "checkpoint-2"
+    foreign = tmp_path / "c" / "checkpoint-500"  # as accelerate's save_state leaves it
+    foreign.mkdir(parents=True)
+    (foreign / "optimizer.bin").touch()
+    for wanted in ("latest", named):
+        with pytest.raises(script.UnusableInput, match="checkpoint-500: is of another program"):
+            find(script, tmp_path / "c", wanted)
+
+
+def test_a_checkpoint_is_on_the_disk_once_and_whole(script, tmp_path, monkeypatch):
+    synced, fsync, written = set(), os.fsync, []
+    monkeypatch.setattr(
+        script.os, "fsync", lambda file: synced.add(os.readlink(f"/proc/self/fd/{file}")) or fsync(file)
+    )
+    state = script.RunState(global_step=3)
+    args = SimpleNamespace(output_dir=tmp_path / "out", checkpoints_total_limit=1)
+    accelerator = SimpleNamespace(is_main_process=True)
+    job = SimpleNamespace(args=args, state=state, student_unet=None, fake=None, accelerator=accelerator)
+    monkeypatch.setattr(script, "save_lora", lambda _unet, path, _args: path.write_bytes(b"lora"))
+    monkeypatch.setattr(
+        script, "save_for_peft", lambda _unet, folder: (folder / "adapter_config.json").write_text("{}")
+    )
+    monkeypatch.setattr(script, "stateful_parts", lambda _job: written.append(1) or {})
+    script.save_checkpoint(job, {})
+    files = {path for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    assert {path.name for path in files} == {Path(name).name.removeprefix(".writing-") for name in synced}
+    script.save_checkpoint(job, {})  # as where a signal comes before the next update
+    assert len(written) == 1
+    state.global_step = 4
+    for error, kind in ((OSError(28, "full"), script.UnusableInput), (torch.AcceleratorError("ECC"), RuntimeError)):
+        monkeypatch.setattr(script, "stateful_parts", mock.Mock(side_effect=error))
+        with pytest.raises(kind):
+            script.save_checkpoint(job, {})
+        assert [path.name for path in (tmp_path / "out").iterdir()] == ["checkpoint-3"], "nothing fills the disk"
 
 
 DAMAGES = {
@@ -555,18 +623,20 @@ def test_old_checkpoints_go_and_the_one_just_written_stays(script, tmp_path):
     (tmp_path / "checkpoint-10" / script.MANIFEST_NAME).unlink()
     (tmp_path / ".writing-checkpoint-10").mkdir()
     (tmp_path / "checkpoint-notes").mkdir()
-    script.prune_checkpoints(tmp_path, None)
+    script.prune_checkpoints(tmp_path, None, tmp_path / "checkpoint-9")
     names = {"checkpoint-2", "checkpoint-9", "checkpoint-10", "checkpoint-notes"}
     assert {path.name for path in tmp_path.iterdir()} == names
-    script.prune_checkpoints(tmp_path, 2)
+    script.prune_checkpoints(tmp_path, 2, tmp_path / "checkpoint-9")
     assert checkpoints(tmp_path) == {"checkpoint-2", "checkpoint-9", "checkpoint-notes"}, "damaged ones go first"
-    script.prune_checkpoints(tmp_path, 1)
-    assert checkpoints(tmp_path) == {"checkpoint-9", "checkpoint-notes"}
+    newest = make_checkpoint(script, tmp_path, 5)
+    os.utime(newest / script.MANIFEST_NAME, (0, 0))  # by a clock that was set back
+    script.prune_checkpoints(tmp_path, 1, newest)
+    assert checkpoints(tmp_path) == {"checkpoint-5", "checkpoint-notes"}
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_reported(script, tmp_path, monkeypatch, capsys):
     for step in (1, 2):
         make_checkpoint(script, tmp_path, step)
     monkeypatch.setattr(script.shutil, "rmtree", mock.Mock(side_effect=PermissionError(13, "not yours")))
-    script.prune_checkpoints(tmp_path, 1)
+    script.prune_checkpoints(tmp_path, 1, tmp_path / "checkpoint-2")
     assert "checkpoint-1 cannot be removed" in capsys.readouterr().err

@@ -134,6 +134,7 @@ WRONG = {
         ("pretrained_teacher_model", "/nowhere/teacher"), ("pretrained_teacher_model", "./nowhere"),
         ("pretrained_teacher_model", "nowhere.safetensors"), ("teacher_config", "/nowhere/config"),
         ("pretrained_vae_model_name_or_path", "/nowhere/vae"), ("output_dir", __file__),
+        ("pretrained_vae_model_name_or_path", __file__),
         ("resume_from_checkpoint", "/nowhere/checkpoint-2"), ("output_dir", f"{__file__}/below"),
         ("pretrained_teacher_model", r"C:\nowhere\teacher"), ("init_lora", "./nowhere"),
     ],

@@ -14,6 +14,8 @@ import signal
 import subprocess
 import sys
 import types
+from types import SimpleNamespace
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,7 +26,8 @@ from conftest import ROOT, cases, load_script, write_shard
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lib import pipelines
@@ -324,6 +327,10 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):
         (folder / "a.safetensors").write_text(text)
         (folder / "b.safetensors").write_text("xyy"[len(text) :])
     assert fingerprint(two[0]) != fingerprint(two[1])
+    (two[0] / "config.json").write_text("{}")  # a model that is copied to a node's own disk stays the same
+    shutil.copytree(two[0], tmp_path / "copy", copy_function=shutil.copyfile)
+    os.utime(tmp_path / "copy" / "config.json", ns=(1, 1))
+    assert fingerprint(two[0]) == fingerprint(tmp_path / "copy")
 
 
 def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, lora, tmp_path):
@@ -682,6 +689,16 @@ def test_an_sdxl_teacher_is_judged_too(evaluate, teachers, judges, tmp_path):
     assert run(evaluate, line) == 0 and (tmp_path / "report.html").exists()
 
 
+def check_that_a_yardstick_of_another_size_is_refused(evaluate, line, kept, results, capsys):
+    """Drawn at another size than the model's own, which is the default."""
+    assert results["settings"]["timed on"].endswith(" at a time"), "seconds of several machines would be told"
+    other = kept.with_name("other.safetensors")
+    with safe_open(kept, "pt") as file:
+        save_file({"features": file.get_tensor("features")}, other, metadata=file.metadata() | {"resolution": "99"})
+    assert run(evaluate, [*line, "--yardstick", str(other)]) == 2
+    assert "is of another resolution" in capsys.readouterr().err.splitlines()[-1]
+
+
 def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, judges, lora, tmp_path, capsys):
     """The kept features give the distance to the pictures that they are of, in noise of their own."""
     from lib.evaluation.measures import frechet_to
@@ -703,8 +720,7 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, ju
     (row,) = results["rows"][1:]
     pictures = [Image.open(tmp_path / "out" / "pictures" / row["name"] / f"{i:05d}.png") for i in range(6)]
     assert [json.loads(p.text["record"])["settings"]["seed"] for p in pictures] == [0, 1, 2, 9, 10, 11]
-    model = {}
-    exec(FEATURES, model)
+    exec(FEATURES, model := {})
     mine = model["load"]("cpu")(torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])))
     expected = frechet_distance(mine, features.flatten(0, 1))
     assert row["figures"]["FD/mean/teacher"]["value"] == pytest.approx(expected, rel=1e-9)
@@ -718,6 +734,7 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, ju
         assert run(evaluate, [*line, "--output_dir", str(tmp_path / flag), f"--{flag}", str(value)]) == 2
         named = {"pretrained_teacher_model": "of another teacher"}.get(flag, flag)
         assert named in capsys.readouterr().err.splitlines()[-1]
+    check_that_a_yardstick_of_another_size_is_refused(evaluate, line, kept, results, capsys)
     before = kept.read_bytes()
     for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "3"], "pictures of --seed 3")):
         with pytest.raises(SystemExit):
@@ -754,23 +771,31 @@ def test_accuracy_needs_all_pictures(monkeypatch):
     assert set(measures.Measures.row(argparse.Namespace(), gallery, None)) == {"FD"}
 
 
-def test_judges_load_once_and_collectives_wait_for_hours(evaluate, teacher, judges, lora, tmp_path, monkeypatch):
+def test_judges_load_once_and_collectives_wait_for_hours(
+    evaluate, teacher, judges, lora, tmp_path, monkeypatch, capsys
+):
     from lib.evaluation import measures
 
     assert lora.is_dir()
-    loaded, handlers, accelerator = [], [], evaluate.Accelerator
+    loaded, handlers, accelerator = [], [], evaluate.sd15.Accelerator
     load_features = measures.load_features
     monkeypatch.setattr(measures, "load_features", lambda *spec: loaded.append(spec) or load_features(*spec))
 
-    def make(kwargs_handlers):
+    def make(kwargs_handlers, **options):
         handlers.extend(kwargs_handlers)
-        return accelerator(kwargs_handlers=kwargs_handlers)
+        return accelerator(kwargs_handlers=kwargs_handlers, **options)
 
-    monkeypatch.setattr(evaluate, "Accelerator", make)
+    monkeypatch.setattr(evaluate.sd15, "Accelerator", make)
     torch.backends.cudnn.allow_tf32 = True
     assert run(evaluate, flags(teacher, judges, tmp_path, "--samplers", "ddim", "--steps", "1")) == 0
     assert len(loaded) == 1 and not torch.backends.cudnn.allow_tf32
-    assert [handler.timeout.total_seconds() >= 6 * 3600 for handler in handlers] == [True]
+    assert [handler.timeout.total_seconds() >= 12 * 3600 for handler in handlers] == [True]
+    failing = "fp8 needs a library", "launched as 2 processes, but each would work alone"
+    monkeypatch.setattr(evaluate.sd15, "Accelerator", mock.Mock(side_effect=ImportError(failing[0])))
+    assert run(evaluate, flags(teacher, judges, tmp_path)) == 2 and failing[0] in capsys.readouterr().err
+    monkeypatch.setattr(evaluate.sd15, "Accelerator", lambda **_: SimpleNamespace(num_processes=1))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert run(evaluate, flags(teacher, judges, tmp_path)) == 2 and failing[1] in capsys.readouterr().err
 
 
 def figure(value, half=None):

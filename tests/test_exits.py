@@ -120,9 +120,13 @@ def test_4_fewer_samples_than_loader_workers(out_of, tmp_path):
     assert codes == [2] and "fewer samples than processes x loader workers" in said and "Traceback" not in said
 
 
+def lose_patience(script):
+    script.EMPTY_EPOCHS = 1
+
+
 def test_4_unusable_data_in_a_loader_worker(out_of, tmp_path):
-    codes, said = out_of(data=write_data(tmp_path / "data", "0", "1-bad"), **WORKERS)
-    assert codes == [2] and "in 5 epochs: picture cannot be decoded: 40" in said.splitlines()[-1]
+    codes, said = out_of(lose_patience, data=write_data(tmp_path / "data", "0", "1-bad"), **WORKERS)
+    assert codes == [2] and "in 4 epochs: picture cannot be decoded: 32" in said.splitlines()[-1]
 
 
 def test_4_an_error_in_a_loader_worker(out_of):
@@ -167,7 +171,10 @@ def test_4_a_full_disk_at_the_log(out_of, tmp_path):
     killed = fail(RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed."))  # PyTorch raises it anywhere
     (tmp_path / "out" / "log.jsonl").unlink()
     codes, said = out_of(at_call("save_for_peft", 1, killed), **WORKERS)
-    assert codes == [1] and said.splitlines()[-1].startswith("error: a loader process was killed")
+    assert codes == [1] and said.splitlines()[-1].startswith("error: a loader process failed")
+    full = fail(RuntimeError("Caught RuntimeError in DataLoader worker process 0.\nunable to allocate shared memory"))
+    codes, said = out_of(at_call("update", 1, full), **WORKERS)
+    assert codes == [1] and "/dev/shm may be short" in said.splitlines()[-1] and "Traceback" not in said
     short = fail(RuntimeError("CUDA out of memory. Tried to allocate 2.00 MiB"))
     codes, said = out_of(at_call("save_for_peft", 1, short), **WORKERS)
     assert codes == [1] and said.splitlines()[-1].startswith("error: out of GPU memory"), "and no full disk"
@@ -222,8 +229,9 @@ def test_4_a_tracker_that_only_the_main_process_starts(out_of):
 
 
 def test_4_one_process_of_two_is_out_of_data(out_of, tmp_path):
-    codes, said = out_of(data=write_data(tmp_path / "data", "0", "1-bad"), processes=2, seed=1, **WORKERS)
-    assert 2 in codes and all(codes) and "in 5 epochs: picture cannot be decoded: " in said
+    data = write_data(tmp_path / "data", "0", "1-bad")
+    codes, said = out_of(lose_patience, data=data, processes=2, seed=1, **WORKERS)
+    assert 2 in codes and all(codes) and "in 4 epochs: picture cannot be decoded: " in said
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -237,7 +245,7 @@ STOPPING = ["SIGTERM", "SIGINT"]
 def test_4_a_signal_before_training(out_of, name):
     number = getattr(signal, name)
     place = {"SIGTERM": "draw_teacher", "SIGINT": "make_job"}[name]
-    codes, said = out_of(at_call(place, 1, send(number)), validation_steps=0, **WORKERS)
+    codes, said = out_of(at_call(place, 1, send(number)), validation_steps=1, **WORKERS)
     assert codes == [128 + number] and f"stopped by {name}" in said and "Traceback" not in said
 
 
@@ -415,7 +423,7 @@ def test_4_a_loader_worker_is_killed(out_of, tmp_path):
         psutil.Process(run.pids[0]).children()[0].kill()
 
     codes, said = out_of(act=act, max_train_steps=5000, checkpointing_steps=5000, **WORKERS)
-    assert codes == [1] and ("a loader process was killed" in said or "Connection" in said)
+    assert codes == [1] and ("a loader process failed" in said or "Connection" in said)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -316,6 +316,8 @@ def test_diffusers_keys_need_no_alpha_to_be_right(tool, trained, tmp_path):
     with safe_open(out, "pt") as file:
         header = json.loads(file.metadata()["lora_adapter_metadata"])
     assert (header["unet.r"], header["unet.lora_alpha"]) == (4, 4)
+    kept = {f"unet.{name}" for name in "r lora_alpha rank_pattern alpha_pattern target_modules".split()}
+    assert header.keys() == kept, "a reader's PEFT may be older and refuse a field that it does not know"
 
 
 @one_model

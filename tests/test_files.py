@@ -237,7 +237,10 @@ def test_peft_users_can_load_a_checkpoint(script, trained, fresh, tmp_path):
 # Card, record, upload
 
 
-def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby night"), drawn=True):  # fmt: skip
+PROMPTS = ('sea: at "dawn"', "a 'quiet' lake\nby night")
+
+
+def write_card(script, args, prompts=PROMPTS, drawn=True, config=None):
     """Write a card as the end of a run does and return (front matter, text)."""
     pictures = [Image.new("RGB", (8, 8)) for _ in prompts]
     script.Path(args.output_dir).mkdir(exist_ok=True)
@@ -248,6 +251,7 @@ def write_card(script, args, prompts=("sea: at \"dawn\"", "a 'quiet' lake\nby ni
     (script.Path(args.output_dir) / f"image_{2 * drawn}.png").touch()  # of a run with more prompts
     job.schedule = SimpleNamespace(prediction_type=args.prediction_type or "epsilon")
     job.pipe = type("StableDiffusionPipeline", (), {})()
+    job.pipe.scheduler = SimpleNamespace(config={"prediction_type": job.schedule.prediction_type} | (config or {}))
     script.write_card(job, {1: pictures, 4: pictures} if drawn else {})
     text = (script.Path(args.output_dir) / "README.md").read_text()
     return yaml.safe_load(text.split("---\n")[1]), text
@@ -269,6 +273,9 @@ def test_card_of_a_hub_teacher(script, args):
     found = {path.name for path in script.Path(args.output_dir).glob("image_*")}
     assert found == {"image_0.png", "image_1.png", "image_mine.png"}
     assert "config, prediction_type='v_prediction')" in text
+    told = {"rescale_betas_zero_snr": True, "clip_sample": True}  # by a file's keys; by a config, of pixels
+    options = "clip_sample=False, prediction_type='v_prediction', rescale_betas_zero_snr=True)"
+    assert options in write_card(script, args, config=told)[1]
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
     assert (
         "| loss_type | huber |" in text and "| max_train_steps | 7 |" in text and "| mixed_precision | bf16 |" in text
@@ -310,7 +317,13 @@ def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
     args.pretrained_teacher_model = str(tmp_path / "teacher")
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"
     args.pretrained_teacher_model = str(tmp_path / "teacher" / "README.md")  # a single file
-    assert 'StableDiffusionPipeline.from_single_file("THE-TEACHER"' in write_card(script, args)[1]
+    for config, given in ((None, ""), ("owner/ssd", ', config="owner/ssd"'), (str(tmp_path), ', config="ITS-CONFIG"')):
+        args.teacher_config = config
+        assert f'StableDiffusionPipeline.from_single_file("THE-TEACHER"{given}, ' in write_card(script, args)[1]
+    args.teacher_config = None
+    monkeypatch.setattr(script, "create_repo", mock.Mock(side_effect=ImportError("socksio is not installed")))
+    with pytest.raises(script.UnusableInput, match="socksio is not installed; install it"):
+        script.make_repository(args)
     monkeypatch.setattr(script, "hf_hub_download", lambda *_, **__: tmp_path / "teacher" / "README.md")
     args.pretrained_teacher_model = "owner/teacher"
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"

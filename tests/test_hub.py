@@ -226,18 +226,19 @@ def lose_nothing(hub, name):
     said = results[name]["said"]
     assert said.count("upload 2 of 2 failed: ") == 1 and "Traceback" not in said
     patterns = "--include pytorch_lora_weights.safetensors --include README.md --include 'image_*.png'"
-    later = f"hf upload me/{name} {folder / name} {patterns}"
+    later = f"hf upload me/{name} {folder / name} {patterns}" + " --private" * (name != "full")
     assert said.splitlines()[-1].endswith(later)
 
 
 def test_the_line_that_publishes_later_is_one_that_hf_takes(hub):
-    """With the command line's own parser, run against the same Hub, whose repository `full` has recovered."""
+    """With the command line's own parser, run against the same Hub."""
     server, _, results = hub
-    words = shlex.split(results["full"]["said"].splitlines()[-1].partition(": hf ")[2].replace("me/full", "me/late"))
+    words = shlex.split(results["down"]["said"].splitlines()[-1].partition(": hf ")[2].replace("me/down", "me/late"))
     online = {"HF_ENDPOINT": server.endpoint, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1", "HF_TOKEN": TOKEN}
     command = [Path(sys.executable).parent / "hf", *words]
     done = subprocess.run(command, capture_output=True, text=True, timeout=240, env=ENVIRONMENT | online)
     assert done.returncode == 0 and set(server.files("late")) == ALL, done.stderr[-2000:]
+    assert server.visibility["late"] == "private"
 
 
 def test_a_refusal_is_said_before_anything_is_trained(hub):

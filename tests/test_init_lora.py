@@ -118,6 +118,12 @@ def test_rank_patterns_alpha_patterns_and_rslora_count(script, teacher, keys, tm
     torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
 
 
+TEXT_LAYER = {
+    f"lora_te_text_model_encoder_layers_0_self_attn_q_proj.lora_{part}.weight": torch.ones(4, 4)
+    for part in ("down", "up")
+}
+
+
 def test_what_does_not_fit_is_named(script, teacher, tmp_path):
     path = write(script, with_lora(script, teacher, 4, 8, random=True), "kohya", tmp_path, 8)
     good = load_file(path)
@@ -130,6 +136,7 @@ def test_what_does_not_fit_is_named(script, teacher, tmp_path):
         (good | {key: torch.zeros(4, 99)}, r": 1 of \d+ layers do not fit, such as .*attn2.to_k \(99 x "),
         (good | {"lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.zeros(1)}, "lora_te"),
         (good | {key.replace("lora_down.weight", "dora_scale"): torch.zeros(1)}, "LoRA of a UNet"),
+        (good | TEXT_LAYER, "LoRA of a UNet alone .*text_encoder"),
         (good | {key.replace("lora_down", "lora_up"): torch.zeros(3)}, "LoRA of a UNet"),
         (good | {key: torch.tensor(1.0)}, "LoRA of a UNet"),
         ({name: value for name, value in good.items() if "up.weight" not in name}, "LoRA of a UNet"),

@@ -195,6 +195,39 @@ def test_a_table_of_files_in_its_own_order(tool, tmp_path, kind):
     assert sources == ["002.png", "000.png", "001.png", "000.png"], "no path of this machine"
 
 
+def test_odd_tables_keep_every_row(tool, tmp_path):
+    folder = write_pictures(tmp_path / "in", 4, text=False)
+    long = {"file_name": "003.png", "text": "d", "score": 5.5, "note": "x" * 100}
+    rows = [{"file_name": f"00{i}.png", "text": "abc"[i % 3], "score": 5, "note": None} for i in range(3)]
+    for name, text, expected in (
+        ("index.csv", ",file_name,text\n\n0,000.png,a\n1,001.png,b\n", "ab"),
+        ("quotes.tsv", 'file_name\ttext\n000.png\t"big cat\n001.png\tdog\n', ['"big cat', "dog"]),
+        ("quoted.tsv", 'file_name\ttext\n000.png\t"big\tcat"\n001.png\tdog\n', ["big\tcat", "dog"]),
+        ("pandas.tsv", 'file_name\ttext\n000.png\t"a ""big"" cat"\n001.png\t"dog\n"\n', ['a "big" cat', "dog"]),
+        ("null.jsonl", '{"file_name": null}\n{"file_name": "001.png", "text": "b"}\n', "b"),
+        ("types.jsonl", "\n".join(map(json.dumps, [*rows, long])), "abcd"),
+    ):
+        (folder / name).write_text(text, encoding="utf-8")
+        _, out = make(tool, tmp_path, folder / name, out=f"out {name}")
+        assert [sample["txt"].decode() for sample in read_all(out)] == list(expected), name
+        (folder / name).unlink()
+    (folder / "metadata.csv").write_text("file_name,text\n000.png,one\n000.png,two\n001.png,three\n")
+    _, out = make(tool, tmp_path, folder, out="several")
+    assert [sample["txt"].decode() for sample in read_all(out)] == ["one", "two", "three"]
+    data = [{"bytes": picture_bytes(i), "path": None} for i in range(4)]
+    features = {
+        "hash": datasets.Value("binary"),
+        "depth": datasets.Image(),
+        "image": datasets.Image(),
+        "label": datasets.ClassLabel(names=["cat", "dog"]),
+    }
+    columns = {"hash": [b"1", b"2"], "depth": data[:2], "image": data[2:], "label": [1, 0]}
+    datasets.Dataset.from_dict(columns, datasets.Features(features)).save_to_disk(tmp_path / "saved")
+    _, out = make(tool, tmp_path, tmp_path / "saved", out="two", caption_column="label")
+    found = [(sample["png"], sample["txt"]) for sample in read_all(out)]
+    assert found == [(picture_bytes(2), b"dog"), (picture_bytes(3), b"cat")]
+
+
 def test_the_delimiter_of_a_csv_is_found(tool, tmp_path):
     folder = write_pictures(tmp_path / "in", 3, text=False)
     for number, sign in enumerate(";\t|"):
@@ -494,7 +527,8 @@ def test_a_folder_without_pictures_is_named(tool, tmp_path):
     with pytest.raises(UnusableInput, match="heic files are not read; pictures can be converted to PNG"):
         make(tool, tmp_path, tmp_path / "nothing")
     for name, text, message in (
-        ("e.jsonl", "", "cannot be read"),
+        ("e.jsonl", "", "has the columns of no row"),
+        ("x.jsonl", "[1]\n", "cannot be read"),
         ("n.jsonl", '{"file_name": 1, "text": "a"}\n', "none of"),
     ):
         (tmp_path / name).write_text(text)

@@ -336,9 +336,14 @@ def test_5_dead_shards_end_a_run_within_seconds(script, value):
 def test_5_dead_shards_end_a_training_too(script, monkeypatch):
     monkeypatch.setattr(script.time, "sleep", lambda _: None)
     args = script.parse_args(flags("a/teacher", "x", "unused"))
-    shards = script.list_shards(["pipe:sh -c 'exit 7' {00..99}"])
-    (batch,) = itertools.islice(script.ShardStream(shards, args, 1, 0, 1), 1)
-    assert "shards in a row cannot be read" in batch["error"] and "exit code 7" in batch["error"]
+    for shards, cause in (
+        (script.list_shards(["pipe:sh -c 'exit 7' {00..99}"]), "exit code 7"),
+        ([f"/purged/{number}.tar" for number in range(10**4)], "No such file"),  # they were there at the start
+    ):
+        (batch,) = itertools.islice(script.ShardStream(shards, args, 1, 0, 1), 1)
+        assert batch["error"].startswith("8 shards in a row cannot be read") and cause in batch["error"]
+        skipped = script.Skipped({f"shard {number} broke off": 1 for number in range(10**4)})
+        assert len(script.describe(skipped)) < 1000 and script.describe(skipped).endswith(", and 9980 causes more")
 
 
 def test_5_some_dead_shards_among_others_end_nothing(script, tmp_path, monkeypatch):
@@ -375,6 +380,10 @@ def test_7_numbers_written_as_text_are_numbers(script, tmp_path, kind):
     captions, report = audited(script, write_tar(tmp_path / "0.tar", files), **FILTERS)
     assert len(captions) == 1
     assert all(words in report for words in ("unsafe: 2", "watermark: 1", "aesthetic score: 1"))
+    assert "filters nothing" not in report
+    _, report = audited(script, write_tar(tmp_path / "1.tar", sample("a", json=b'{"punsafe": 0}')), **FILTERS)
+    warned = [line.partition(" filters nothing")[0] for line in report.splitlines()[1:]]
+    assert warned == ["warning: --max_watermark", "warning: --min_aesthetic"]
 
 
 @cases("value", ["high", "0,99", [0.99], {"p": 0.99}, True, "nan", "1e999", "0.9.9"])
@@ -802,7 +811,8 @@ def test_9_float_pictures_may_overshoot_their_range(script, value, top):
 
 def test_4_what_is_no_regular_file_is_refused_at_once(script, tmp_path):
     os.mkfifo(tmp_path / "a.tar")
-    with pytest.raises(script.UnusableInput, match="is no regular file"):
+    (tmp_path / "b.tar").write_bytes(b"x" * 1024)
+    with pytest.raises(script.UnusableInput, match=r"a.tar: is no regular file.*; unusable, too: \S*b.tar$"):
         script.list_shards([str(tmp_path)])
 
 
@@ -814,7 +824,11 @@ def test_14_a_folders_links_are_followed_once_and_unread_files_are_counted(scrip
         (folder / f"{name}.txt").write_text("sea")
     (inside / "link").symlink_to(outside)
     (outside / "loop").symlink_to(inside)
-    (inside / "b.HEIC").write_bytes(b"x")
+    for name in ("b.HEIC", "a", "link/z.mp4"):  # the last two beside pictures of the same key
+        (inside / name).write_bytes(b"x")
+    (inside / "link" / "z.mp4.png").write_bytes(PNG)
+    (inside / "link" / "z.mp4.txt").write_text("sea")
     (shard,) = script.list_shards([str(inside)])
-    assert [sample["__key__"] for sample in script.read_shard(shard, Counter())] == ["a", "link/z"]
-    assert "files that are not read: .heic: 1" in capsys.readouterr().err
+    keys = [sample["__key__"] for sample in script.read_shard(shard, script.Skipped())]
+    assert keys == ["a", "link/z.mp4", "link/z"]
+    assert "files that are not read: a: 1, .heic: 1, .mp4: 1" in capsys.readouterr().err

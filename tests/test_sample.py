@@ -235,6 +235,18 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
     with pytest.MonkeyPatch.context() as patched:  # of the Hub's cache, where the Hub is away
         patched.setattr("huggingface_hub.hf_hub_download", lambda *_: str(models / "lora" / sd15.WEIGHTS_NAME))
         pipelines.load_lora(load(models / "teacher"), "me/a-lora")
+        dora = {f"unet.conv_in.lora_{part}.weight": torch.ones(4, 4, 1, 1) for part in "AB"}
+        save_file(dora | {"unet.conv_in.dora_scale": torch.ones(1)}, tmp_path / "style.safetensors")
+
+        def download(_source, name):
+            if name == sd15.WEIGHTS_NAME:
+                raise OSError("no such file")
+            return str(tmp_path / name)
+
+        patched.setattr("huggingface_hub.hf_hub_download", download)
+        patched.setattr("huggingface_hub.list_repo_files", lambda _source: ["README.md", "style.safetensors"])
+        with pytest.raises(UnusableInput, match="me/style.*it is a DoRA"):
+            pipelines.load_lora(load(models / "teacher"), "me/style")
 
 
 def test_samplers_start_in_noise_and_end_clean(models):

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from types import SimpleNamespace
+from unittest import mock
 
 import pytest
 import torch
@@ -249,7 +250,9 @@ def test_trainer_takes_weights_of_the_file_and_settings_of_the_folder(
     assert not any(weight.requires_grad for weight in pipe.unet.parameters()) and not pipe.unet.training
 
 
-def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, teacher, shards, tmp_path):
+def test_trainer_gives_file_its_dtype_and_another_vae(
+    trainer, file, reference, teacher, shards, tmp_path, monkeypatch
+):
     changes = {"teacher_config": teacher, "pretrained_vae_model_name_or_path": teacher}
     args = trainer.parse_args(flags(file, shards, "unused", **changes))
     with pytest.raises(trainer.UnusableInput, match=f"--pretrained_vae_model_name_or_path {teacher}.* its own folder"):
@@ -261,6 +264,19 @@ def test_trainer_gives_file_its_dtype_and_another_vae(trainer, file, reference, 
         with pytest.raises(trainer.UnusableInput, match=f"its {name} is 0.7, that of the teacher's own VAE"):
             trainer.load_teacher(args, torch.float32, torch.device("cpu"))
         shutil.copy(teacher / "vae" / "config.json", tmp_path / "vae")
+    args.teacher_config = None  # then it is its family's
+    with pytest.raises(trainer.UnusableInput, match=f"that of the teacher's own VAE {trainer.VAE_SCALING}"):
+        trainer.check_vae(SimpleNamespace(config={"latent_channels": 4, "scaling_factor": 0.3}), args)
+    fitting = {"latent_channels": 4, "scaling_factor": trainer.VAE_SCALING, "shift_factor": None}
+    trainer.check_vae(SimpleNamespace(config=fitting), args)
+    args.teacher_config = str(teacher)
+    busy = torch.nn.Identity()
+    busy.to = mock.Mock(side_effect=torch.AcceleratorError("CUDA error: device is busy"))
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "load_pipeline", lambda *_given, **_named: SimpleNamespace(components={"unet": busy}))
+        patch.setattr(trainer, "set_prediction", lambda *_: None)
+        with pytest.raises(torch.AcceleratorError, match="is busy"):  # and not: check the id and the network
+            trainer.load_teacher(args, torch.float32, torch.device("cpu"), check=False)
     pipe = trainer.load_teacher(args, torch.bfloat16, torch.device("cpu"))
     for part in (pipe.unet, pipe.vae, pipe.text_encoder):
         assert {weight.dtype for weight in part.parameters()} == {torch.bfloat16}

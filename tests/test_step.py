@@ -601,13 +601,19 @@ def test_a_pipeline_loaded_around_the_student_leaves_it_trainable(script, args, 
 
 def check_that_the_reason_comes_first(script, job, capsys):
     """A run that fails says why before its trackers end, which may take long."""
-    said = []
-    for name in ("slow", "tensorboard"):  # the last one ends at once, and needs no word before
-        job.accelerator.trackers = [SimpleNamespace(name=name, finish=lambda: said.append(capsys.readouterr().err))]
-        job.state = script.RunState(is_training=True)
-        with pytest.raises(TypeError):
+    said, codes = [], []
+    record = SimpleNamespace(finish=lambda exit_code: codes.append(exit_code))
+    for name in ("slow", "tensorboard", "wandb"):  # the second ends at once, and needs no word before
+        tracker = SimpleNamespace(name=name, tracker=record, finish=lambda: said.append(capsys.readouterr().err))
+        job.accelerator.trackers, job.state = [tracker], script.RunState(is_training=True)
+        with pytest.raises(TypeError), script.trackers_ended(job.accelerator, job.state):
             script.distil(job, None, None)
     assert "after TypeError: " in said[0] and not said[1] and not job.state.is_training
+    with pytest.raises(script.StoppedBySignal), script.trackers_ended(job.accelerator, job.state):
+        raise script.StoppedBySignal
+    with script.trackers_ended(job.accelerator, job.state):
+        pass
+    assert len(said) == 2 and codes == [1, 0, 0], "wandb shows whether a run failed"
 
 
 def check_that_the_teacher_is_drawn_beside(script, job):

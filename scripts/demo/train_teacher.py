@@ -185,13 +185,6 @@ class TextToNoise(nn.Module):
         return self.unet(z_t, timesteps, kept[..., None] * prompt_embeds, added_cond_kwargs=added).sample
 
 
-@torch.no_grad()
-def encode_pictures(vae, pictures):
-    """Return the VAE's posterior parameters [N, 8, h, w] of all pictures."""
-    batches = (to_pixels(pictures[i : i + 128]) for i in range(0, len(pictures), 128))
-    return torch.cat([vae.encode(pixels).latent_dist.parameters for pixels in batches])
-
-
 def train_unet(accelerator, args, pipe, moments, labels, time_ids):
     scheduler = DDPMScheduler.from_config(pipe.scheduler.config)
     captions = [caption_of(row) for row in labels.tolist()]
@@ -230,7 +223,9 @@ def main():
     pictures, labels, time_ids = load_pictures(accelerator, args)
     train_judge(accelerator, args, pictures, labels)
     vae = train_vae(accelerator, args, pictures)
-    moments = encode_pictures(vae, pictures)
+    with torch.no_grad():  # posterior parameters [N, 8, h, w]
+        batches = (to_pixels(pictures[i : i + 128]) for i in range(0, len(pictures), 128))
+        moments = torch.cat([vae.encode(pixels).latent_dist.parameters for pixels in batches])
     pipe = BUILDERS[args.family](vae, RESOLUTION // 4)
     train_unet(accelerator, args, pipe, moments, labels, time_ids)
     if accelerator.is_main_process:

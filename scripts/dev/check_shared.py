@@ -21,7 +21,7 @@ SCRIPTS = ("train_lcm_lora_sd15.py", "train_lcm_lora_sdxl.py")
 # The models' names and own values; pipelines and their conditioning; keys of kohya's files; a script travels alone.
 DIFFERENT_FOR_A_REASON = set(
     "FAMILY OTHER_SCRIPT DEFAULT_RESOLUTION_PX DEFAULT_W_MIN CARD_TAGS FLAGS_WITHOUT_EFFECT TEXT_PARTS CACHED_TENSORS "
-    "load_pipeline check_family size_and_crop encode_ids unet_inputs kohya_model kohya_name "
+    "VAE_SCALING USUAL_VAE load_pipeline check_family size_and_crop encode_ids unet_inputs kohya_model kohya_name "
     "SCRIPT_VERSION ARGS EXIT_CODE".split()
 )
 REGION = re.compile(r"^# >>> shared: (\w+)\n(.*?)^# <<< shared: \1\n", re.M | re.S)

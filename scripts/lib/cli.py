@@ -145,10 +145,13 @@ def split_weight(text):
 def local_lora(source):
     """Return the path of a LoRA, PEFT's as its folder; of the download where it is a Hub id that can be reached."""
     if not Path(source).exists():
-        from huggingface_hub import errors, hf_hub_download  # slow to import
+        from huggingface_hub import errors, hf_hub_download, list_repo_files  # slow to import
 
         with suppress(OSError, ValueError, errors.HTTPError):  # loading it tells the user
             return Path(hf_hub_download(str(source), LORA_FILE))
+        with suppress(OSError, ValueError, errors.HTTPError):  # a style's file has a name of its own
+            (name,) = {each for each in list_repo_files(str(source)) if each.endswith(".safetensors")} - {*PEFT_FILES}
+            return Path(hf_hub_download(str(source), name))
     for path in (Path(source), Path(source).resolve()):
         if path.name == PEFT_FILES[1] and (path.parent / PEFT_FILES[0]).exists():
             return path.parent

@@ -11,7 +11,7 @@ import os
 import random
 import re
 import sys
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -60,13 +60,16 @@ def csv_options(path, args):
     known = {args.image_column, args.caption_column, *PICTURE_COLUMNS, *CAPTION_COLUMNS}
     with path.open(encoding="utf-8-sig", newline="") as file:
         head = list(itertools.islice(file, 100))
-    parsed = {sign: [*csv.reader(head, delimiter=sign), [], []][:2] for sign in ",;\t|"}
+    parsed = {sign: [*filter(None, csv.reader(head, delimiter=sign)), [], []][:2] for sign in ",;\t|"}
     sign = max(parsed, key=lambda sign: (len(known & {*parsed[sign][0]}), len(parsed[sign][0])))
     columns, row = parsed[sign]
     if len(row) > len(columns):  # pandas would shift the columns
         raise ValueError("its first row has more fields than its header; put captions with commas in quotes")
-    features = datasets.Features({name: datasets.Value("string") for name in columns})
-    return {"sep": sign, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
+    features = datasets.Features({name: datasets.Value("string") for name in columns if name})
+    # A caption may begin with a quote in a TSV whose quotes enclose no cell.
+    is_bare = sign == "\t" and '\t"' in (text := "".join(head)) and not re.search(r'(?m)\t"([^"]|"")*"(\t|\r?$)', text)
+    quoting = csv.QUOTE_NONE if is_bare else csv.QUOTE_MINIMAL
+    return dict(sep=sign, features=features, quoting=quoting, keep_default_na=False, encoding="utf-8-sig")
 
 
 @lru_cache
@@ -85,7 +88,10 @@ def load_data(path, args):
             return datasets.load_from_disk(str(path))
         return datasets.load_dataset(str(path), args.dataset_config_name, streaming=True)
     kind = TABLES[path.suffix.lower()]
-    options = csv_options(path, args) if kind == "csv" else {"parse_agent_traces": False} if kind == "json" else {}
+    if kind == "json":  # whose builder takes each column's type from the first 10 MB, and refuses a row of another
+        lines = partial(path.open, encoding="utf-8-sig")
+        return datasets.IterableDataset.from_generator(lambda: (dict(json.loads(x)) for x in lines() if x.strip()))
+    options = csv_options(path, args) if kind == "csv" else {}
     return datasets.load_dataset(kind, data_files={args.split: glob.escape(str(path))}, streaming=True, **options)
 
 
@@ -105,16 +111,18 @@ def read_rows(path, args):
         data = data.to_iterable_dataset() if isinstance(data, datasets.Dataset) else data
         # Undecoded: Pillow would open pictures of every format, and start Ghostscript for EPS.
         data = data.decode(False) if data.features else data
-        kinds = data.features or dict.fromkeys(next(iter(data), ()))
-        known = [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]
+        kinds = data.features or dict.fromkeys(itertools.chain.from_iterable(itertools.islice(data, 10_000)))
+        known = [name for name in PICTURE_COLUMNS if re.match(r"Image\(|Value\('bin|{'bytes'", repr(kinds.get(name)))]
+        known += [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]  # `conditioning_image`
         picture = pick_column(kinds, args.image_column, [*known, *PICTURE_COLUMNS], "--image_column", where)
         caption = pick_column(kinds, args.caption_column, CAPTION_COLUMNS, "--caption_column", where)
-        for row in data.select_columns([picture, caption]):
-            cells = [(row[name], kinds[name]) for name in (picture, caption)]
+        names = {str(number): name for number, name in enumerate(getattr(kinds[caption], "names", ()))}  # ClassLabel's
+        for row in data.select_columns([picture, caption]) if data.features else data:
+            cells = [(row.get(name), kinds[name]) for name in (picture, caption)]
             cell, texts = (json.loads(c) if c and isinstance(kind, datasets.Json) else c for c, kind in cells)
-            texts = texts if isinstance(texts, list) else [texts]
+            texts = texts if isinstance(texts, list) else [names.get(str(texts), texts)]
             yield cell, next((text for text in texts if isinstance(text, str)), None)
-    except (*LOAD_ERRORS, StopIteration) as error:  # of an empty jsonl
+    except LOAD_ERRORS as error:
         why = " ".join(str(error).split())[:240] or type(error).__name__
         raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error
 
@@ -134,7 +142,7 @@ def open_rows(path, args):
     if first is None:
         raise UnusableInput(f"{path or args.dataset_name}: has no rows; give a table of pictures")
     rows = itertools.chain([first], rows)
-    if isinstance(first[0], str):
+    if isinstance(first[0], str) or (first[0] is None and path and path.suffix.lower() in (".csv", ".tsv", ".jsonl")):
         if path is None or path.is_dir():
             what = f"its pictures are addresses or paths, such as {sd15.masked(first[0])[:60]!r}"
             raise UnusableInput(f"{path or args.dataset_name}: {what}; download them with img2dataset")
@@ -182,15 +190,17 @@ def list_folder(folder, args):
         if suffix in sd15.IMAGE_SUFFIXES:
             pictures.add(path)
         elif path.stem == "metadata" and path.suffix.lower() in TABLES:
-            entries = (file_entry(cell, text, path.parent) for cell, text in read_rows(path, args))
-            captions |= {entry.place: entry.caption for entry in entries if entry.place}
+            own = {}  # a picture may have several
+            for entry in (file_entry(cell, text, path.parent) for cell, text in read_rows(path, args)):
+                own.setdefault(entry.place, []).append(entry.caption)
+            captions |= {place: each for place, each in own.items() if place}
         elif suffix in suffixes:
             texts[path.with_suffix(""), suffix] = path
         else:
             unread.append((relative_name(path, folder), why_unread(suffix)))
     entries = []
-    for path in sorted(pictures | captions.keys()):
-        caption, fault = captions.get(path), None
+    for path, caption in [(p, each) for p in sorted(pictures | captions.keys()) for each in captions.get(p, [None])]:
+        fault = None
         beside = (texts.get((stem, suffix)) for suffix in suffixes for stem in (path.with_suffix(""), path))
         if caption is None and (text := next(filter(None, beside), None)):
             caption, fault = read_caption(text)
@@ -229,7 +239,7 @@ def read_places(entries):
     for entry in entries:
         try:
             yield entry, None if entry.fault else read_place(entry.place)
-        except (OSError, ValueError) as error:  # ValueError: of a path with a null byte
+        except LOAD_ERRORS as error:  # ValueError: of a path with a null byte
             # A network that fails would leave out every picture after this one.
             if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error

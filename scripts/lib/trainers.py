@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_lcm_lora_sd15 as sd15
 import train_lcm_lora_sdxl as sdxl
 
-if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_MIXED_PRECISION") in os.environ:
+if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_DYNAMO_MODE") in os.environ:
     sd15.end_with_parent(signal.SIGTERM)  # torchrun may be killed; `accelerate launch` passes no signal on
 UnusableInput = sd15.UnusableInput
 INPUT_ERRORS = (sd15.UnusableInput, sdxl.UnusableInput)  # each script has a class of its own

@@ -5,13 +5,14 @@
 #
 #     export SHARDS=/data/laion OUTPUT_DIR=/scratch/me/lcm-lora VENV=$HOME/lcm
 #     sbatch scripts/launch/slurm/train.sh --max_train_steps 10000
-#     MODEL=sd15 RECIPE=sd15-80gb sbatch --nodes=2 scripts/launch/slurm/train.sh
+#     MODEL=sd15 RECIPE=sd15-80gb sbatch --nodes=2 scripts/launch/slurm/train.sh --max_train_steps 10000
 #
 # Submit it from the repository's folder. Words after the script's name go to the training script. Variables:
 #   SHARDS      folder of shards, or whatever --train_shards_path_or_url accepts
 #   OUTPUT_DIR  folder on a disk that outlives the job and that all nodes see
 #   MODEL       sdxl (default) or sd15            TEACHER     Hub id, folder or file
-#   RECIPE      file of scripts/launch/recipes without .txt (default MODEL-24gb), a path, or none
+#   RECIPE      file of scripts/launch/recipes without .txt (default MODEL-24gb), a path, or none; on 8 GPUs an update
+#               then has 128 samples, with --train_batch_size 2 --gradient_accumulation_steps 1 it has 16
 #   VENV        virtual environment to activate (default .venv, where it exists)
 #   LOCAL_DISK  node-local disk (default /tmp)    STAGE=1     copy SHARDS, a folder, to LOCAL_DISK first
 #   OFFLINE=1   nodes without network: first fetch the teacher elsewhere with `hf download TEACHER`, and for SDXL the

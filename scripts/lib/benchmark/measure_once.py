@@ -65,7 +65,8 @@ def write_cache(trainer, args, accelerator, source, target):
     with torch.no_grad(), tqdm(disable=True) as bar:
         head = cache_latents.make_head(trainer, pipe, args, 1)
         shards = trainer.list_shards([str(source)])
-        cache_latents.cache_shard(trainer, pipe, head, shards[0], target / "00000.tar", args, own, bar)
+        path, skipped = target / "00000.tar", trainer.Skipped()
+        cache_latents.cache_shard(trainer, pipe, head, shards[0], path, args, own, skipped, bar)
 
 
 def timed(device, function):

@@ -43,14 +43,6 @@ def build_unet(model):
     )  # fmt: skip
 
 
-def build_vae(scaling_factor):
-    return AutoencoderKL(
-        down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4,
-        block_out_channels=(128, 256, 512, 512), layers_per_block=2, sample_size=512,
-        scaling_factor=scaling_factor,
-    )  # fmt: skip
-
-
 def build_text_encoder(tokenizer, kind, width, layers, heads, activation):
     config = CLIPTextConfig(
         hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
@@ -67,10 +59,13 @@ def published_parts(model):
     encoder = partial(build_text_encoder, tokenizer)
     makers = {
         "unet": lambda: build_unet(model),
-        "vae": lambda: build_vae(0.18215 if model == "sd15" else 0.13025),
+        "vae": lambda: AutoencoderKL(
+            down_block_types=["DownEncoderBlock2D"] * 4, up_block_types=["UpDecoderBlock2D"] * 4, layers_per_block=2,
+            block_out_channels=(128, 256, 512, 512), sample_size=512, scaling_factor=trainer_of(model).VAE_SCALING,
+        ),
         "tokenizer": lambda: tokenizer,
         "text_encoder": lambda: encoder(CLIPTextModel, 768, 12, 12, "quick_gelu"),
-    }
+    }  # fmt: skip
     if model == "sd15":
         return diffusers.StableDiffusionPipeline, DDIMScheduler(**noise, clip_sample=False), makers
     makers["tokenizer_2"] = lambda: tokenizer

@@ -3,6 +3,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -109,7 +110,7 @@ class Sweep:
         line = [sys.executable, str(ESTIMATE_MEMORY), "--model", model, *flags]
         done = subprocess.run(line, capture_output=True, text=True)
         if done.returncode == 0:
-            row["estimated_gib"] = float(done.stdout.split()[-1])
+            row["estimated_gib"] = float(re.search(r"peak +([\d.]+)", done.stdout)[1])
 
     def run(self, worker, case, recipe):
         """Return the figures of one measurement; None where the time ended before it did."""

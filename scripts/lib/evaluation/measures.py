@@ -25,14 +25,15 @@ NOTES = (
     "teacher's own many-step pictures of the same prompts with other noise, which needs no real pictures. To "
     "'real': to the pictures of --reference.",
     "The first row is the teacher drawn a second time. Its distance is the floor: what a perfect LoRA would "
-    "have. It is above 0 because the FD of few pictures is too large.",
+    "have. It is above 0 because the FD of few pictures is too large, by less for pictures that vary less: a row "
+    "at the floor or below may lack variety. Read the spread beside it, and take at least 5 pictures a feature "
+    "(CLIP has 768, Inception 2,048).",
     "Spread is the mean distance, in features, of two pictures of one prompt, as a share of the teacher's. "
-    "Below 1 the pictures of a prompt are more alike than the teacher's. It needs several pictures of a "
-    "prompt: more --num_images than prompts.",
+    "Below 1 they are more alike. It needs several pictures of a prompt: more --num_images than prompts.",
     "In brackets, or after ±, are 95% intervals: percentile bootstrap over pictures for means, jackknife over "
     "20 groups of pictures for FD and of prompts for the spread, since resampling with repeats would "
-    "inflate an FD; fewer than 40 have none. Rows whose intervals overlap widely are not known to differ. An "
-    "interval does not hold the bias of FD: that the floor shows.",
+    "inflate an FD; fewer than 40 have none. Rows whose intervals overlap widely are not known to differ. No "
+    "interval holds the bias of FD.",
     "UNet evaluations count a guided step as two. Seconds are for one picture when a batch is drawn, in text "
     "encoder, UNet and VAE.",
 )

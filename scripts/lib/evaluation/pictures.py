@@ -20,7 +20,7 @@ from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
 from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES, local_lora
-from lib.pipelines import MAX_PICTURE_PX, draw, refuse_folder, set_sampler
+from lib.pipelines import MAX_PICTURE_PX, device_name, draw, refuse_folder, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
@@ -40,16 +40,14 @@ class Row:
     first_seed: int = 0
 
 
-def fingerprint(source):
-    """Return 8 hex digits of a Hub id, or of a LoRA's or local model's files: what they hold, up to 1 GiB each."""
-    path = local_lora(source)  # a LoRA of the Hub may be pushed anew
+def fingerprint(source, find=local_lora):
+    """Return 8 hex digits of a Hub id, or of what the files of a LoRA or local model hold."""
+    path = Path(find(source))  # a LoRA of the Hub may be pushed anew
     digest = hashlib.sha256(b"" if path.exists() else str(source).encode())
     inside = path.glob(LORA_FILE if (path / LORA_FILE).exists() else "**/*")
     for file in filter(Path.is_file, [path] if path.is_file() else sorted(inside)):
-        stat = file.stat()
-        is_read = file.suffix == ".safetensors" and stat.st_size < 2**30
-        digest.update(f"{file.name} {stat.st_size} {0 if is_read else stat.st_mtime_ns} ".encode())
-        digest.update(file.read_bytes() if is_read else b"")
+        with file.open("rb") as data:
+            digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:8]
 
 
@@ -86,7 +84,7 @@ class Gallery:
         flags = "teacher_revision variant mixed_precision prediction_type resolution pretrained_vae_model_name_or_path"
         self.common = {flag: getattr(args, flag) for flag in flags.split()}
         self.common |= {"diffusers": diffusers.__version__, "torch": torch.__version__}
-        self.common["teacher"] = fingerprint(args.pretrained_teacher_model)
+        self.common["teacher"] = fingerprint(args.pretrained_teacher_model, Path)
 
     def path(self, row, index):
         return self.folder / row.folder / f"{index:05d}.png"
@@ -111,7 +109,7 @@ class Gallery:
                 raise ValueError("it is no file")
             with Image.open(path, formats=["PNG"]) as picture:
                 record = json.loads(picture.text["record"])
-            kept = record["settings"]
+            kept, _ = record["settings"], record["place"]
         except (OSError, LookupError, ValueError, TypeError) as error:
             raise UnusableInput(f"{path}: no picture of this tool ({error}); delete it") from error
         wanted = self.settings(row, index)
@@ -147,6 +145,7 @@ class Gallery:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
                 pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
                 took = {"seconds": seconds, "evaluations": row.steps * (1 + pipe.do_classifier_free_guidance)}
+                took["place"] = f"{device_name(pipe.device)}, {len(block)} at a time"
                 for index, picture in zip(block, pictures, strict=True):
                     if not self.path(row, index).exists():
                         self.keep(row, index, picture, took)

@@ -4,7 +4,7 @@
 A mean gets the percentile bootstrap. The Fréchet distance must not: a resample repeats pictures, which adds
 as much as drawing fewer of them does (with 192 pictures and 64 features more than the distance itself), so
 the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures.
-The interval does not hold the bias, much the same for rows of as many pictures: compare with the floor.
+The interval does not hold the bias, which is less for a row whose pictures vary less: read the spread beside it.
 """
 
 import torch
