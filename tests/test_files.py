@@ -273,8 +273,8 @@ def test_card_of_a_hub_teacher(script, args):
     found = {path.name for path in script.Path(args.output_dir).glob("image_*")}
     assert found == {"image_0.png", "image_1.png", "image_mine.png"}
     assert "config, prediction_type='v_prediction')" in text
-    told = {"rescale_betas_zero_snr": True, "clip_sample": True}  # by a file's keys; by a config, of pixels
-    options = "clip_sample=False, prediction_type='v_prediction', rescale_betas_zero_snr=True)"
+    told = {"rescale_betas_zero_snr": True, "clip_sample": True, "thresholding": True}  # by a file's keys; of pixels
+    options = "clip_sample=False, thresholding=False, prediction_type='v_prediction', rescale_betas_zero_snr=True)"
     assert options in write_card(script, args, config=told)[1]
     assert "LCMScheduler" in text and "<Gallery />" in text and "| lora_alpha | 8.0 |" in text
     assert (
