@@ -3119,9 +3119,13 @@ def describe_models(job, samples):
     if job.pipe.vae and isinstance(side, int) and side * job.pipe.vae_scale_factor != job.args.resolution:
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
         lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
+    given = job.args.pretrained_vae_model_name_or_path
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        remedy = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        lines.append(f"this VAE overflows in fp16, so it computes in float32; faster: {remedy}")
+        remedy = "if it is SDXL's own, --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix is faster"
+        lines.append(f"this VAE overflows in fp16, so it computes in float32; {remedy}")
+    elif job.pipe.vae and not given and job.pipe.vae.config.get("_name_or_path") == USUAL_VAE:
+        way = "--mixed_precision bf16, or name its own folder with --pretrained_vae_model_name_or_path"
+        lines.append(f"VAE: {USUAL_VAE} in place of the teacher's, which overflows in fp16; to keep that: {way}")
     return "\n".join(lines)
 
 

@@ -1450,17 +1450,18 @@ def start_worker(_worker):
 
 def load_pipeline(args, dtype, **options):
     """Return the teacher's pipeline in the compute dtype, with a VAE that does not overflow in it."""
+    place = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
     options |= {"add_watermarker": False, "feature_extractor": None, "image_encoder": None}
     options |= {"dtype": dtype, "cache_dir": args.cache_dir}
     teacher = args.pretrained_teacher_model
     if teacher.startswith(("http://", "https://")) or Path(teacher).is_file():
         pipe = diffusers.StableDiffusionXLPipeline.from_single_file(teacher, config=args.teacher_config, **options)
     else:
-        if "vae" not in options and not Path(teacher).exists() and dtype != torch.float32:
-            options["vae"] = AutoencoderKL.from_pretrained(USUAL_VAE, dtype=dtype, cache_dir=args.cache_dir)
-        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(
-            teacher, revision=args.teacher_revision, variant=args.variant, **options
-        )
+        if "vae" not in options and not Path(teacher).exists() and dtype == torch.float16:
+            own = AutoencoderKL.load_config(teacher, subfolder="vae", **place)
+            if own.get("force_upcast", True) and own.get("scaling_factor") == VAE_SCALING:
+                options["vae"] = AutoencoderKL.from_pretrained(USUAL_VAE, dtype=dtype, cache_dir=args.cache_dir)
+        pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(teacher, variant=args.variant, **options | place)
     if pipe.vae and dtype == torch.float16 and pipe.vae.config.force_upcast:
         pipe.vae.to(torch.float32)  # SDXL's own VAE overflows in float16
     return pipe
@@ -3160,9 +3161,13 @@ def describe_models(job, samples):
     if job.pipe.vae and isinstance(side, int) and side * job.pipe.vae_scale_factor != job.args.resolution:
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
         lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
+    given = job.args.pretrained_vae_model_name_or_path
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
-        remedy = "--pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        lines.append(f"this VAE overflows in fp16, so it computes in float32; faster: {remedy}")
+        remedy = "if it is SDXL's own, --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix is faster"
+        lines.append(f"this VAE overflows in fp16, so it computes in float32; {remedy}")
+    elif job.pipe.vae and not given and job.pipe.vae.config.get("_name_or_path") == USUAL_VAE:
+        way = "--mixed_precision bf16, or name its own folder with --pretrained_vae_model_name_or_path"
+        lines.append(f"VAE: {USUAL_VAE} in place of the teacher's, which overflows in fp16; to keep that: {way}")
     return "\n".join(lines)
 
 

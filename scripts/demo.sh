@@ -19,7 +19,7 @@ say() { printf '\n== %s\n' "$*"; }
 
 say "1/4 pictures to train on: $data"
 if [ ! -e "$data/complete" ]; then
-  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000 "${kind[@]}"
+  python scripts/demo/landscapes.py --output_dir "$data" --num_samples 8000 ${kind[@]+"${kind[@]}"}
   touch "$data/complete"
 fi
 

@@ -21,12 +21,13 @@ TRAIN, CACHE = (ROOT / "scripts" / "launch" / "slurm" / name for name in ("train
 STUBS = {
     "srun": """#!/bin/bash
 set -m
+[[ $SLURM_EXPORT_ENV == ALL ]] || exit 127  # as after `sbatch --export=NAME=...`, where a step gets little else
 while [[ $1 == --* ]]; do shift; done
 export SLURM_NODEID=0
 "$@" & echo $! > $STATE/step; wait $!; code=$?
 kill -KILL -- -$! 2>/dev/null; exit $code""",
     "scancel": """#!/bin/bash
-echo "$@" >> $STATE/scancel; kill -USR1 -- -$(cat $STATE/step)""",
+echo "$@" >> $STATE/scancel; kill -USR1 -- -$(cat $STATE/step); sleep 1""",  # it answers after the step's end
     "scontrol": """#!/bin/bash
 if [[ $1 == show ]]; then echo node0; exit; fi
 echo "$@" >> $STATE/scontrol; kill -KILL -- -$(cat $STATE/step) 2>/dev/null; exit 0""",
@@ -82,7 +83,8 @@ def job(tmp_path):
             "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
             "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
-            "SLURM_ARRAY_JOB_ID": 77, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
+            "SLURM_ARRAY_JOB_ID": 77, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_MAX": 1, "SLURM_ARRAY_TASK_COUNT": 2,
+            "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(script), *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -124,6 +126,12 @@ def test_a_stopped_job_saves_and_requeues_itself(job, tmp_path, gpus, name):
     assert noted(tmp_path, "words")[0] == ("python" if gpus == 1 else "torchrun")
     assert noted(tmp_path, "scancel") == (["--signal=USR1 77"] if name == "SIGUSR1" else [])
     assert noted(tmp_path, "scontrol") == ["requeue 77"] and code == 3 and "requeued" in said
+    if name == "SIGUSR1":  # also while shards are copied, where nothing has to be saved
+        (tmp_path / "up").unlink()
+        (tmp_path / "bin" / "cp").write_text("#!/bin/bash\ntouch $STATE/up; sleep 60")
+        (tmp_path / "bin" / "cp").chmod(0o755)
+        code, said = job(TRAIN, send=send, STAGE=1, SLURM_NNODES=1, SLURM_GPUS_ON_NODE=gpus)
+        assert code == 3 and noted(tmp_path, "scontrol") == ["requeue 77"] * 2, said
 
 
 @pytest.mark.parametrize("gpus", [1, 8])
@@ -142,6 +150,8 @@ def test_a_job_that_fails_or_is_done_or_is_cancelled_is_not_requeued(job, tmp_pa
 @pytest.mark.parametrize(("nodes", "model"), [(1, "sd15"), (2, "sdxl")])
 def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model):
     options = {"SLURM_NNODES": nodes, "MODEL": model, "SLURM_GPUS_ON_NODE": 8, "SLURM_CPUS_PER_TASK": 32}
+    (tmp_path / "shards" / "00003.tar").rename(tmp_path / "blob")
+    (tmp_path / "shards" / "00003.tar").symlink_to("../blob")  # as in the Hub's cache
     code, said = job(TRAIN, "--max_train_steps", "7", STAGE=1, OFFLINE=1, RECIPE=f"{model}-80gb", **options)
     assert code == 0, said
     words = noted(tmp_path, "words")
@@ -156,6 +166,7 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     local = tmp_path / "local" / f"lcm-lora-{os.getuid()}"
     (copied,) = local.glob("shards-*")
     assert {path.name for path in copied.iterdir()} == {f"{number:05d}.tar" for number in range(4)}
+    assert (copied / "00003.tar").read_bytes() == b"tar" and not (copied / "00003.tar").is_symlink()
     args = load_script(words[number]).parse_args(words[number + 1 :])
     assert args.max_train_steps == 7 and args.resume_from_checkpoint == "latest"
     assert args.train_shards_path_or_url == [str(copied)] and args.output_dir == str(tmp_path / "out")
@@ -203,6 +214,14 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     assert "--jobs=77_1" in noted(tmp_path, "squeue")[-1]
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "holds 4 .tar files" in said
+    # Some jobs of an array run again: PARTS tells how many there were.
+    again = {"SLURM_ARRAY_TASK_ID": 3, "SLURM_ARRAY_TASK_MIN": 3, "SLURM_ARRAY_TASK_MAX": 3, "SLURM_ARRAY_TASK_COUNT": 1}
+    assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0
+    words = noted(tmp_path, "words")
+    assert words[words.index("--train_shards_path_or_url") + 1 :][:2] == [mine[1], "--output_dir"]
+    (tmp_path / "out" / "part-3").mkdir(parents=True)
+    code, said = job(CACHE)  # an array of two after one of four
+    assert code == 2 and "part-3: is of more than 2 jobs" in said
 
 
 @pytest.mark.parametrize("script", SLURM, ids=lambda path: path.name)

@@ -252,6 +252,8 @@ def asked(script, pipe, monkeypatch):
             found.append((vae, None))
         return pipe
 
+    script.own_vae = {"force_upcast": True, "scaling_factor": script.VAE_SCALING}
+    monkeypatch.setattr(script.AutoencoderKL, "load_config", classmethod(lambda *_args, **_options: script.own_vae))
     monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", classmethod(whole))
     yield found
@@ -262,7 +264,7 @@ def asked(script, pipe, monkeypatch):
     ("model", "dtype", "changes", "expected"),
     [
         ("owner/name", torch.float16, {}, "madebyollin/sdxl-vae-fp16-fix"),
-        ("owner/name", torch.bfloat16, {}, "madebyollin/sdxl-vae-fp16-fix"),
+        ("owner/name", torch.bfloat16, {}, "its own"),
         ("owner/name", F32, {}, "its own"),
         (None, torch.float16, {}, "its own"),
         ("owner/name", torch.float16, {"pretrained_vae_model_name_or_path": "owner/vae"}, "owner/vae"),
@@ -272,6 +274,10 @@ def asked(script, pipe, monkeypatch):
 def test_half_precision_takes_the_vae_that_does_not_overflow(script, teacher, asked, model, dtype, changes, expected):
     script.load_teacher(make_args(script, model or teacher, **changes), dtype, CPU)
     assert asked == [(expected, None if expected == "its own" else dtype)]
+    for other in ({"force_upcast": False}, {"scaling_factor": 0.18}):  # it does not overflow; it is not SDXL's
+        script.own_vae, asked[:] = script.own_vae | other, []
+        script.load_teacher(make_args(script, model or teacher), dtype, CPU)
+        assert asked == [("its own", None)]
 
 
 def test_no_vae_is_asked_for_where_none_is_needed(script, asked):

@@ -10,7 +10,7 @@ family=${1:?name the family: sd15 or sdxl}
 export ACCELERATE_USE_CPU=true
 parts=()
 [ "$family" = sd15 ] || parts=(--parts_from assets/demo-teacher-sd15 --unet_updates 3000)
-.venv/bin/torchrun --nproc_per_node 2 scripts/demo/train_teacher.py --family "$family" "${parts[@]}" \
+.venv/bin/torchrun --nproc_per_node 2 scripts/demo/train_teacher.py --family "$family" ${parts[@]+"${parts[@]}"} \
   --output_dir "assets/demo-teacher-$family" --work_dir "outputs/demo-teacher-$family" "${@:2}"
 .venv/bin/python scripts/demo/landscapes.py --captions 192 > outputs/demo-prompts.txt
 rm -f "assets/demo-teacher-$family/reference.safetensors"

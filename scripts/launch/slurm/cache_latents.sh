@@ -5,8 +5,9 @@
 #     SHARDS=/data/laion OUTPUT_DIR=/data/laion-cache VENV=$HOME/lcm \
 #         sbatch --array=0-15 scripts/launch/slurm/cache_latents.sh --resolution 1024
 #
-# Submit it from the repository's folder. Job i of n encodes every n-th shard from the i-th on and writes
-# OUTPUT_DIR/part-i; then train with SHARDS='OUTPUT_DIR/part-*/*.tar'. Variables:
+# Submit it from the repository's folder. Job i of n, 0 to n-1, encodes every n-th shard from the i-th on and writes
+# OUTPUT_DIR/part-i; then train with SHARDS='OUTPUT_DIR/part-*/*.tar'. Run some of the 16 again by PARTS=16 and
+# `sbatch --array=3,7`. Variables:
 #   SHARDS      folder of .tar files              TEACHER     Hub id, folder or file
 #   OUTPUT_DIR  folder for the cached shards      OFFLINE=1   nodes without network
 #   VENV        virtual environment to activate (default .venv, where it exists)
@@ -22,6 +23,7 @@
 #SBATCH --signal=B:USR1@120
 
 set -uo pipefail
+export SLURM_EXPORT_ENV=ALL # after `sbatch --export=NAME=...` srun would pass on those names alone
 fail() {
     echo "error: $1" >&2
     exit 2
@@ -39,9 +41,17 @@ if [[ ${OFFLINE:-0} == 1 ]]; then
     export HF_HUB_OFFLINE=1
 fi
 
-mapfile -t all < <(find "$SHARDS" -name '*.tar' | sort)
+if [[ -z ${PARTS:-} ]]; then
+    [[ $SLURM_ARRAY_TASK_MIN == 0 && $SLURM_ARRAY_TASK_COUNT == $((SLURM_ARRAY_TASK_MAX + 1)) ]] ||
+        fail "--array: number the jobs 0 to n-1; to run some of n jobs again, set PARTS=n"
+    PARTS=$SLURM_ARRAY_TASK_COUNT
+fi
+for part in "$OUTPUT_DIR"/part-*; do # of which some shards would be there twice
+    [[ -d $part && ${part##*-} -ge $PARTS ]] && fail "$part: is of more than $PARTS jobs; set PARTS to their number"
+done
+mapfile -t all < <(find -L "$SHARDS/" -name '*.tar' | sort)
 mine=()
-for ((i = SLURM_ARRAY_TASK_ID - SLURM_ARRAY_TASK_MIN; i < ${#all[@]}; i += SLURM_ARRAY_TASK_COUNT)); do
+for ((i = SLURM_ARRAY_TASK_ID; i < ${#all[@]}; i += PARTS)); do
     mine+=("${all[i]}")
 done
 [[ ${#mine[@]} != 0 ]] || fail "SHARDS=$SHARDS: holds ${#all[@]} .tar files, none of them for this job"

@@ -30,10 +30,15 @@
 #SBATCH --signal=B:USR1@300
 
 set -uo pipefail
+export SLURM_EXPORT_ENV=ALL # after `sbatch --export=NAME=...` srun would pass on those names alone
 fail() {
     echo "error: $1" >&2
     exit 2
 }
+# No longer RUNNING once `scancel JOB` or a requeue ends the job; nothing where squeue gets no answer.
+state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+# Before training nothing has to be saved. A command is waited for in the background, because bash runs a trap only then.
+trap '[[ $(state) == RUNNING ]] && scontrol requeue "$SLURM_JOB_ID"; exit 3' USR1 TERM
 MODEL=${MODEL:-sdxl}
 case $MODEL in
     sd15) TEACHER=${TEACHER:-stable-diffusion-v1-5/stable-diffusion-v1-5} ;;
@@ -58,7 +63,9 @@ elif [[ -n ${VENV:-} ]]; then
 fi
 
 # Each training process gets its share of the CPUs for loader workers and keeps one for itself.
-GPUS=${SLURM_GPUS_ON_NODE:-1} NNODES=${SLURM_NNODES:-1}
+# Without GPUs as a resource of its own, Slurm does not tell how many a node has.
+GPUS=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | wc -l)} NNODES=${SLURM_NNODES:-1}
+((GPUS > 0)) || GPUS=1
 WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
 flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)))
 
@@ -69,14 +76,16 @@ flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)
 # the shards' path.
 LOCAL=${LOCAL_DISK:-/tmp}/lcm-lora-$(id -u)
 export TRITON_CACHE_DIR=$LOCAL/triton TORCHINDUCTOR_CACHE_DIR=$LOCAL/inductor WANDB_CACHE_DIR=$LOCAL/wandb
-srun mkdir -p "$LOCAL" || fail "LOCAL_DISK: $LOCAL cannot be made on every node"
+srun mkdir -p "$LOCAL" &
+wait $! || fail "LOCAL_DISK: $LOCAL cannot be made on every node"
 if [[ ${STAGE:-0} == 1 ]]; then
     # A folder for each set of files, which has its name once it is whole: no job reads another's shards or half a copy.
     [[ -d $SHARDS ]] || fail "SHARDS=$SHARDS: STAGE=1 copies a folder; name one"
-    STAGED=$LOCAL/shards-$( (echo "$SHARDS" && find "$SHARDS/" -type f -printf '%P %s\n' | sort) | cksum | cut -d' ' -f1)
+    STAGED=$LOCAL/shards-$( (echo "$SHARDS" && find -L "$SHARDS/" -type f -printf '%P %s\n' | sort) | cksum | cut -d' ' -f1)
     # shellcheck disable=SC2016 # expanded by the inner shell
-    srun bash -c '[[ -d $2 ]] || { rm -rf "$2.$3" && cp -r "$1/." "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
-        stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
+    srun bash -c '[[ -d $2 ]] || { rm -rf "$2.$3" && cp -rL "$1/." "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
+        stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" &
+    wait $! || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
     SHARDS=$STAGED
 fi
 if [[ ${OFFLINE:-0} == 1 ]]; then
@@ -107,18 +116,14 @@ launch() {
     trap stopped=1 USR1 TERM
     (trap '' USR1 TERM && exec "${command[@]}") &
     wait $!
+    while kill -0 $! 2>/dev/null; do wait $!; done # a signal ended the wait, not the training
+    wait $!                                        # it may have ended while the trap ran; bash keeps its code
     code=$?
-    while kill -0 $! 2>/dev/null; do # a signal ended the wait, not the training
-        wait $!
-        code=$?
-    done
     [[ $code != 0 && $stopped == 1 ]] && exit 3
     exit "$code"
 }
 export -f launch
 
-# No longer RUNNING once `scancel JOB` or a requeue ends the job; nothing where squeue gets no answer.
-state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
 # Slurm sends USR1 to this shell 300 s before the end; scancel passes it on to the processes of srun. Those of a job that
 # is being ended have had TERM, and scancel would try again and again to signal them.
 trap '[[ $(state) =~ ^(RUNNING)?$ ]] && scancel --signal=USR1 "$SLURM_JOB_ID"' USR1 TERM
@@ -128,11 +133,9 @@ srun --wait=60 bash -c 'launch "$@"' launch \
     --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "$SHARDS" --output_dir "$OUTPUT_DIR" \
     --resume_from_checkpoint latest "$@" &
 wait $!
+while kill -0 $! 2>/dev/null; do wait $!; done
+wait $!
 code=$?
-while kill -0 $! 2>/dev/null; do
-    wait $!
-    code=$?
-done
 # `scancel JOB` also ends here, and then the job must stay ended.
 if [[ $code == 3 && $(state) == RUNNING ]]; then
     echo "stopped by a signal: requeued, to go on from the newest checkpoint"
