@@ -460,6 +460,10 @@ def test_a_checkpoint_is_loaded_through_the_cpu(script, monkeypatch, tmp_path):
     with pytest.raises(FileNotFoundError):
         script.load_checkpoint(job, tmp_path, manifest)
     assert job.state.skipped == {"no caption": 2}, "counts go on from the checkpoint's"
+    job.accelerator.is_main_process = False
+    with pytest.raises(FileNotFoundError):
+        script.load_checkpoint(job, tmp_path, manifest)
+    assert job.state.skipped == {"no caption": 2}, "once over all processes"
     for place, step in (Path("/nowhere"), 1), (tmp_path, 2):  # rank 0 has another one
         with pytest.raises(script.UnusableInput, match=f"{place} is not that of the first process"):
             script.load_checkpoint(job, place, manifest | {"global_step": step})

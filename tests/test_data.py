@@ -567,6 +567,12 @@ def test_random_crop_and_flip_are_what_they_say(script):
         corners.add(left)
         flips += flipped
     assert len(corners) > 15 and {0, 30} & corners
+    found = set()
+    for args.interpolation_type in ("nearest", "bilinear", "bicubic", "lanczos"):
+        noise = Image.effect_noise((96, 96), 50).convert("RGB") if not found else noise
+        found.add(script.crop(noise, args, random.Random(0))[0].tobytes())
+    assert len(found) == 4, "each of the flag's values is used"
+    args.interpolation_type = "nearest"
     assert 18 <= flips <= 42
     tall = [script.crop(ruler(32, 62), args, random.Random(seed)) for seed in range(9)]
     assert all(pixels[0, 0, 1] == top for pixels, (top, _) in tall) and len({c for _, (c, _) in tall}) > 3

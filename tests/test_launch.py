@@ -202,7 +202,7 @@ def observe(folder):
 
 
 TWO = {"max_train_steps": 6, "gradient_accumulation_steps": 2, "random_flip": True, "validation_steps": -1}
-TWO |= {"scale_lr": True, "learning_rate": 1e-3 / 8}  # 8 samples an update
+TWO |= {"lr_scheduler": "linear", "scale_lr": True, "learning_rate": 1e-3 / 8}  # 8 samples an update
 
 
 @pytest.fixture(scope="module")
@@ -240,7 +240,7 @@ def test_processes_differ_in_all_they_draw_and_agree_in_weights(two_processes):
         part = slice(2 * row["step"] - 2, 2 * row["step"])
         losses = [noted["loss"] for noted in first[part] + second[part]]
         assert row["loss"] == pytest.approx(np.mean(losses), rel=1e-5), "the mean over all processes"
-        assert row["lr"] == pytest.approx(1e-3), "--scale_lr"
+        assert row["lr"] == pytest.approx(1e-3 * (7 - row["step"]) / 6), "--scale_lr, and once an update"
 
 
 def test_a_checkpoint_of_two_processes_knows_both(two_processes):

@@ -189,6 +189,9 @@ def check_inputs(script, job, batch, embeds, draws):
     """Check what the second stage's inputs depend on: the process, a cache, empty captions, eta."""
     second = dataclasses.replace(job, accelerator=SimpleNamespace(device=CPU, process_index=1))
     assert not torch.equal(script.matching_inputs(second, batch, 0)[-1].w, draws.w)
+    later = dataclasses.replace(job, state=script.RunState(global_step=1))
+    others = script.matching_inputs(later, batch, 0)[-1], script.matching_inputs(job, batch, 1)[-1]
+    assert not any(torch.equal(each.w, draws.w) for each in others)
     cached = batch | embeds | {"moments": torch.zeros(2, 8, 12, 20)}
     assert script.matching_inputs(job, cached, 0)[0].shape == (2, 4, 12, 20)
     job.args.proportion_empty_prompts = 1.0
@@ -241,12 +244,12 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
     assert script.student_grids(job.pipe.scheduler.config, few)[4] == scheduler.timesteps.tolist()
     unet.train()
     z_t, timestep, conditioning, _, draws = script.matching_inputs(job, batch, 0)
-    assert not z_t.requires_grad and timestep.shape == (2,) and unet.training
+    assert not z_t.requires_grad and timestep.tolist() == 2 * draws.timesteps[-1:] and unet.training
     with torch.no_grad():  # as a pipeline draws: without the LoRA's dropout
         timesteps = torch.tensor(draws.timesteps)[:, None].expand(-1, 2)
         eta, unet = job.args.student_eta, unet.eval()
         drawn = script.roll_out(unet, job.schedule, timesteps, draws.noise, eta, conditioning, F32)
-    assert torch.equal(drawn, z_t) and len(draws.timesteps) > 1
+    assert torch.equal(drawn, z_t) and len(set(draws.timesteps)) > 1
     assert job.fake.unet.peft_config["default"].lora_dropout == 0
     check_inputs(script, job, batch, embeds, draws)
 
@@ -254,7 +257,7 @@ def test_the_roll_out_draws_as_lcm_scheduler_or_ddim_does_and_without_gradient(s
 @one_family
 def test_draws_are_a_function_of_seed_update_and_process(script, job):
     args, grids = job.args, job.job.fake.grids
-    shape, seen, taus, fake_taus = (2, 4, 4, 4), set(), [], []
+    shape, seen, taus, fake_taus, ws = (2, 4, 4, 4), set(), [], [], []
 
     def draw(step, process):
         return script.draw_matching(args, grids, shape, 1000, step, 0, process, CPU)
@@ -265,12 +268,15 @@ def test_draws_are_a_function_of_seed_update_and_process(script, job):
         assert not torch.equal(one.noise, other.noise) and not torch.equal(one.tau_eps, other.tau_eps)
         seen.add(tuple(one.timesteps))
         taus += one.tau[0].tolist() + other.tau[0].tolist()
+        ws += one.w.flatten().tolist()
+        assert len({each.sum().item() for each in (*one.noise, *one.tau_eps)}) == len(one.noise) + len(one.tau_eps)
         fake_taus += one.tau[1:].flatten().tolist() + other.tau[1:].flatten().tolist()
     assert torch.equal(draw(7, 0).noise, draw(7, 0).noise)
     assert len(draw(7, 0).tau) == 1 + args.fake_updates
     assert job.job.fake.optimizer.param_groups[0]["lr"] == pytest.approx(3 * args.learning_rate)
     assert seen == {tuple(grid[: i + 1]) for grid in grids.values() for i in range(len(grid))}
     assert 20 <= min(taus) < 30 and 970 <= max(taus) < 980
+    assert 2 <= min(ws) < 2.05 and 2.95 < max(ws) <= 3
     assert min(fake_taus) < 10 and max(fake_taus) > 990
 
 
@@ -334,6 +340,7 @@ def test_the_fakes_updates_share_a_batch_and_a_single_sample_serves_in_each(scri
 
     def spied(fake, schedule, x, tau, eps, conditioning, dtype):
         assert len(x) == len(tau) == len(eps) == len(conditioning["encoder_hidden_states"])
+        assert any(torch.equal(eps[0], each) for each in drawn[-1].tau_eps[1:].flatten(0, 1)), "not the student's"
         seen.append(list(zip(x.sum((1, 2, 3)).tolist(), tau.tolist(), strict=True)))
         return plain(fake, schedule, x, tau, eps, conditioning, dtype)
 
@@ -425,8 +432,9 @@ def test_wrong_flags_are_named(script, prompts, start_lora, capsys, changes, nam
 def test_checkpointing_computes_the_same(script, teacher, prompts, start_lora, tmp_path):
     losses = []
     for changes in ({}, {"gradient_checkpointing": True}):
-        line = matching_flags(teacher, prompts, start_lora, tmp_path, **changes)
+        line = matching_flags(teacher, prompts, start_lora, tmp_path, fake_learning_rate=7e-4, **changes)
         job = job_of(script, line)
+        assert job.job.fake.optimizer.param_groups[0]["lr"] == 7e-4
         unets = job.job.student_unet, job.job.fake.unet, job.job.teacher_unet
         assert {unet.is_gradient_checkpointing for unet in unets} == {bool(changes)}
         losses.append([script.update(job.job, job.batches)[0].item() for _ in range(2)])

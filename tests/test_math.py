@@ -66,6 +66,7 @@ def test_solver_step_is_ddim(script, prediction_type):
 def test_solver_grid_is_trailing(script):
     schedule = schedule_of(script, ddim())
     assert schedule.k == 20
+    assert schedule_of(script, ddim(), timestep_scaling_factor=7.0).timestep_scaling == 7.0
     assert schedule.ddim_timesteps.tolist() == list(range(19, 1000, 20))
     assert schedule.ddim_timesteps.tolist() == ddim().timesteps.tolist()[::-1]
     assert schedule_of(script, ddim(), num_ddim_timesteps=1000).ddim_timesteps.tolist() == list(range(1000))

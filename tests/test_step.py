@@ -433,6 +433,8 @@ def test_an_update_on_pictures_waits_for_nothing(script, args, job_of, shards, u
     with NoWaiting():
         losses = [script.update(job, batches)[0] for _ in range(2)]
     assert all(torch.isfinite(loss) for loss in losses) and job.state.global_step == 3
+    args.gradient_accumulation_steps = 3
+    assert script.make_stream(job, [], 2, None).start_batch == 9, "whose worker's turn it is"
     with pytest.raises(AssertionError, match="_local_scalar_dense"), NoWaiting():
         losses[0].item()
 
