@@ -181,6 +181,8 @@ def count_memory(own, words):
     args = trainer_flags(own, words, trainer)
     job, parameters, fake_parameters, saved = meta_job(own, trainer, args)
     parts = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    if own.cached and args.validation_steps == -1:
+        parts["vae"] = None  # the run loads none
     tensors = {name: [*part.parameters(), *part.buffers()] for name, part in parts.items() if part is not None}
     memory = LiveMemory([*fake_parameters, *(tensor for each in tensors.values() for tensor in each)])
     side = args.resolution // job.pipe.vae_scale_factor

@@ -79,7 +79,9 @@ from safetensors.torch import save_file
 
 
 def layers_of_a_block(loras):
-    """Return the UNet's layers_per_block, as far as the LoRA's names tell; 2 in the released models."""
+    """Return the UNet's layers_per_block: 2 in released models, whose widths tell them, else as the LoRA's names tell."""
+    if {320, 640, 1280} & {len(lora.up) for lora in loras.values()}:  # of which it may hold some layers alone
+        return 2
     found = [re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)", name) for name in loras]
     return max((int(one[2]) + (one[1] == "down") for one in found if one), default=2)
 

@@ -192,7 +192,7 @@ def task_pipeline(pipe, args):
             raise UnusableInput(f"--controlnet {args.controlnet}: is for another kind of model; take another")
         parts["controlnet"] = net.to(pipe.device).eval()
     if args.image or parts:
-        pipe = kind.from_pipe(pipe, **parts)
+        pipe = kind.from_pipe(pipe, add_watermarker=False, **parts)
         pipe.set_progress_bar_config(disable=True)
     return pipe
 

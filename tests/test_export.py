@@ -788,5 +788,7 @@ def test_the_commands_of_the_documents_parse(tool, tmp_path, monkeypatch):
     assert len(lines) == 4
     for line in lines:
         tool.parse_args(line.split())
-    for source in re.findall(r"    python scripts/export_lora\.py ((?:.*\\\n)*.*)", tool.__doc__):
+    sources = re.findall(r"    python scripts/export_lora\.py ((?:.*\\\n)*.*)", tool.__doc__)
+    assert sources
+    for source in sources:
         tool.parse_args(source.replace("\\\n", " ").split())

@@ -43,7 +43,7 @@ from conftest import (
 )
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, LCMScheduler, UNet2DConditionModel
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save as tensors_to_bytes, save_file
 from test_checkpoint import assert_same, checkpoints
 from torch.nn.parallel import DistributedDataParallel
 
@@ -675,6 +675,11 @@ def test_default_prompts_are_spread_over_the_data(script, teacher, shards, tmp_p
     args.push_to_hub = False
     loaded = script.load_models(args, torch.float32, torch.device("cpu"), samples, None)
     assert loaded["prompts"] == ["sea", "hill"], "each caption once"
+    head = {"safetensors": tensors_to_bytes({"prompt_embeds": torch.zeros(3, 8)}), "json": b'{"scaling_factor": 1.0}'}
+    samples = [{"caption": f"sea {n}", "prompt_embeds": torch.full((3, 8), float(n))} for n in range(8)]
+    loaded = script.load_models(args, torch.float32, torch.device("cpu"), samples, head)
+    drawn = dict(zip(loaded["prompts"], loaded["prompt_embeds"]["prompt_embeds"][:, 0, 0].tolist(), strict=True))
+    assert drawn == {"sea 0": 0, "sea 2": 2, "sea 4": 4, "sea 6": 6}, "each prompt with its own embeddings"
 
 
 # ----------------------------------------------------------------------------------------------------------

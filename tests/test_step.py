@@ -748,7 +748,10 @@ def test_updates_that_the_fp16_scaler_skips_stop_the_run_only_when_its_scale_col
             log.add(step, torch.tensor(0.5), torch.tensor(float(norm)), 1e-3)
     steps = []
     log.accelerator.trackers = [SimpleNamespace(log=lambda _values, step: steps.append(step))]
+    log.started -= 1000
     log.flush()
+    samples = step * args.train_batch_size * args.gradient_accumulation_steps
+    assert read_log(tmp_path)[-1]["samples_per_second"] == pytest.approx(samples / 1000, rel=0.05)
     assert steps == list(range(1, step + 1)), "a tracker gets each update with its step"
     log.accelerator.trackers = []
     assert len(read_log(tmp_path)) == step and read_log(tmp_path)[0]["grad_norm"] is None

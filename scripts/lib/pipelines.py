@@ -114,7 +114,7 @@ def family_of(args):
         return sdxl if is_xl else sd15
     try:
         options = {"revision": args.teacher_revision, "cache_dir": args.cache_dir}
-        kind = diffusers.DiffusionPipeline.load_config(model, **options)["_class_name"]
+        kind = str(diffusers.DiffusionPipeline.load_config(model, **options)["_class_name"])
     except LOAD_ERRORS as error:
         flags = argparse.Namespace(**{"variant": None} | vars(args))
         raise UnusableInput(sd15.loading_error(flags, error)) from error

@@ -33,7 +33,7 @@ from tqdm.auto import tqdm
 from lib.benchmark import reference_recipe
 from lib.benchmark.real_models import DEMO_FOLDERS, build_teacher, trainer_of
 from lib.pipelines import device_name, peak_gib, reset_peak, resident_gib, synchronize
-from lib.trainers import DTYPES, UnusableInput, exit_code
+from lib.trainers import DTYPES, UnusableInput, exit_code, sd15
 
 
 def parse_args(argv=None):
@@ -154,8 +154,11 @@ def measure(own, words, folder):
 
 
 def main(words):
-    with TemporaryDirectory() as folder:
-        print(json.dumps(measure(*parse_args(words), Path(folder))))
+    try:
+        with TemporaryDirectory() as folder:
+            print(json.dumps(measure(*parse_args(words), Path(folder))))
+    finally:
+        sd15.kill_children()  # loader processes ignore SIGTERM, by which Python would end them before it waits
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ REAL_MODELS = ("sd15", "sdxl", "ssd1b")
 DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
 KNOWN_MODELS = (*REAL_MODELS, *DEMO_MODELS.values())
 RECIPES = ("reference", "ours")
+ROW_S = 180  # a measurement of `train --all` is given up after it, because the rows after it tell more
 MEASURE_ONCE = Path(__file__).with_name("measure_once.py")
 ESTIMATE_MEMORY = Path(__file__).resolve().parents[2] / "estimate_memory.py"
 COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
@@ -107,8 +108,8 @@ class Sweep:
 
     def estimate(self, row, case):
         model, flags = self.words(*case)
-        line = [sys.executable, str(ESTIMATE_MEMORY), "--model", model, *flags]
-        done = subprocess.run(line, capture_output=True, text=True)
+        line = [sys.executable, str(ESTIMATE_MEMORY), "--model", model, *flags, "--validation_steps", "-1"]
+        done = subprocess.run(line, capture_output=True, text=True, timeout=max(self.seconds_left(), 1))
         if done.returncode == 0:
             row["estimated_gib"] = float(re.search(r"peak +([\d.]+)", done.stdout)[1])
 
@@ -117,14 +118,15 @@ class Sweep:
         model, flags = self.words(*case)
         line = words_of(model, recipe, self.args, flags)
         try:
-            output, errors = worker.communicate(json.dumps(line), timeout=max(self.seconds_left(), 1))
+            output, errors = worker.communicate(json.dumps(line), timeout=max(min(self.seconds_left(), ROW_S), 1))
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.communicate()
-            return None
+            return {"failed": f"not done in {ROW_S} s"} if self.seconds_left() > 0 else None
         if worker.returncode:
             last = (errors.strip().splitlines() or [f"exit code {worker.returncode}"])[-1]
-            return {"failed": "out of memory" if "out of memory" in errors else last[:200]}
+            is_memory = re.search("out of memory|ALLOC_FAILED|unable to find an engine", errors)  # as in the trainers
+            return {"failed": "out of memory" if is_memory else last[:200].replace("|", "/")}
         figures = json.loads(output.splitlines()[-1])
         self.report["machine"] = {name: figures[name] for name in ("device", "torch", "cuda")}
         return {name: figures[name] for name in PRINTED}
