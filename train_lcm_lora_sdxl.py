@@ -56,7 +56,7 @@ from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
-from itertools import accumulate, chain, count, groupby, islice, product, takewhile
+from itertools import accumulate, chain, groupby, islice, product
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -131,7 +131,9 @@ OUT_OF_MEMORY = re.compile("out of memory|ALLOC_FAILED|unable to find an engine"
 FOREIGN_FLAGS = {
     "pretrained_model_name_or_path": "--pretrained_teacher_model", "network_dim": "--lora_rank",
     "save_every_n_steps": "--checkpointing_steps", "lr": "--learning_rate", "optimizer_type": "--use_8bit_adam",
-    "optimizer": "--use_8bit_adam", "warmup": "--lr_warmup_steps",
+    "optimizer": "--use_8bit_adam", "warmup": "--lr_warmup_steps", "unet_lr": "--learning_rate",
+    "output_name": "--output_dir", "xformers": "--enable_xformers_memory_efficient_attention",
+    "vae": "--pretrained_vae_model_name_or_path", "cache_latents": "scripts/cache_latents.py", "rank": "--lora_rank",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -232,7 +234,7 @@ def checked(kind, holds, allowed):
 
 COUNT = checked(int, lambda value: value >= 1, "a whole number, at least 1")
 WHOLE = checked(int, lambda value: value >= 0, "a whole number, at least 0")
-SIDE_PX = checked(int, lambda value: value >= 8 and value % 8 == 0, "a multiple of 8, at least 8")
+SIDE_PX = checked(int, lambda value: value >= 8 and value % 8 == 0, "one number, a multiple of 8 from 8 on")
 ALPHA = checked(float, lambda value: 1e-3 <= value <= 65504, "in [0.001, 65504], as its file holds it in float16")
 SEED = checked(int, lambda value: 0 <= value < 2**63, "in [0, 2^63)")
 VALIDATION_INTERVAL = checked(int, lambda value: value >= -1, "a whole number, at least -1")
@@ -396,7 +398,7 @@ def unknown_flag(word, parser):
         command = "python scripts/make_shards.py --dataset_name NAME --output_dir shards"
         return f"{word}: not a flag here; make shards first: {command}, then --train_shards_path_or_url shards"
     flags = [flag for action in parser._actions for flag in action.option_strings]
-    near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1, 0.65)), None)
+    near = FOREIGN_FLAGS.get(name) or next(iter(difflib.get_close_matches(f"--{name}", flags, 1, 0.73)), None)
     return f"{word}: no such flag" + (f"; did you mean {near}?" if near else "")
 
 
@@ -470,7 +472,8 @@ def parse_args(argv=None):
     parser = build_parser()
     args, rest = parser.parse_known_args(argv)
     if rest:
-        parser.error(unknown_flag(rest[0], parser))
+        flags = [word for word in rest if word.startswith("--")] or rest[:1]
+        parser.error("; ".join(unknown_flag(word, parser) for word in flags))
     check_args(args, parser.error)
     check_paths(args, parser.error)
     if args.lora_alpha is None:
@@ -510,12 +513,8 @@ def one_line(error):
 
 def public_flags(args):
     flags = {name: value for name, value in vars(args).items() if name != "hub_token"}
-    for name, value in flags.items():
-        if isinstance(value, str):
-            flags[name] = masked(value)
-        elif isinstance(value, list) and name != "validation_prompts":  # in which "basic ..." is no credential
-            flags[name] = [masked(item) if isinstance(item, str) else item for item in value]
-    return flags
+    flags["train_shards_path_or_url"] = [masked(value) for value in args.train_shards_path_or_url]
+    return {name: masked(value) if isinstance(value, str) else value for name, value in flags.items()}
 
 
 def end_with_parent(number):
@@ -774,7 +773,7 @@ def list_folder(folder):
         if number := sum(split_name(path.name)[1] in IMAGE_SUFFIXES for path in folder.glob("*.*")):
             tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
         return tars
-    samples, keys, unread, faults = {}, {}, Counter(), []
+    samples, unread, faults = {}, Counter(), []
     for path in sorted(files_below(folder, faults.append)):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
@@ -782,35 +781,30 @@ def list_folder(folder):
             samples.setdefault(key, []).append(name)
         else:
             unread[path.suffix.lower() or path.name] += 1
-        if suffix in IMAGE_SUFFIXES:
-            keys[key] = True  # in order
     unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
     if unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
+    keys = [key for key, names in samples.items() if any(split_name(name)[1] in IMAGE_SUFFIXES for name in names)]
     if not keys:
         lack = "holds no .tar file and no picture; name one that does"
         raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
-    parts, rest = [], iter(keys)
-    while part := list(islice(rest, SAMPLES_PER_FOLDER_SHARD)):
-        files = tuple(chain(*(samples[key] for key in part)))
-        parts.append(PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, files))
-    return parts
+    parts = (keys[start : start + SAMPLES_PER_FOLDER_SHARD] for start in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD))
+    return [
+        PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*map(samples.get, part))))
+        for part in parts
+    ]
 
 
 def files_below(folder, onerror):
-    """Yield the files below a folder but hidden ones; linked folders come last, each once, so that a loop ends."""
-    waiting, seen = [folder], set()
-    while waiting:
-        for parent, folders, names in os.walk(waiting.pop(0), onerror=onerror):
-            if (real := os.path.realpath(parent)) in seen:
-                folders.clear()
-                continue
-            seen.add(real)
-            folders[:] = sorted(name for name in folders if not name.startswith("."))
-            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
-            paths = (Path(parent, name) for name in names if not name.startswith("."))
-            # One that is not there, as at a link's end, is counted when it is read; a pipe would be waited for.
-            yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+    """Yield the files below a folder but hidden ones; each folder once, so that a loop of links ends."""
+    seen = set()
+    for parent, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
+        is_new = (real := os.path.realpath(parent)) not in seen
+        seen.add(real)
+        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
+        paths = (Path(parent, name) for name in names if is_new and not name.startswith("."))
+        # One that is not there, as at a link's end, is counted when it is read; a pipe would be waited for.
+        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
 
 
 def check_shard(path):
@@ -908,8 +902,6 @@ def shard_members(shard):
         with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
-                if member.issparse():
-                    raise tarfile.ReadError("sparse files are not read; pack without --sparse")
                 if member.isreg() and split_name(member.name)[1]:
                     data = tar.extractfile(member).read()
                     if len(data) != member.size:
@@ -1047,8 +1039,7 @@ def group_members(members, lost):
 def metadata_of(sample):
     """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
     try:
-        record = json.loads(sample.get("json", b"{}").decode("utf-8-sig"))
-        record = {str(name).lower(): value for name, value in record.items()}
+        record = {name.lower(): value for name, value in json.loads(sample.get("json", b"{}")).items()}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
     found = {}
@@ -1301,16 +1292,17 @@ def tokenize(tokenizers, captions):
     return [each(captions, max_length=each.model_max_length, **options).input_ids for each in tokenizers]
 
 
-def describe(skipped):
-    """Return counts by cause as one line, the 20 most frequent first."""
+def describe(skipped, first=()):
+    """Return counts by cause as one line, the 20 most frequent first, with the name of a sample where it is known."""
     counts = +Counter(skipped)
-    found = masked(", ".join(f"{cause}: {count}" for cause, count in counts.most_common(20)))
+    names = {cause: f" (such as {name})" for cause, name in dict(first).items()}
+    found = masked(", ".join(f"{cause}: {count}{names.get(cause, '')}" for cause, count in counts.most_common(20)))
     return found + f", and {len(counts) - 20} causes more" * (len(counts) > 20)
 
 
 def audit(shards, args):
     """Return (usable samples, report line, head of the cache or None) after reading the first samples."""
-    skipped, usable, examined, cache, known = Skipped(), [], 0, None, set()
+    skipped, usable, examined, cache, known, first = Skipped(), [], 0, None, set(), {}
     samples = (sample for shard in shards for sample in read_shard(shard, skipped, attempts=1, cache=cache))
     for sample in islice(samples, AUDIT_SAMPLES):
         if sample["__key__"] == CACHE_KEY and not sample.keys() & {*IMAGE_SUFFIXES}:
@@ -1326,19 +1318,20 @@ def audit(shards, args):
             usable[-1].pop("pixels", None)  # other processes need only captions and their embeddings
         except SkippedSample as cause:
             skipped[str(cause)] += 1
+            first.setdefault(str(cause), sample["__key__"])
         if len(usable) == AUDIT_USABLE_SAMPLES:
             break
     if not usable:
         raise UnusableInput(
             f"none of the first {examined} samples of --train_shards_path_or_url can be used "
-            f"({describe(skipped) or 'no samples'}); shards and folders hold KEY.jpg|png|webp with KEY.txt or a "
-            "caption in KEY.json; loosen the filters, mend the data, or let scripts/make_shards.py give captions, "
-            "from a table such as metadata.csv or by --default_caption"
+            f"({describe(skipped, first) or 'no samples'}); shards and folders hold KEY.jpg|png|webp with KEY.txt or "
+            "a caption in KEY.json; loosen the filters, mend the data, or take captions from a table (or one for all, "
+            "--default_caption): python scripts/make_shards.py --source FOLDER_OR_TABLE --output_dir shards"
         )
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
-    report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped)})"
+    report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped, first)})"
     report = report.removesuffix(" ()")
     for flag in ("max_watermark", "max_unsafe", "min_aesthetic"):
         if getattr(args, flag) is not None and flag[4:] not in known:
@@ -1468,7 +1461,7 @@ def load_pipeline(args, dtype, **options):
 
 
 def check_family(pipe):
-    if pipe.unet.config.addition_embed_type != "text_time":
+    if pipe.unet and pipe.unet.config.addition_embed_type != "text_time":
         raise UnusableInput(f"the teacher is not {FAMILY}: its UNet takes no size and crop; use {OTHER_SCRIPT}")
     if pipe.text_encoder_2 and not pipe.text_encoder:
         raise UnusableInput("the teacher is SDXL's refiner, which draws nothing by itself; name a base model")
@@ -1607,7 +1600,8 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
         if isinstance(each, GatedRepoError) and not path.exists():
             terms = f"accept its terms on https://huggingface.co/{model}"
             return f"{name}: is gated; {terms}, then log in with `hf auth login`"
-        reason, each = f"{reason} {' '.join(str(each).split())}".strip(), each.__cause__ or each.__context__
+        text, each = " ".join(str(each).split()), each.__cause__ or each.__context__
+        reason += f" {text}" * (text not in reason)
     if any("lora" in key for key in weight_names(path / WEIGHTS_NAME if path.is_dir() else path)):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
@@ -1619,14 +1613,16 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
     if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
-            remedy = "; give --teacher_config, a local diffusers model of the same architecture or its Hub id"
+            place = f"those of {args.teacher_config or 'its kind on the Hub'} cannot be read ({one_line(error)[:160]})"
+            remedy = "give --teacher_config, a local diffusers model of the same architecture"
+            return f"{name}: a single file holds no configs, and {place}; {remedy}"
     is_elsewhere = "://" not in model and not path.exists()
     where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
     if is_elsewhere:
         remedy = "; check the id and the network, or name a local folder or file"
     if is_elsewhere and re.search(r"no file named \S+\.(safetensors|bin)", reason) and not args.variant:
         remedy = "; if it has only weight files of a variant, give --variant fp16"
-    return f"{name} cannot be loaded{where}: {masked(reason)[:400]}{remedy}"
+    return f"{name} cannot be loaded{where}: {masked(reason.strip())[:400]}{remedy}"
 
 
 def weight_names(path):
@@ -1666,8 +1662,8 @@ def set_prediction(pipe, args):
 
 
 def check_parts(pipe):
+    check_family(pipe)
     if pipe.unet:
-        check_family(pipe)
         config = pipe.unet.config
         if config.time_cond_proj_dim is not None:
             raise UnusableInput("the teacher is guidance-distilled (time_cond_proj_dim); name an undistilled model")
@@ -2742,7 +2738,8 @@ def draw_pictures(job, unet, scheduler, step_counts, **settings):
             parts = {name: getattr(pipe, name) for name in ("unet", "scheduler", *TEXT_PARTS)}
             pipe = load_teacher(args, job.dtype, job.accelerator.device, **parts)
         pipe.unet, pipe.scheduler = unet.eval(), scheduler
-        for steps, number in tqdm(pictures, desc="validation", unit="picture", leave=False):
+        of = "the teacher's pictures" if unet is job.teacher_unet else "validation"
+        for steps, number in tqdm(pictures, desc=of, unit="picture", leave=False):
             embeds = uncond | {name: value[[number]] for name, value in job.prompt_embeds.items()}
             generator = torch.Generator().manual_seed(args.seed + number)
             latents = pipe(**embeds, **options, num_inference_steps=steps, generator=generator).images
@@ -2849,18 +2846,14 @@ def log_pictures(tracker, columns, prompts, global_step):
             tracker.log_images(values, step=global_step, **options)
 
 
-def save_gallery(folder, pictures):
-    """Write `image_<i>.png`, and remove those of an earlier run with more prompts."""
-    for number, picture in enumerate(pictures):
-        picture.save(folder / f"image_{number}.png")
-    for path in takewhile(Path.exists, (folder / f"image_{number}.png" for number in count(len(pictures)))):
-        path.unlink()
-
-
 def write_card(job, drawn):
     """Write the pictures at 4 steps and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    save_gallery(folder, drawn.get(4, []))
+    for path in folder.glob("image_*.png"):  # of an earlier run, which may have had more prompts
+        if path.stem.partition("_")[2].isdecimal():
+            path.unlink()
+    for number, picture in enumerate(drawn.get(4, [])):
+        picture.save(folder / f"image_{number}.png")
     teacher = args.pretrained_teacher_model
     teacher = masked(teacher) if "://" in teacher else teacher
     from_hub = "://" not in teacher and not Path(teacher).exists()
@@ -3037,8 +3030,7 @@ def start(args):
         check_compile(accelerator)
     if args.use_8bit_adam and accelerator.device.type == "mps":
         raise UnusableInput("--use_8bit_adam: bitsandbytes has no kernels for MPS; leave it out")
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
+    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
     return accelerator
 
 
@@ -3134,7 +3126,7 @@ def describe_data(shards, report, args, accelerator, workers):
     if total:
         epochs = updates * together / total
         epochs = f"{epochs:.2g}" if epochs < 100 else f"{epochs:.0f}"
-        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs} epochs")
+        lines.append(f"data: {total} samples, unusable ones too; {updates} updates of {together} are {epochs} epochs")
     if total and together > total:
         lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
     needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2

@@ -63,8 +63,7 @@ def add_loader(commands):
 
 def add_table(commands):
     parser = commands.add_parser("table", description="Write the GPU table of README.md and docs/performance.md.")
-    text = "JSON of `train --all`; none: the places read `not measured`"
-    parser.add_argument("figures", type=Path, nargs="?", metavar="FILE", help=text)
+    parser.add_argument("figures", type=Path, nargs="?", metavar="FILE", help="JSON of `train --all`; none: no figure")
 
 
 def loader_case(text):
@@ -75,11 +74,10 @@ def loader_case(text):
 def train_problems(args, words):
     given = [*words, *["--cached"] * args.cached, *["--model"] * (args.model != "demo")]
     is_known = args.model in KNOWN_MODELS or (Path(args.model) / "model_index.json").is_file()
-    known = f"{', '.join(KNOWN_MODELS)}, or a folder with model_index.json"
     return (
         (args.all and given, f"--all has cases of its own: leave out {' '.join(given)}"),
         (args.all and not args.json, "--all: give --json FILE, which keeps the rows of a run that is cut short"),
-        (not is_known, f"--model {args.model}: must be {known}"),
+        (not is_known, f"--model {args.model}: must be {', '.join(KNOWN_MODELS)}, or a folder with model_index.json"),
         (args.json and args.json.is_dir(), f"--json {args.json}: is a folder; name a file"),
     )
 

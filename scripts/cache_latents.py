@@ -57,7 +57,7 @@ if __name__ == "__main__":
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from lib.pipelines import family_of, read_stats, writing_alone, writing_to
+from lib.pipelines import family_of, read_json, writing_alone, writing_to
 from lib.trainers import DTYPES, exit_code
 from PIL import Image
 from safetensors.torch import save
@@ -188,7 +188,7 @@ def missing_shards(trainer, folder, head, shards):
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     for shard, target in targets:
-        source = read_stats(target).get("source") if target.exists() else None
+        source = read_json(target.with_name(f"{target.stem}_stats.json")).get("source") if target.exists() else None
         is_comparable = source and trainer.is_remote(source) == trainer.is_remote(shard)
         if is_comparable and source != source_of(trainer, shard):
             remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"

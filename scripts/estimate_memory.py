@@ -103,6 +103,9 @@ def trainer_flags(own, words, trainer):
         "pipe:", "--max_train_steps", "1", "--output_dir", os.devnull + "/none", "--init_lora", __file__,
     ])  # fmt: skip
     args.compile = args.enable_xformers_memory_efficient_attention = False
+    teacher = Path(trainer.build_parser().parse_known_args(words)[0].pretrained_teacher_model or "none")
+    is_local = teacher.suffix in (".safetensors", ".ckpt") or (teacher / "vae").is_dir()
+    own.has_own_vae = is_local and not args.pretrained_vae_model_name_or_path
     return args
 
 
@@ -114,6 +117,8 @@ def meta_job(own, trainer, args):
     packed, args.use_4bit_base = args.use_4bit_base, False
     dtype = DTYPES[args.mixed_precision or "no"]
     pipe = build_teacher(own.model, args, dtype, META)
+    if own.has_own_vae and own.model != "sd15" and dtype == torch.float16:
+        pipe.vae.float()  # SDXL's own overflows in fp16
     uncond_embeds = trainer.encode_prompts(pipe, [""], META)
     if own.cached:
         pipe.text_encoder = pipe.text_encoder_2 = None  # the VAE is loaded at the first validation
@@ -181,8 +186,8 @@ def count_memory(own, words):
     args = trainer_flags(own, words, trainer)
     job, parameters, fake_parameters, saved = meta_job(own, trainer, args)
     parts = {name: getattr(job.pipe, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
-    if own.cached and args.validation_steps == -1:
-        parts["vae"] = None  # the run loads none
+    if own.cached and args.validation_steps == -1:  # the run loads no VAE
+        del parts["vae"]
     tensors = {name: [*part.parameters(), *part.buffers()] for name, part in parts.items() if part is not None}
     memory = LiveMemory([*fake_parameters, *(tensor for each in tensors.values() for tensor in each)])
     side = args.resolution // job.pipe.vae_scale_factor
@@ -205,7 +210,7 @@ def count_memory(own, words):
             parameter.grad = None
         if args.validation_steps != -1:
             with torch.no_grad(), memory.within("validation"):
-                job.pipe.vae.decode(torch.empty(1, 4, side, side, dtype=job.dtype, device=META))
+                job.pipe.vae.decode(torch.empty(1, 4, side, side, dtype=job.pipe.vae.dtype, device=META))
     fixed = {name: bytes_of(each) for name, each in tensors.items()}
     fixed["unet"] -= bytes_of(parameters) + saved
     fixed["LoRA"] = bytes_of(parameters)

@@ -47,22 +47,18 @@ def parse_args(argv=None):
 def add_picture_flags(group):
     cli.add_prompt_flags(group, required=False)
     add = group.add_argument
-    text = "pictures a row; 1000 or more for figures to publish (default: %(default)s)"
-    add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help=text)
-    text = "solver steps, LCM rows to 50 (default: 1 2 4 8)"
-    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help=text)
+    add("--num_images", type=cli.within(int, 2), default=256, metavar="N", help="pictures a row (default: 256)")
+    add("--steps", nargs="+", type=int, default=[1, 2, 4, 8], metavar="N", help="solver steps (default: 1 2 4 8)")
     text = f"of {', '.join(cli.SAMPLERS)}; see sample.py (default: those without LoRA, and what each LoRA is for)"
     add("--samplers", nargs="+", choices=cli.SAMPLERS, metavar="NAME", help=text)
     text = "guidances of the teacher's solvers, the paper's w + 1; rows for each (default: 7.5)"
     add("--guidance_scale", nargs="+", type=cli.GUIDANCE, default=[7.5], metavar="G", help=text)
     text = "guidances of the LCM rows, 1 (off) to 2; rows for each (default: 1.0)"
     add("--lcm_guidance_scale", nargs="+", type=cli.GUIDANCE, default=[1.0], metavar="G", help=text)
-    text = "DDIM steps of the teacher's own pictures, at the first guidance (default: %(default)s)"
-    add("--teacher_steps", type=int, default=50, metavar="N", help=text)
+    add("--teacher_steps", type=int, default=50, metavar="N", help="of the teacher's own pictures (default: 50)")
     add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side in px, multiple of 8 (default: the model's)")
     add("--seed", type=cli.within(int, 0, 2**30 - 1), default=0, help="of the noise (default: %(default)s)")
-    text = "pictures drawn together; halved where the GPU's memory is too small (default: %(default)s)"
-    add("--batch_size", type=cli.COUNT, default=8, metavar="N", help=text)
+    add("--batch_size", type=cli.COUNT, default=8, metavar="N", help="pictures drawn together (default: %(default)s)")
 
 
 def add_figure_flags(group):
@@ -72,8 +68,7 @@ def add_figure_flags(group):
     add("--features", nargs="+", default=["clip"], metavar="MODEL", help=text)
     text = "CLIP model of the CLIP score, .py file, or none (default: %(default)s)"
     add("--clip_model", default="openai/clip-vit-large-patch14", metavar="MODEL", help=text)
-    text = "real pictures to measure the distance to as well: a folder, or .tar shards (default: none)"
-    add("--reference", nargs="+", default=[], metavar="PATH", help=text)
+    add("--reference", nargs="+", default=[], metavar="PATH", help="real pictures, too: folders or .tar shards")
     text = "kept features of the teacher's pictures, and their prompts (default: draw the pictures)"
     add("--yardstick", type=Path, metavar="FILE", help=text)
     add("--draw_yardstick", type=cli.within(int, 2), metavar="N", help="write --yardstick, of N pictures a prompt")
@@ -232,8 +227,7 @@ def main(args):
     judges.to(accelerator.device)
     torch.backends.cudnn.allow_tf32 = False  # figures would differ between cards in the third digit
     if args.draw_yardstick:
-        features = judges.row(gallery, rows[0])
-        features = {name: features[name] for name in judges.features}
+        features = {name: each for name, each in judges.row(gallery, rows[0]).items() if name in judges.features}
         if accelerator.is_main_process:
             with writing_to(args.yardstick.parent):
                 m.save_yardstick(args, features, min(gallery.picture(rows[0], 0).size))

@@ -48,8 +48,7 @@ def parse_args(argv=None):
     text = "model family; auto: by the LoRA's text width, names and header, and a run's args.json (default: auto)"
     add("--family", choices=("auto", "sd", "sdxl"), default="auto", help=text)
     add("--merge_into", metavar="MODEL", help="Hub id, diffusers folder or single file to add the LoRA to")
-    text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
-    add("--teacher_config", metavar="MODEL", help=text)
+    add("--teacher_config", metavar="MODEL", help="folder or Hub id that describes a single file (or the Hub)")
     add("--variant", help="variant of the model's weight files, such as fp16 (default: none)")
     text = "what the model's UNet predicts (default: by its config, or the markers in a single file)"
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
@@ -79,7 +78,7 @@ from safetensors.torch import save_file
 
 
 def layers_of_a_block(loras):
-    """Return the UNet's layers_per_block: 2 in released models, whose widths tell them, else as the LoRA's names tell."""
+    """Return the UNet's layers_per_block: 2 where the widths are of released models, else as the LoRA's names tell."""
     if {320, 640, 1280} & {len(lora.up) for lora in loras.values()}:  # of which it may hold some layers alone
         return 2
     found = [re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)", name) for name in loras]

@@ -74,8 +74,7 @@ def parse_args(argv=None):
     add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side, a multiple of 8 (default: the model's)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto, one GPU a process)")
     args = parser.parse_args(argv)
-    cli.refuse(parser, flag_problems(args))
-    cli.refuse(parser, cli.folder_problems(args.output_dir))
+    cli.refuse(parser, (*flag_problems(args), *cli.folder_problems(args.output_dir)))
     if args.source and not Path(args.source).exists():
         args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
@@ -99,7 +98,7 @@ if __name__ == "__main__":
     ARGS = parse_args()  # before the imports below
 
 from lib.image_sources import encode_picture, open_source
-from lib.pipelines import choose_device, family_of, read_json, read_stats, writing_alone, writing_to
+from lib.pipelines import choose_device, family_of, read_json, writing_alone, writing_to
 from lib.trainers import UnusableInput, exit_code, sd15
 from PIL import Image
 from tqdm import tqdm
@@ -172,8 +171,7 @@ def describe_run(args, source):
         settings["teacher_revision"] = args.teacher_revision = family_of(args).check_teacher(args)
         settings["mixed_precision"] = args.mixed_precision or ("fp16" if is_half else "no")
         model = Path(args.pretrained_teacher_model)
-        parts = [part for part in (model, model / "unet") if part.exists()]
-        settings["teacher_files"] = [sd15.fingerprint(part) for part in parts]
+        settings["teacher_files"] = [sd15.fingerprint(part) for part in (model, model / "unet") if part.exists()]
     return json.loads(json.dumps(settings)) | {"contents": source.identity}
 
 
@@ -198,7 +196,7 @@ def check_output(folder, run):
 
 
 def finished(target, digest):
-    record = read_stats(target)
+    record = read_json(target.with_name(f"{target.stem}_stats.json"))
     is_whole = record.get("run") == digest and {"samples", "left_out"} <= record.keys()
     return record if is_whole and target.exists() == bool(record["samples"]) else None
 
@@ -245,7 +243,7 @@ def report(args, records, unread):
         hint = "mend them; captions are a.txt beside a.jpg, a column of a table, or --default_caption"
         raise UnusableInput(f"none of {len(rows) - len(unread)} pictures can be used ({text}); {hint}")
     shards = sum(bool(record["samples"]) for record in records)
-    print(f"{samples} samples in {shards} shards in {args.output_dir}; left out: {text or 'none'}")
+    print(f"{samples} samples in {shards} shards in {args.output_dir}; left out: {text or 'none'} ({LEFT_OUT})")
     return 0
 
 

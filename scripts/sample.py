@@ -210,7 +210,7 @@ def draw_all(pipe, args, rows, extra):
             (args.output_dir / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(args.output_dir / path)
             record = {"sampler": row.sampler, "steps": steps, "guidance": row.guidance, "prompt": prompt}
-            if len(args.loras) > 1 or len(args.lora_strengths) > 1:
+            if len(args.loras) > 1 or len(args.lora_strengths) > 1 or {*row.weights.values()} - {1}:
                 record["lora_weights"] = row.weights
             records.append(record | {"seed": seed, "image": path.as_posix(), "seconds": round(seconds, 4)})
             if index < pipelines.GRID_PROMPTS:  # all would fill the memory

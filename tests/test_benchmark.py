@@ -35,6 +35,24 @@ def benchmark(*arguments):
     )
 
 
+FAILING = """
+import sys
+sys.path[:0] = [{tests!r}]
+from conftest import load_script
+once = load_script("scripts/lib/benchmark/measure_once.py")
+once.sd15.update = lambda _job, batches: next(batches) and 1 / 0
+sys.exit(once.exit_code(once.main, sys.argv[1:]))
+"""
+
+
+def fail_with_loader_processes(teacher):
+    """A row that fails must end, or no time is left for the rows after it."""
+    words = f"--model {teacher} --recipe ours --steps 1 --warmup_steps 1 --resolution {SIDE} --lora_rank 4".split()
+    line = [sys.executable, "-c", FAILING.format(tests=str(ROOT / "tests")), *words, "--dataloader_num_workers", "2"]
+    failed = subprocess.run(line, capture_output=True, text=True, timeout=120, env=ENVIRONMENT)
+    assert failed.returncode == 1 and "ZeroDivisionError" in failed.stderr.splitlines()[-1], failed.stderr
+
+
 def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
     file = tmp_path / "figures" / "benchmark.json"
     run = benchmark(
@@ -58,6 +76,7 @@ def test_both_recipes_are_measured_and_their_losses_agree(teacher, tmp_path):
     args, trainer = SimpleNamespace(resolution=SIDE, phases=2), SimpleNamespace(start=lambda _args: None)
     with pytest.raises(measure_once.UnusableInput, match="does not know --phases 2"):
         measure_once.make_recipe_job(own, trainer, args, tmp_path)
+    fail_with_loader_processes(teacher)
     parent = (
         "import subprocess as s, sys, time; print(s.Popen(sys.argv[1:], stdin=-1).pid, flush=True); time.sleep(60)"
     )
@@ -117,11 +136,11 @@ class Worker:
         if line is None:
             return "", ""
         words = json.loads(line)
-        if "--compile" in words:
+        if "--compile" in words or "--use_4bit_base" in words:
             raise subprocess.TimeoutExpired("measure", timeout)
         if "12" in words:
             self.returncode = 1
-            return "", "Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried to allocate"
+            return "", "Traceback\nRuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling"
         figures = dict.fromkeys(sweep.PRINTED, 2.0 if "ours" in words else 1.0)
         return json.dumps(figures | {"device": "GPU", "torch": "2", "cuda": "13"}) + "\n", ""
 
@@ -150,7 +169,7 @@ def test_each_row_is_written_as_it_is_measured_and_a_cut_run_keeps_them(tmp_path
     with monkeypatch.context() as patch:
         done = argparse.Namespace(returncode=0, stdout=text)
         patch.setattr(sweep.subprocess, "run", lambda *_given, **_named: done)
-        one = argparse.Namespace(words=lambda *_: ("sdxl", []))
+        one = argparse.Namespace(words=lambda *_: ("sdxl", []), seconds_left=lambda: 9)
         sweep.Sweep.estimate(one, row, ())
     assert row == {"estimated_gib": 12.14}
     args = argparse.Namespace(minutes=1, steps=1, warmup_steps=1, tiny=False)
@@ -168,6 +187,8 @@ def test_each_row_is_written_as_it_is_measured_and_a_cut_run_keeps_them(tmp_path
     assert first["ours"]["allocated_gib"] == 2 * first["reference"]["allocated_gib"] and first["estimated_gib"] == 7
     assert failed["ours"] == {"failed": "out of memory"} == failed["reference"]
     assert not any("compile" in row["options"] for row in report["rows"])
+    slow = [row for row in report["rows"] if "4-bit" in row["options"]]
+    assert slow and all(row["ours"] == {"failed": "not done in 180 s"} and row["reference"] for row in slow)
     shown = capsys.readouterr().out
     assert "| out of memory | out of memory | – |" in shown
 

@@ -180,16 +180,20 @@ def test_every_flag_with_a_rule_is_in_the_table_of_wrong_values(script):
         ("--network_dim", "--lora_rank"), ("--network_alpha=8", "--lora_alpha"), ("--rank", "--lora_rank"),
         ("--validation_prompt", "--validation_prompts"), ("--lora_rnak", "--lora_rank"),
         ("--max_train_epochs", "--num_train_epochs"), ("--instance_data_dir", "--train_data_dir"),
-        ("--pretrained_model_name_or_path", "--pretrained_teacher_model"),
+        ("--pretrained_model_name_or_path", "--pretrained_teacher_model"), ("--unet_lr", "--learning_rate"),
+        ("--cache_latents", "scripts/cache_latents.py"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_mistyped_flag_is_answered_with_the_flag_that_is_meant(script, capsys, word, meant):
     said = refusal(script, capsys, [*flags("owner/name", "pipe:cat 0.tar", "unused"), word, "4"])
     assert f"did you mean {meant}?" in said and word.partition("=")[0] in said
+    said = refusal(script, capsys, [*flags("owner/name", "pipe:cat 0.tar", "unused"), "--keep_tokens", "1", word, "4"])
+    assert "--keep_tokens: no such flag; " in said and f"did you mean {meant}?" in said, "all of them at once"
 
 
 def test_every_answer_names_a_flag_that_exists(script):
     known = {option for action in actions(script).values() for option in action.option_strings}
+    known |= {path.relative_to(ROOT).as_posix() for path in ROOT.glob("scripts/*.py")}
     assert set(script.FOREIGN_FLAGS.values()) <= known and not set(script.FOREIGN_FLAGS) & set(actions(script))
 
 

@@ -83,8 +83,8 @@ def job(tmp_path):
             "SLURM_NNODES": 2, "VENV": tmp_path / "venv", "SLURM_JOB_NODELIST": "node[0-1]",
             "SHARDS": tmp_path / "shards",
             "OUTPUT_DIR": tmp_path / "out", "LOCAL_DISK": tmp_path / "local", "SLURM_ARRAY_TASK_ID": 1,
-            "SLURM_ARRAY_JOB_ID": 77, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_MAX": 1, "SLURM_ARRAY_TASK_COUNT": 2,
-            "FAIL": "", "WORK": "",
+            "SLURM_ARRAY_JOB_ID": 77, "SLURM_ARRAY_TASK_MIN": 0, "SLURM_ARRAY_TASK_MAX": 1,
+            "SLURM_ARRAY_TASK_COUNT": 2, "FAIL": "", "WORK": "",
         } | changes  # fmt: skip
         process = subprocess.Popen(
             ["bash", str(script), *words], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
@@ -215,7 +215,7 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "holds 4 .tar files" in said
     # Some jobs of an array run again: PARTS tells how many there were.
-    again = {"SLURM_ARRAY_TASK_ID": 3, "SLURM_ARRAY_TASK_MIN": 3, "SLURM_ARRAY_TASK_MAX": 3, "SLURM_ARRAY_TASK_COUNT": 1}
+    again = {f"SLURM_ARRAY_TASK_{name}": 3 for name in ("ID", "MIN", "MAX")} | {"SLURM_ARRAY_TASK_COUNT": 1}
     assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0
     words = noted(tmp_path, "words")
     assert words[words.index("--train_shards_path_or_url") + 1 :][:2] == [mine[1], "--output_dir"]

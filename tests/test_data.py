@@ -284,7 +284,7 @@ def test_a_damaged_sample_is_skipped_and_counted(script, tmp_path, name):
     usable, report, _ = script.audit([str(shard)], make_args(script, shard, **changes))
     captions = [f"sea {i}" for i in range(8) if i % 4]
     assert [sample["caption"] for sample in usable] == captions
-    assert f"({cause}: 2)" in report
+    assert f"({cause}: 2 (such as 0-00000))" in report
     batches = list(itertools.islice(make_stream(script, shard, **changes), 6))
     skipped = sum((Counter(batch["skipped"]) for batch in batches), Counter())
     assert skipped.keys() == {cause} and 2 <= skipped[cause] <= 4  # some may come after these batches
@@ -567,9 +567,8 @@ def test_random_crop_and_flip_are_what_they_say(script):
         corners.add(left)
         flips += flipped
     assert len(corners) > 15 and {0, 30} & corners
-    found = set()
+    found, noise = set(), Image.effect_noise((96, 96), 50).convert("RGB")
     for args.interpolation_type in ("nearest", "bilinear", "bicubic", "lanczos"):
-        noise = Image.effect_noise((96, 96), 50).convert("RGB") if not found else noise
         found.add(script.crop(noise, args, random.Random(0))[0].tobytes())
     assert len(found) == 4, "each of the flag's values is used"
     args.interpolation_type = "nearest"
@@ -769,7 +768,7 @@ def test_what_a_folder_lacks_is_counted_or_named(script, folder, tmp_path, monke
     monkeypatch.setattr(os, "walk", walk_with_a_fault)
     usable, report, _ = script.audit(script.list_shards([str(folder)]), make_args(script, folder))
     assert len(usable) == 18 and "no caption: 1" in report and "picture cannot be decoded: 1" in report
-    assert "picture cannot be read: 1" in report
+    assert "picture cannot be read: 1 (such as part2/08)" in report, "a sample by its name"
     assert "second picture of a sample, such as a.png beside a.jpg: 1" in report
     assert "folder lost+found (Permission denied): 1" in capsys.readouterr().err
     (tmp_path / "empty").mkdir()

@@ -3,12 +3,13 @@
 import argparse
 import json
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SIDE, cases, flags, load_script, one_family, tiny_unet
-from diffusers import ControlNetModel, StableDiffusionPipeline
+from diffusers import AutoPipelineForImage2Image, ControlNetModel, StableDiffusionPipeline
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -171,10 +172,16 @@ def test_image_to_image_starts_from_the_picture(sample, teacher, loras, tmp_path
     folder, _ = loras
     Image.effect_noise((SIDE + 3, SIDE), 90).convert("RGB").save(tmp_path / "start.png")
     flags = ["--lora", folder / "lcm", "--samplers", "lcm-lora", "--steps", "4", "--image", tmp_path / "start.png"]
+    flags[1] = f"{flags[1]}=0.9"
     weak = run(sample, teacher, tmp_path / "weak", *flags, "--strength", "0.3")["lcm-lora-4steps"]
+    assert json.loads((tmp_path / "weak" / "samples.json").read_text())[0]["lora_weights"] == {"lcm": 0.9}
     full = run(sample, teacher, tmp_path / "full", *flags, "--strength", "1")["lcm-lora-4steps"]
     assert weak.shape == (SIDE, SIDE, 3)  # cut to multiples of 8 px
     pipe = load(teacher)
+    kind = AutoPipelineForImage2Image
+    with mock.patch.object(kind, "from_pipe", wraps=kind.from_pipe) as asked:
+        sample.task_pipeline(pipe, argparse.Namespace(image="a", mask=None, controlnet=None))
+    assert asked.call_args.kwargs["add_watermarker"] is False, "else SDXL's pictures get one where its package is"
     picture = sample.fitted_picture(tmp_path / "start.png", None)
     pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 127.5 - 1
     with torch.no_grad():

@@ -50,13 +50,19 @@ def test_what_the_flags_change(tool):
     saved = 242_196_480 * (2 - 0.5 - 4 / 64) - 2 * 1280 * 10240
     assert fixed["unet"] - small_fixed["unet"] == pytest.approx(saved)
     assert tool.exit_code(lambda _: figures(tool, "--num_ddim_timesteps", "2000"), None) == 2
+    for teacher, vae in (("my.safetensors", 4), ("owner/name", 2), (None, 2)):  # SDXL's own VAE overflows in fp16
+        own, rest = tool.parse_args(["--model", "ssd1b", "--mixed_precision", "fp16"])
+        rest += ["--pretrained_teacher_model", teacher] if teacher else []
+        job, *_ = tool.meta_job(own, tool.trainer_of("ssd1b"), tool.trainer_flags(own, rest, tool.trainer_of("ssd1b")))
+        assert next(job.pipe.vae.parameters()).element_size() == vae
 
 
 def test_the_step_is_left_as_it_was(tool):
     """What the tool patches to count is put back."""
     trainer = tool.trainer_of("sd15")
     before = trainer.encode, trainer.teacher_step, torch.nn.functional.scaled_dot_product_attention
-    words = "--train_batch_size 1 --objective matching --student_steps 1 --validation_steps -1"
+    words = "--train_batch_size 1 --objective matching --student_steps 1 --validation_steps -1 --cached"
     fixed, peaks = figures(tool, *words.split())  # before there is a first stage
-    assert "validation" not in peaks and fixed["fake's LoRA"] == fixed["LoRA"] == fixed["optimizer"] / 4 > 0
+    assert "validation" not in peaks and "vae" not in fixed
+    assert fixed["fake's LoRA"] == fixed["LoRA"] == fixed["optimizer"] / 4 > 0
     assert before == (trainer.encode, trainer.teacher_step, torch.nn.functional.scaled_dot_product_attention)

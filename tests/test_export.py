@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -170,7 +171,10 @@ def test_diffusers_reads_each_kohya_name_as_the_layer_it_means(tool, real, tmp_p
         expected = layer.lora_A if ".lora_A." in name else layer.lora_B
         assert value.shape == expected["default"].weight.shape, name
     save_file(state, tmp_path / "kohya.safetensors")
-    assert tool.sd15.read_lora(tmp_path / "kohya.safetensors").keys() == modules
+    loras = tool.sd15.read_lora(tmp_path / "kohya.safetensors")
+    assert loras.keys() == modules
+    wide = SimpleNamespace(up=torch.empty(640, 4))  # of a LoRA of some layers alone
+    assert tool.layers_of_a_block({"up_blocks.1.attentions.0.proj_in": wide}) == 2
 
 
 def ldm_modules(unet):

@@ -247,6 +247,11 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
         patched.setattr("huggingface_hub.list_repo_files", lambda _source: ["README.md", "style.safetensors"])
         with pytest.raises(UnusableInput, match="me/style.*it is a DoRA"):
             pipelines.load_lora(load(models / "teacher"), "me/style")
+        patched.setattr(
+            "huggingface_hub.list_repo_files", lambda _source: ["style.safetensors", "style-2.safetensors"]
+        )
+        with pytest.raises(UnusableInput, match="me/style.*nor on the Hub one alone"):
+            pipelines.load_lora(load(models / "teacher"), "me/style")
 
 
 def test_samplers_start_in_noise_and_end_clean(models):

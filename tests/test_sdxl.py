@@ -221,8 +221,9 @@ def test_the_other_familys_teacher_is_refused_with_the_script_for_it(teachers, n
 
 def test_the_refiner_is_refused(script, pipe):
     refiner = SimpleNamespace(unet=pipe.unet, text_encoder=None, text_encoder_2=pipe.text_encoder_2)
-    with pytest.raises(script.UnusableInput, match="refiner"):
-        script.check_family(refiner)
+    for refiner.unet in (pipe.unet, None):  # None: as cache_latents.py loads it
+        with pytest.raises(script.UnusableInput, match="refiner"):
+            script.check_parts(refiner)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
@@ -314,7 +315,7 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     job = SimpleNamespace(
         args=args, accelerator=accelerator, dtype=torch.float16, pipe=loaded, prompts=["sea"],
         prompt_embeds=embeds, state=script.RunState(), uncond_embeds=uncond, student_unet=loaded.unet,
-        teacher_pictures=[],
+        teacher_pictures=[], teacher_unet=None,
     )  # fmt: skip
     drawn = script.validate(job)
     assert seen == expected, "when pictures are drawn"
@@ -323,6 +324,11 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
         seen.clear()
         (picture,), _seconds = draw(loaded, ["sea"], 1, 1.0, [0])
         assert seen == expected and np.asarray(picture).std() > 1
+    job.schedule, job.teacher_unet = script.make_schedule(loaded.scheduler.config, args, CPU), loaded.unet
+    loaded.vae.to(*expected).register_to_config(_name_or_path=script.USUAL_VAE)
+    said = script.describe_models(job, [])
+    assert ("it computes in float32" in said) == force_upcast
+    assert (f"VAE: {script.USUAL_VAE} in place of the teacher's" in said) != force_upcast
 
 
 def test_memory_that_is_short_while_loading_is_not_called_a_bad_teacher(script, teacher, monkeypatch):

@@ -104,8 +104,7 @@ def add_model_flags(cli, required=True):
     add = cli.add_argument_group("model").add_argument
     text = "diffusers folder, Hub id, or one .safetensors or .ckpt file (SD 1.x, SD 2.x, SDXL)"
     add("--pretrained_teacher_model", required=required, metavar="MODEL", help=text)
-    text = "folder or Hub id whose configs describe a single file (default: fetched from the Hub)"
-    add("--teacher_config", metavar="MODEL", help=text)
+    add("--teacher_config", metavar="MODEL", help="folder or Hub id that describes a single file (or the Hub)")
     add("--teacher_revision", metavar="REV", help="branch, tag or commit of a Hub id (default: main)")
     add("--variant", help="variant of the weight files, such as fp16 (default: files without a variant)")
     text = "what the UNet predicts (default: the model's config, or the markers of a single file)"
@@ -121,7 +120,7 @@ def add_model_flags(cli, required=True):
 
 def add_prompt_flags(group, required=True):
     prompts = group.add_mutually_exclusive_group(required=required)
-    prompts.add_argument("--prompts", nargs="+", type=utf8, metavar="TEXT", help="prompts, each in quotes")
+    prompts.add_argument("--prompts", nargs="+", type=utf8, metavar="TEXT", help="prompts in quotes; 77 tokens count")
     prompts.add_argument("--prompts_file", type=prompts_in, dest="prompts", metavar="FILE", help="a prompt a line")
 
 

@@ -82,10 +82,6 @@ def read_json(path):
     return {}
 
 
-def read_stats(shard):
-    return read_json(shard.with_name(f"{shard.stem}_stats.json"))
-
-
 def choose_device(name):
     """Return the torch device of --device; auto is the GPU of this process, by LOCAL_RANK, or the CPU."""
     try:
@@ -157,6 +153,8 @@ def load_lora(pipe, lora, name="lcm"):
         if all((source / file).exists() for file in PEFT_FILES):
             found = add_peft_adapter(pipe.unet, source, name)
         else:
+            if not source.exists():  # diffusers would take the first of several files
+                raise ValueError("no file there, nor on the Hub one alone that ends in .safetensors")
             if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(source))):
                 raise ValueError("it is a DoRA, whose scales diffusers leaves out")
             weights, alphas = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
