@@ -109,7 +109,7 @@ def add_model_flags(cli, required=True):
     add("--variant", help="variant of the weight files, such as fp16 (default: files without a variant)")
     text = "what the UNet predicts (default: the model's config, or the markers of a single file)"
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help=text)
-    text = "VAE that replaces the model's own (default: none; SDXL from the Hub in half precision: fp16-fix)"
+    text = "VAE that replaces the model's own (default: none; SDXL's own from the Hub in fp16: fp16-fix)"
     add("--pretrained_vae_model_name_or_path", metavar="MODEL", help=text)
     add("--cache_dir", metavar="DIR", help="folder for the model's files from the Hub (default: the Hub's own cache)")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="no: float32 (default: fp16 on CUDA, else no)")
