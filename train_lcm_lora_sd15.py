@@ -135,6 +135,7 @@ FOREIGN_FLAGS = {
     "optimizer": "--use_8bit_adam", "warmup": "--lr_warmup_steps", "unet_lr": "--learning_rate",
     "output_name": "--output_dir", "xformers": "--enable_xformers_memory_efficient_attention",
     "vae": "--pretrained_vae_model_name_or_path", "cache_latents": "scripts/cache_latents.py", "rank": "--lora_rank",
+    "lora_dim": "--lora_rank", "num_workers": "--dataloader_num_workers", "tf32": "--allow_tf32",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -903,6 +904,8 @@ def shard_members(shard):
         with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
+                if member.issparse():  # its few bytes may stand for terabytes
+                    raise tarfile.ReadError("sparse files are not read; pack without --sparse")
                 if member.isreg() and split_name(member.name)[1]:
                     data = tar.extractfile(member).read()
                     if len(data) != member.size:
@@ -1296,7 +1299,7 @@ def tokenize(tokenizers, captions):
 def describe(skipped, first=()):
     """Return counts by cause as one line, the 20 most frequent first, with the name of a sample where it is known."""
     counts = +Counter(skipped)
-    names = {cause: f" (such as {name})" for cause, name in dict(first).items()}
+    names = {cause: f" (such as {one_line(name)[:80]})" for cause, name in dict(first).items()}
     found = masked(", ".join(f"{cause}: {count}{names.get(cause, '')}" for cause, count in counts.most_common(20)))
     return found + f", and {len(counts) - 20} causes more" * (len(counts) > 20)
 
@@ -1571,9 +1574,11 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
     if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
-            place = f"those of {args.teacher_config or 'its kind on the Hub'} cannot be read ({one_line(error)[:160]})"
-            remedy = "give --teacher_config, a local diffusers model of the same architecture"
-            return f"{name}: a single file holds no configs, and {place}; {remedy}"
+            place = f"those of {masked(args.teacher_config or 'its kind on the Hub')} cannot be read"
+            remedy = (
+                f"({one_line(error)[:160]}); give --teacher_config, a local diffusers model of the same architecture"
+            )
+            return f"{name}: a single file holds no configs, and {place} {remedy}"
     is_elsewhere = "://" not in model and not path.exists()
     where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
     if is_elsewhere:
@@ -2807,11 +2812,11 @@ def log_pictures(tracker, columns, prompts, global_step):
 def write_card(job, drawn):
     """Write the pictures at 4 steps and the model card `README.md`."""
     args, folder = job.args, Path(job.args.output_dir)
-    for path in folder.glob("image_*.png"):  # of an earlier run, which may have had more prompts
-        if path.stem.partition("_")[2].isdecimal():
-            path.unlink()
-    for number, picture in enumerate(drawn.get(4, [])):
+    pictures = drawn.get(4, [])
+    for number, picture in enumerate(pictures):
         picture.save(folder / f"image_{number}.png")
+    for number in range(len(pictures), 100):  # of an earlier run with more prompts
+        (folder / f"image_{number}.png").unlink(missing_ok=True)
     teacher = args.pretrained_teacher_model
     teacher = masked(teacher) if "://" in teacher else teacher
     from_hub = "://" not in teacher and not Path(teacher).exists()
@@ -2988,7 +2993,8 @@ def start(args):
         check_compile(accelerator)
     if args.use_8bit_adam and accelerator.device.type == "mps":
         raise UnusableInput("--use_8bit_adam: bitsandbytes has no kernels for MPS; leave it out")
-    torch.backends.cuda.matmul.allow_tf32 = args.allow_tf32
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
 
 
@@ -3111,13 +3117,9 @@ def describe_models(job, samples):
     if job.pipe.vae and isinstance(side, int) and side * job.pipe.vae_scale_factor != job.args.resolution:
         made_for = f"the teacher was made for {side * job.pipe.vae_scale_factor} px"
         lines.append(f"warning: --resolution is {job.args.resolution}, {made_for}")
-    given = job.args.pretrained_vae_model_name_or_path
     if job.pipe.vae and job.pipe.vae.dtype != job.dtype:
         remedy = "if it is SDXL's own, --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix is faster"
         lines.append(f"this VAE overflows in fp16, so it computes in float32; {remedy}")
-    elif job.pipe.vae and not given and job.pipe.vae.config.get("_name_or_path") == USUAL_VAE:
-        way = "--mixed_precision bf16, or name its own folder with --pretrained_vae_model_name_or_path"
-        lines.append(f"VAE: {USUAL_VAE} in place of the teacher's, which overflows in fp16; to keep that: {way}")
     return "\n".join(lines)
 
 

@@ -78,11 +78,12 @@ from safetensors.torch import save_file
 
 
 def layers_of_a_block(loras):
-    """Return the UNet's layers_per_block: 2 where the widths are of released models, else as the LoRA's names tell."""
-    if {320, 640, 1280} & {len(lora.up) for lora in loras.values()}:  # of which it may hold some layers alone
+    """Return the UNet's layers_per_block, as far as the LoRA's names tell; 2 in the released models."""
+    found = [re.match(r"(down|up)_blocks\.(\d+)\.(?:resnets|attentions)\.(\d+)", name) for name in loras]
+    is_part = len({one.groups()[:2] for one in found if one}) < 4  # blocks: one of some layers alone tells too little
+    if is_part and {320, 640, 1280} & {len(lora.up) for lora in loras.values()}:
         return 2
-    found = [re.match(r"(down|up)_blocks\.\d+\.(?:resnets|attentions)\.(\d+)", name) for name in loras]
-    return max((int(one[2]) + (one[1] == "down") for one in found if one), default=2)
+    return max((int(one[3]) + (one[1] == "down") for one in found if one), default=2)
 
 
 def largest_rank(loras):

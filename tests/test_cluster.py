@@ -128,8 +128,8 @@ def test_a_stopped_job_saves_and_requeues_itself(job, tmp_path, gpus, name):
     assert noted(tmp_path, "scontrol") == ["requeue 77"] and code == 3 and "requeued" in said
     if name == "SIGUSR1":  # also while shards are copied, where nothing has to be saved
         (tmp_path / "up").unlink()
-        (tmp_path / "bin" / "cp").write_text("#!/bin/bash\ntouch $STATE/up; sleep 60")
-        (tmp_path / "bin" / "cp").chmod(0o755)
+        (tmp_path / "bin" / "tar").write_text("#!/bin/bash\ntouch $STATE/up; sleep 60")
+        (tmp_path / "bin" / "tar").chmod(0o755)
         code, said = job(TRAIN, send=send, STAGE=1, SLURM_NNODES=1, SLURM_GPUS_ON_NODE=gpus)
         assert code == 3 and noted(tmp_path, "scontrol") == ["requeue 77"] * 2, said
 
@@ -152,6 +152,7 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     options = {"SLURM_NNODES": nodes, "MODEL": model, "SLURM_GPUS_ON_NODE": 8, "SLURM_CPUS_PER_TASK": 32}
     (tmp_path / "shards" / "00003.tar").rename(tmp_path / "blob")
     (tmp_path / "shards" / "00003.tar").symlink_to("../blob")  # as in the Hub's cache
+    (tmp_path / "shards" / "gone.tar").symlink_to("nowhere")
     code, said = job(TRAIN, "--max_train_steps", "7", STAGE=1, OFFLINE=1, RECIPE=f"{model}-80gb", **options)
     assert code == 0, said
     words = noted(tmp_path, "words")
@@ -212,14 +213,26 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     # 77 alone would be the whole array.
     assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77_1"]
     assert "--jobs=77_1" in noted(tmp_path, "squeue")[-1]
-    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9, PARTS=10)
     assert code == 2 and "holds 4 .tar files" in said
+    for parts in ("0", "08", "x"):
+        code, said = job(CACHE, PARTS=parts)
+        assert code == 2 and f"PARTS={parts}: must be" in said
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
+    assert code == 2 and "job 9 is none of 2, 0 to 1" in said
     # Some jobs of an array run again: PARTS tells how many there were.
     again = {f"SLURM_ARRAY_TASK_{name}": 3 for name in ("ID", "MIN", "MAX")} | {"SLURM_ARRAY_TASK_COUNT": 1}
     assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0
     words = noted(tmp_path, "words")
     assert words[words.index("--train_shards_path_or_url") + 1 :][:2] == [mine[1], "--output_dir"]
-    (tmp_path / "out" / "part-3").mkdir(parents=True)
+    for name in ("part-old", "part-1.old", "part-08.bak"):  # of the user's own
+        (tmp_path / "out" / name).mkdir(parents=True)
+    assert job(CACHE)[0] == 0
+    (tmp_path / "out" / "part-08").mkdir()
+    code, said = job(CACHE)
+    assert code == 2 and "part-08: is of more than 2 jobs" in said
+    (tmp_path / "out" / "part-08").rmdir()
+    (tmp_path / "out" / "part-3").mkdir()
     code, said = job(CACHE)  # an array of two after one of four
     assert code == 2 and "part-3: is of more than 2 jobs" in said
 

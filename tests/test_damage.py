@@ -7,7 +7,6 @@ import http.server
 import itertools
 import lzma
 import random
-import subprocess
 import tarfile
 import threading
 import time
@@ -168,16 +167,12 @@ def test_what_is_not_read_does_not_lie_in_memory(script, tmp_path):
 
 
 @pytest.mark.usefixtures("sleeps")
-def test_sparse_files_are_read(script, tmp_path):
-    with (tmp_path / "a.txt").open("wb") as file:  # a hole, and then data
-        file.seek(2**20)
-        file.write(b"sea")
-    for kind in ("gnu", "posix"):
-        path = tmp_path / f"{kind}.tar"
-        subprocess.run(["tar", "--sparse", f"--format={kind}", "-cf", path, "-C", tmp_path, "a.txt"], check=True)
-        assert path.stat().st_size < 2**17
-        captions, skipped = read(script, path)
-        assert captions == ["\0" * 2**20 + "sea"] and not skipped
+def test_sparse_files_are_an_error(script, tmp_path):
+    header = tarfile.TarInfo("a.txt")
+    header.type, header.size = tarfile.GNUTYPE_SPARSE, 512
+    (tmp_path / "0.tar").write_bytes(header.tobuf(tarfile.GNU_FORMAT) + bytes(512 + 1024))
+    captions, skipped = read(script, tmp_path / "0.tar")
+    assert not captions and "sparse files are not read" in str(skipped)
 
 
 @pytest.mark.usefixtures("sleeps")

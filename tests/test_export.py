@@ -173,8 +173,15 @@ def test_diffusers_reads_each_kohya_name_as_the_layer_it_means(tool, real, tmp_p
     save_file(state, tmp_path / "kohya.safetensors")
     loras = tool.sd15.read_lora(tmp_path / "kohya.safetensors")
     assert loras.keys() == modules
-    wide = SimpleNamespace(up=torch.empty(640, 4))  # of a LoRA of some layers alone
+    wide = SimpleNamespace(up=torch.empty(640, 4))  # of a LoRA of some layers alone; of one with a layer a block
     assert tool.layers_of_a_block({"up_blocks.1.attentions.0.proj_in": wide}) == 2
+    names = (
+        "down_blocks.1.attentions.0",
+        "down_blocks.2.attentions.0",
+        "up_blocks.0.attentions.1",
+        "up_blocks.1.resnets.1",
+    )
+    assert tool.layers_of_a_block(dict.fromkeys(names, wide)) == 1
 
 
 def ldm_modules(unet):

@@ -247,11 +247,15 @@ def test_lora_changes_its_own_row_only(sample, models, drawn, tmp_path):
         patched.setattr("huggingface_hub.list_repo_files", lambda _source: ["README.md", "style.safetensors"])
         with pytest.raises(UnusableInput, match="me/style.*it is a DoRA"):
             pipelines.load_lora(load(models / "teacher"), "me/style")
-        patched.setattr(
-            "huggingface_hub.list_repo_files", lambda _source: ["style.safetensors", "style-2.safetensors"]
-        )
-        with pytest.raises(UnusableInput, match="me/style.*nor on the Hub one alone"):
-            pipelines.load_lora(load(models / "teacher"), "me/style")
+        # Of several files diffusers takes the first, and its warning says so.
+        patched.setattr("huggingface_hub.list_repo_files", lambda _source: ["style.safetensors", "2.safetensors"])
+        pipe, levels, logs = load(models / "teacher"), [], pipelines.diffusers.utils.logging
+        pipe.lora_state_dict = lambda *_args, **_options: levels.append(logs.get_verbosity()) or ({}, None)
+        pipe.load_lora_weights = lambda *_args, **_options: None
+        for lora in ("me/style", models / "lora"):
+            with pytest.raises(UnusableInput, match="0 of 0 UNet tensors fit"):
+                pipelines.load_lora(pipe, lora)
+        assert levels == [logs.WARNING, logs.CRITICAL]
 
 
 def test_samplers_start_in_noise_and_end_clean(models):

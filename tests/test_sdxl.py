@@ -253,8 +253,13 @@ def asked(script, pipe, monkeypatch):
             found.append((vae, None))
         return pipe
 
+    def own_config(*_args, **_options):
+        if script.own_vae is None:
+            raise OSError("no file named config.json")
+        return script.own_vae
+
     script.own_vae = {"force_upcast": True, "scaling_factor": script.VAE_SCALING}
-    monkeypatch.setattr(script.AutoencoderKL, "load_config", classmethod(lambda *_args, **_options: script.own_vae))
+    monkeypatch.setattr(script.AutoencoderKL, "load_config", classmethod(own_config))
     monkeypatch.setattr(script.AutoencoderKL, "from_pretrained", classmethod(from_pretrained))
     monkeypatch.setattr(StableDiffusionXLPipeline, "from_pretrained", classmethod(whole))
     yield found
@@ -272,13 +277,14 @@ def asked(script, pipe, monkeypatch):
         (None, F32, {"pretrained_vae_model_name_or_path": "owner/vae"}, "owner/vae"),
     ],
 )
-def test_half_precision_takes_the_vae_that_does_not_overflow(script, teacher, asked, model, dtype, changes, expected):
+def test_fp16_takes_the_vae_that_does_not_overflow(script, teacher, asked, capsys, model, dtype, changes, expected):
     script.load_teacher(make_args(script, model or teacher, **changes), dtype, CPU)
     assert asked == [(expected, None if expected == "its own" else dtype)]
-    for other in ({"force_upcast": False}, {"scaling_factor": 0.18}):  # it does not overflow; it is not SDXL's
-        script.own_vae, asked[:] = script.own_vae | other, []
-        script.load_teacher(make_args(script, model or teacher), dtype, CPU)
-        assert asked == [("its own", None)]
+    for own in ({"force_upcast": False}, {"scaling_factor": 0.18}, None):  # does not overflow; not SDXL's; none there
+        script.own_vae, asked[:] = own and script.own_vae | own, []
+        script.load_teacher(make_args(script, "owner/name"), torch.float16, CPU)
+        assert asked == [("its own", None) if own else (script.USUAL_VAE, torch.float16)]
+    assert f"VAE: {script.USUAL_VAE} for the teacher's" in capsys.readouterr().err
 
 
 def test_no_vae_is_asked_for_where_none_is_needed(script, asked):
@@ -325,10 +331,8 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
         (picture,), _seconds = draw(loaded, ["sea"], 1, 1.0, [0])
         assert seen == expected and np.asarray(picture).std() > 1
     job.schedule, job.teacher_unet = script.make_schedule(loaded.scheduler.config, args, CPU), loaded.unet
-    loaded.vae.to(*expected).register_to_config(_name_or_path=script.USUAL_VAE)
-    said = script.describe_models(job, [])
-    assert ("it computes in float32" in said) == force_upcast
-    assert (f"VAE: {script.USUAL_VAE} in place of the teacher's" in said) != force_upcast
+    loaded.vae.to(*expected)
+    assert ("it computes in float32" in script.describe_models(job, [])) == force_upcast
 
 
 def test_memory_that_is_short_while_loading_is_not_called_a_bad_teacher(script, teacher, monkeypatch):

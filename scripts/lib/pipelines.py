@@ -148,13 +148,12 @@ def start_offload(pipe, args, device):
 def load_lora(pipe, lora, name="lcm"):
     """Load a LoRA (file, folder, PEFT folder or Hub id) as adapter `name`; refuse one that does not fit."""
     logs, source = diffusers.utils.logging, local_lora(lora)
-    logs.set_verbosity(logs.CRITICAL)  # diffusers logs what it raises, and only warns of keys without a place
+    # diffusers logs what it raises, and only warns of keys without a place; of the Hub, that it takes one of several.
+    logs.set_verbosity(logs.CRITICAL if source.exists() else logs.WARNING)
     try:
         if all((source / file).exists() for file in PEFT_FILES):
             found = add_peft_adapter(pipe.unet, source, name)
         else:
-            if not source.exists():  # diffusers would take the first of several files
-                raise ValueError("no file there, nor on the Hub one alone that ends in .safetensors")
             if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(source))):
                 raise ValueError("it is a DoRA, whose scales diffusers leaves out")
             weights, alphas = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)

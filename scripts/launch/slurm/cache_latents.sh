@@ -46,10 +46,14 @@ if [[ -z ${PARTS:-} ]]; then
         fail "--array: number the jobs 0 to n-1; to run some of n jobs again, set PARTS=n"
     PARTS=$SLURM_ARRAY_TASK_COUNT
 fi
+[[ $PARTS =~ ^[1-9][0-9]*$ ]] || fail "PARTS=$PARTS: must be the number of jobs"
+((SLURM_ARRAY_TASK_ID < PARTS)) || fail "--array: job $SLURM_ARRAY_TASK_ID is none of $PARTS, 0 to $((PARTS - 1))"
 for part in "$OUTPUT_DIR"/part-*; do # of which some shards would be there twice
-    [[ -d $part && ${part##*-} -ge $PARTS ]] && fail "$part: is of more than $PARTS jobs; set PARTS to their number"
+    number=${part##*/part-}
+    [[ -d $part && $number =~ ^[0-9]+$ ]] && ((10#$number >= PARTS)) &&
+        fail "$part: is of more than $PARTS jobs; set PARTS to their number"
 done
-mapfile -t all < <(find -L "$SHARDS/" -name '*.tar' | sort)
+mapfile -t all < <(find "$SHARDS/" -name '*.tar' | sort)
 mine=()
 for ((i = SLURM_ARRAY_TASK_ID; i < ${#all[@]}; i += PARTS)); do
     mine+=("${all[i]}")

@@ -18,7 +18,6 @@ REAL_MODELS = ("sd15", "sdxl", "ssd1b")
 DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
 KNOWN_MODELS = (*REAL_MODELS, *DEMO_MODELS.values())
 RECIPES = ("reference", "ours")
-ROW_S = 180  # a measurement of `train --all` is given up after it, because the rows after it tell more
 MEASURE_ONCE = Path(__file__).with_name("measure_once.py")
 ESTIMATE_MEMORY = Path(__file__).resolve().parents[2] / "estimate_memory.py"
 COMPARED = ("samples_per_second", "seconds_per_step", "cpu_seconds_per_step", "allocated_gib")
@@ -91,6 +90,7 @@ class Sweep:
 
     def __init__(self, args):
         self.args, self.ends = args, time.monotonic() + 60 * args.minutes
+        self.row_s = max(180, 15 * args.minutes)  # a measurement is given up after it: the rows after it tell more
         self.report = {"machine": {}, "rows": []}
         self.plain = {}  # figures of the reference by what it knows of a case
         self.estimates = ThreadPoolExecutor(max(1, (os.cpu_count() or 1) // 4))
@@ -118,11 +118,11 @@ class Sweep:
         model, flags = self.words(*case)
         line = words_of(model, recipe, self.args, flags)
         try:
-            output, errors = worker.communicate(json.dumps(line), timeout=max(min(self.seconds_left(), ROW_S), 1))
+            output, errors = worker.communicate(json.dumps(line), timeout=max(min(self.seconds_left(), self.row_s), 1))
         except subprocess.TimeoutExpired:
             worker.kill()
             worker.communicate()
-            return {"failed": f"not done in {ROW_S} s"} if self.seconds_left() > 0 else None
+            return {"failed": f"not done in {self.row_s:g} s"} if self.seconds_left() > 0 else None
         if worker.returncode:
             last = (errors.strip().splitlines() or [f"exit code {worker.returncode}"])[-1]
             is_memory = re.search("out of memory|ALLOC_FAILED|unable to find an engine", errors)  # as in the trainers
