@@ -797,15 +797,19 @@ def list_folder(folder):
 
 
 def files_below(folder, onerror):
-    """Yield the files below a folder but hidden ones; each folder once, so that a loop of links ends."""
-    seen = set()
-    for parent, folders, names in os.walk(folder, onerror=onerror, followlinks=True):
-        is_new = (real := os.path.realpath(parent)) not in seen
-        seen.add(real)
-        folders[:] = sorted(name for name in folders if is_new and not name.startswith("."))
-        paths = (Path(parent, name) for name in names if is_new and not name.startswith("."))
-        # One that is not there, as at a link's end, is counted when it is read; a pipe would be waited for.
-        yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
+    """Yield the files below a folder but hidden ones; linked folders come last, each once, so that a loop ends."""
+    waiting, seen = [folder], set()
+    while waiting:
+        for parent, folders, names in os.walk(waiting.pop(0), onerror=onerror):
+            if (real := os.path.realpath(parent)) in seen:
+                folders.clear()
+                continue
+            seen.add(real)
+            folders[:] = sorted(name for name in folders if not name.startswith("."))
+            waiting += [Path(parent, name) for name in folders if os.path.islink(Path(parent, name))]
+            paths = (Path(parent, name) for name in names if not name.startswith("."))
+            # One that is not there, as at a link's end, is counted when it is read; a pipe would be waited for.
+            yield from (path for path in paths if os.path.isfile(path) or not os.path.exists(path))
 
 
 def check_shard(path):
@@ -3137,7 +3141,7 @@ def describe_data(shards, report, args, accelerator, workers):
     if total:
         epochs = updates * together / total
         epochs = f"{epochs:.2g}" if epochs < 100 else f"{epochs:.0f}"
-        lines.append(f"data: {total} samples, unusable ones too; {updates} updates of {together} are {epochs} epochs")
+        lines.append(f"data: {total} samples; {updates} updates of {together} are {epochs} epochs")
     if total and together > total:
         lines.append(f"warning: an update takes {together} samples, more than there are; use smaller batches")
     needed = 4 * workers * int(os.environ.get("LOCAL_WORLD_SIZE", 1)) * args.train_batch_size * 3 * args.resolution**2

@@ -26,8 +26,7 @@ from safetensors import SafetensorError, safe_open
 def parse_args(argv=None):
     parser = cli.ToolParser(__doc__)
     add = cli.add_model_flags(parser)
-    text = "LCM-LoRAs to compare: files, folders with one, PEFT folders or Hub ids (default: none)"
-    add("--lora", nargs="+", action="extend", default=[], metavar="PATH", help=text)
+    add("--lora", nargs="+", action="extend", default=[], metavar="PATH", help="LCM-LoRAs: files, folders or Hub ids")
     add_picture_flags(parser.add_argument_group("pictures"))
     add_figure_flags(parser.add_argument_group("figures"))
     add = parser.add_argument_group("output").add_argument

@@ -74,7 +74,8 @@ def parse_args(argv=None):
     add("--resolution", type=cli.SIDE_PX, metavar="PX", help="side, a multiple of 8 (default: the model's)")
     add("--device", default="auto", help="auto, cpu, cuda, mps (default: auto, one GPU a process)")
     args = parser.parse_args(argv)
-    cli.refuse(parser, (*flag_problems(args), *cli.folder_problems(args.output_dir)))
+    cli.refuse(parser, flag_problems(args))
+    cli.refuse(parser, cli.folder_problems(args.output_dir))
     if args.source and not Path(args.source).exists():
         args.dataset_name, args.source = args.source, None
     args.source = args.source and Path(os.path.normpath(args.source))
