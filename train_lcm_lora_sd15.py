@@ -1579,10 +1579,8 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
         if isinstance(error, (FileNotFoundError, HfHubHTTPError)):  # the Hub was asked for a description
             place = f"those of {masked(args.teacher_config or 'its kind on the Hub')} cannot be read"
-            remedy = (
-                f"({one_line(error)[:160]}); give --teacher_config, a local diffusers model of the same architecture"
-            )
-            return f"{name}: a single file holds no configs, and {place} {remedy}"
+            remedy = "give --teacher_config, a local diffusers model of the same architecture"
+            return f"{name}: a single file holds no configs, and {place} ({one_line(error)[:160]}); {remedy}"
     is_elsewhere = "://" not in model and not path.exists()
     where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
     if is_elsewhere:

@@ -63,7 +63,7 @@ elif [[ -n ${VENV:-} ]]; then
 fi
 
 # Each training process gets its share of the CPUs for loader workers and keeps one for itself.
-# Without GPUs as a resource of its own, Slurm does not tell how many a node has.
+# Where GPUs are no resource of Slurm's (gres), it does not tell how many a node has.
 GPUS=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')} NNODES=${SLURM_NNODES:-1}
 ((GPUS > 0)) || GPUS=1
 WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
@@ -84,7 +84,7 @@ if [[ ${STAGE:-0} == 1 ]]; then
     STAGED=$LOCAL/shards-$( (echo "$SHARDS" && find -L "$SHARDS/" -type f -printf '%P %s\n' | sort) | cksum | cut -d' ' -f1)
     # shellcheck disable=SC2016 # expanded by the inner shell
     srun bash -c 'set -o pipefail
-        copy() { cd "$1" && tar -ch --null -T <(find -L . -type f -print0) | tar -x -C "$2"; } # what links lead to, too
+        copy() { tar -ch -C "$1" --null -T <(cd "$1" && find -L . -type f -print0) | tar -x -C "$2"; } # follows links
         [[ -d $2 ]] || { rm -rf "$2.$3" && mkdir "$2.$3" && copy "$1" "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
         stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" &
     wait $! || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
