@@ -211,7 +211,7 @@ class LastOfAll(argparse.Action):
     def __call__(self, _parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
         if before and os.environ.get("RANK", "0") == "0":
-            given = masked(" ".join(before))
+            given = " ".join(map(masked, before))
             print(f"warning: {option_string} takes the place of {given}: one flag names all data", file=sys.stderr)
         setattr(namespace, self.dest, values)
 
@@ -380,7 +380,8 @@ def add_output_args(parser):
         help="frozen weights of the attention blocks in 4 bits (NF4, bitsandbytes): less memory, slower")
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="attention of xformers, where it runs, in place of PyTorch's SDPA")
-    add("--vae_encode_batch_size", type=COUNT, default=4, help="pictures that the VAE encodes at a time")
+    add("--vae_encode_batch_size", type=COUNT, default=4,
+        help="pictures that the VAE encodes at a time; in float32 on a GPU it is one")
     add("--compile", action="store_true", help="torch.compile of the transformer blocks; the first updates are slow")
 # fmt: on
 
@@ -486,6 +487,7 @@ def parse_args(argv=None):
 
 
 SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
+VALUES_BREAK = r"::(?![^\[\]]*\])"  # between shards in one value, and not in an IPv6 address
 SECRETS = (  # pattern, replacement; in this order
     (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
     (r"(\w+:/+[^\s'\"?#;]*)[?#;]\S+", r"\1?***"),
@@ -499,7 +501,10 @@ SECRETS = (  # pattern, replacement; in this order
 
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
-    if text.startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
+    parts = re.split(VALUES_BREAK, text)
+    if len(parts) > 1 and re.search(r"(?i)\bpipe:", text):
+        return "::".join(map(masked, parts))
+    if text.lstrip()[:5].lower() == "pipe:":  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
         program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
@@ -554,6 +559,7 @@ import torch
 import webdataset as wds
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device, slice_tensors
+from accelerate.utils.environment import parse_flag_from_env
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -681,12 +687,12 @@ def loss_between(schedule, pred, target, timesteps, args):
 # Pillow's names. An allowlist: some of Pillow's other readers start programs (EPS runs Ghostscript).
 Image.init()
 PICTURE_FORMATS = [name for name in "JPEG PNG WEBP BMP GIF TIFF PPM JPEG2000 AVIF TGA".split() if name in Image.OPEN]
-IMAGE_SUFFIXES = tuple("jpg jpeg png webp jpe jfif bmp gif tif tiff ppm pgm pnm tga jp2 j2k jpx avif".split())
+IMAGE_SUFFIXES = tuple("jpg jpeg png webp jpe jfif bmp gif tif tiff ppm pgm pnm pbm tga jp2 j2k jpx avif".split())
 CAPTION_SUFFIXES = ("text", "txt", "caption")  # in the order in which the public LCM scripts look for them
 # What a file in a shard is, by its suffix; files of other suffixes are not read.
 KINDS = dict.fromkeys(IMAGE_SUFFIXES, "picture") | dict.fromkeys(CAPTION_SUFFIXES, "caption")
 KINDS |= {"json": "json", "safetensors": "tensors"}
-TAR_NAMES = re.compile(r"\.(tar|tgz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+TAR_NAMES = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
 CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and describes how they were made
 # Spellings of LAION's and img2dataset's metadata, in lower case.
 METADATA_KEYS = {
@@ -726,7 +732,7 @@ class PictureFolder(NamedTuple):
 def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
-    for given in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
+    for given in chain.from_iterable(re.split(VALUES_BREAK, value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", given)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
@@ -737,10 +743,10 @@ def list_shards(values):
             # os.path, because pathlib raises where an address is longer than a file name can be.
             names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value, os.sep == "/")]
         except ValueError as error:
-            raise UnusableInput(f"{flag} {masked(value)}: {error}; mend the pattern") from error
+            raise UnusableInput(f"{flag} {masked(value)}: its braces do not match; mend the pattern") from error
         for name in names:
             if not name.strip():  # as of an unset variable; it would be the current folder
-                raise UnusableInput(f"{flag} {masked(' '.join(values))}: a part of it, {given!r}, is empty; mend it")
+                raise UnusableInput(f"{flag} {' '.join(map(masked, values))}: a part of it is empty; mend it")
             shards += [name] if is_remote(value) else find_local(name)
     kinds, faults = {}, []
     for shard in shards:
@@ -750,7 +756,7 @@ def list_shards(values):
         except UnusableInput as error:
             faults.append((shard, error))
     if faults:
-        more = "; unusable, too: " * (len(faults) > 1) + ", ".join(shard for shard, _ in faults[1:20])
+        more = "; unusable, too: " * (len(faults) > 1) + ", ".join(masked(shard) for shard, _ in faults[1:20])
         raise UnusableInput(f"{faults[0][1]}{more}" + f" and {len(faults) - 20} more" * (len(faults) > 20))
     if len(kinds) > 1:
         mixed = "cached shards and others" if b"" in kinds else "shards that were cached in different ways"
@@ -818,9 +824,9 @@ def check_shard(path):
 
     Return how a shard of cached tensors was made, as its head tells; b"" for another one.
     """
-    fault, made = "", b""
+    fault, made, place = "", b"", masked(str(path))
     if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait for ever
-        raise UnusableInput(f"shard {path}: is no regular file; name a tar, or give 'pipe:cat {path}' for a stream")
+        raise UnusableInput(f"shard {place}: is no regular file; name a tar, or give 'pipe:cat {place}' for a stream")
     try:
         with path.open("rb") as file:
             head, size = file.read(512), path.stat().st_size
@@ -840,9 +846,9 @@ def check_shard(path):
     except UnicodeDecodeError:
         fault = "is not UTF-8"
     except OSError as error:
-        raise UnusableInput(f"data {path}: {error.strerror}; name shards or a folder of pictures") from error
+        raise UnusableInput(f"data {place}: {error.strerror}; name shards or a folder of pictures") from error
     if fault:
-        raise UnusableInput(f"shard {path}: {fault}; write or download it again, or leave it out")
+        raise UnusableInput(f"shard {place}: {fault}; write or download it again, or leave it out")
     return made if b'"family"' in made else b""  # else of a picture called _cache
 
 
@@ -1411,8 +1417,8 @@ def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else None
 
 
-def count_samples(shards):
-    """Return how many samples local shards hold, by their stats files and folders; None if one does not tell."""
+def count_samples(shards, opens_tars=False):
+    """Return how many samples local shards hold, by folders, stats files, else heads; None if one does not tell."""
     total = 0
     for shard in shards:
         if isinstance(shard, PictureFolder):
@@ -1422,7 +1428,10 @@ def count_samples(shards):
             record = json.loads(Path(TAR_NAMES.sub("", shard) + "_stats.json").read_text(encoding="utf-8"))
             total += int(record.get("samples", record.get("successes")))
         except (OSError, ValueError, TypeError, AttributeError):
-            return None
+            if is_remote(shard) or shard.endswith(".txt") or not opens_tars:
+                return None
+            with suppress(*STREAM_ERRORS), tarfile.open(shard) as tar:
+                total += len({split_name(name)[0] for name in tar.getnames() if split_name(name)[1]})
     return total
 
 
@@ -1739,10 +1748,11 @@ def encode_prompts(pipe, captions, device):
 def encode_moments(vae, pixels, args):
     """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
     pixels = pixels.permute(0, 3, 1, 2)
-    if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
+    on_gpu = pixels.device.type != "cpu"
+    if on_gpu:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
         pixels = pixels.contiguous()
     # SDXL's own VAE, in float32, takes 2.5 GiB for a picture of 1024 px.
-    at_once = 1 if vae.dtype == torch.float32 and pixels.is_cuda else args.vae_encode_batch_size
+    at_once = 1 if vae.dtype == torch.float32 and on_gpu else args.vae_encode_batch_size
     parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
     return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
 
@@ -2395,9 +2405,10 @@ def settings_of(args, accelerator, max_train_steps, shards, workers):
         settings["max_train_steps"] = max_train_steps  # the schedule's shape depends on it
     settings["number of shards"] = len(shards)  # one more or less would move every position
     settings["files of the data"] = data_checksum(shards)
-    if (teacher := Path(args.pretrained_teacher_model)).exists():
-        parts = "unet*", "vae*", "text_encoder*", "tokenizer*", "scheduler*"
-        settings["files of the teacher"] = fingerprint(teacher, parts)
+    parts = "unet*", "vae*", "text_encoder*", "tokenizer*", "scheduler*"
+    for name, model in ("teacher", args.pretrained_teacher_model), ("VAE", args.pretrained_vae_model_name_or_path):
+        if model and Path(model).exists():
+            settings[f"files of the {name}"] = fingerprint(Path(model), parts)
     settings["number of processes"] = accelerator.num_processes
     settings["mixed_precision"] = accelerator.mixed_precision
     return settings
@@ -2472,9 +2483,14 @@ def load_checkpoint(job, folder, manifest):
         job.state.saved_step = manifest["global_step"]
     if job.accelerator.is_main_process:
         job.state.skipped.update(manifest.get("skipped", {}))
+    try:
+        loras = {name: load_file(folder / name / "adapter_model.safetensors") for name in trained_unets(job)}
+        states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+    except Exception as error:  # each library has errors of its own for a file of the right size that is damaged
+        remedy = "remove it, and the same command goes on from the one before"
+        raise UnusableInput(f"{folder} is damaged ({one_line(error)[:120]}); {remedy}") from error
     for name, unet in trained_unets(job).items():
-        set_peft_model_state_dict(unet, load_file(folder / name / "adapter_model.safetensors"))
-    states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
+        set_peft_model_state_dict(unet, loras[name])
     for name, part in stateful_parts(job).items():
         part.load_state_dict(states[name])
 
@@ -2628,6 +2644,8 @@ class Log:
         for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
             line |= dict(zip(names, watched, strict=True)) if more else {}
+            if torch.cuda.is_available():
+                line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if error := self.fault(line):
                 break
             lines.append({name: value if math.isfinite(value) else None for name, value in line.items()})
@@ -2640,9 +2658,6 @@ class Log:
                 to_trackers(self.accelerator, operator.methodcaller("log", values, step=line["step"]))
         if error:
             raise NonFiniteLoss(error)
-        if torch.cuda.is_available():
-            values = {"train/peak_memory_gib": torch.cuda.max_memory_allocated() / 2**30}
-            to_trackers(self.accelerator, operator.methodcaller("log", values, step=lines[-1]["step"]))
         self.bar.set_postfix(loss=f"{lines[-1]['loss']:.4f}", samples_per_s=f"{speed:.2f}")
         self.rows = []
 
@@ -3001,6 +3016,9 @@ def start(args):
 
 
 def make_accelerator(wait_hours=6, **options):
+    for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):  # accelerate itself leaves some aside without a word
+            raise UnusableInput(f"{name} is not supported; launch with one or several GPUs or CPUs (DDP)")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=wait_hours))  # rank 0 may upload meanwhile
     try:
         accelerator = Accelerator(**options, kwargs_handlers=[patience])
@@ -3024,7 +3042,13 @@ def check_launch(accelerator):
         raise UnusableInput(f"{here} processes for {gpus} visible GPUs; start one for each GPU")
     if precision not in DTYPES:
         raise UnusableInput(f"--mixed_precision {precision}: must be no, fp16 or bf16")
-    if precision == "bf16" and accelerator.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0):
+    is_cuda, built_for = accelerator.device.type == "cuda", " ".join(torch.cuda.get_arch_list())
+    oldest = min(map(int, re.findall(r"(?:sm|compute)_(\d+)", built_for)), default=0)  # 0 on ROCm
+    if is_cuda and oldest and int("{}{}".format(*torch.cuda.get_device_capability())) < oldest:
+        remedy = "install it for an older CUDA, as from https://download.pytorch.org/whl/cu126"
+        name = torch.cuda.get_device_name()
+        raise UnusableInput(f"torch {torch.__version__} has no kernels for {name}, which is older; {remedy}")
+    if is_cuda and precision == "bf16" and torch.cuda.get_device_capability() < (8, 0):
         cause = "only emulates bfloat16, because its compute capability is below 8.0"
         raise UnusableInput(f"--mixed_precision bf16: {torch.cuda.get_device_name()} {cause}; use fp16")
     if str(accelerator.state.dynamo_plugin.backend).upper().rpartition(".")[2] != "NO":
@@ -3228,12 +3252,18 @@ def start_trackers(args, accelerator):
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ["SWANLAB_PROBE_RUNTIME"] = "false"
     kept = {"dir": str(Path(args.output_dir) / "dvclive"), "resume": True}  # else DVCLive deletes what was before
+    options = {"wandb": {"dir": args.output_dir}, "dvclive": kept}
+    has_wandb = args.report_to in ("wandb", "all")
     try:
-        options = {"wandb": {"dir": args.output_dir}, "dvclive": kept}
+        if has_wandb and not (run := Path(args.output_dir) / ".wandb-run").exists():
+            write_atomically(run, os.urandom(4).hex())
+        if has_wandb:  # a run that goes on stays one of wandb's
+            os.environ.setdefault("WANDB_RUN_ID", run.read_text())
+            os.environ.setdefault("WANDB_RESUME", "allow")
         accelerator.init_trackers(args.tracker_project_name, config, options)
     except Exception as error:  # each tracker has errors of its own
-        is_wandb = args.report_to in ("wandb", "all") and not isinstance(error, OSError)
-        remedy = "log in (wandb login), set WANDB_MODE=offline, or " * is_wandb + "choose another tracker or folder"
+        needs_login = has_wandb and not isinstance(error, OSError)
+        remedy = "log in (wandb login), set WANDB_MODE=offline, or " * needs_login + "choose another tracker or folder"
         raise UnusableInput(f"--report_to {args.report_to} cannot start: {one_line(error)}; {remedy}") from error
 
 
@@ -3460,7 +3490,7 @@ def main(args, state):
     say("reading the first samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     if not (args.max_train_steps or args.max_train_samples):
-        args.max_train_samples = agree(accelerator, count_samples, shards)
+        args.max_train_samples = agree(accelerator, count_samples, shards, True)
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)

@@ -78,7 +78,7 @@ def train_problems(args, words):
         (args.all and given, f"--all has cases of its own: leave out {' '.join(given)}"),
         (args.all and not args.json, "--all: give --json FILE, which keeps the rows of a run that is cut short"),
         (not is_known, f"--model {args.model}: must be {', '.join(KNOWN_MODELS)}, or a folder with model_index.json"),
-        (args.json and args.json.is_dir(), f"--json {args.json}: is a folder; name a file"),
+        (args.json and args.json.exists() and not args.json.is_file(), f"--json {args.json}: is no file; name one"),
     )
 
 

@@ -139,7 +139,7 @@ def metadata_with_size(trainer, raw):
         return raw["json"]
     data = next(raw[suffix] for suffix in trainer.IMAGE_SUFFIXES if suffix in raw)
     width, height = Image.open(io.BytesIO(trainer.encoded(data)), formats=trainer.PICTURE_FORMATS).size
-    record = json.loads(raw["json"].decode("utf-8-sig")) if "json" in raw else {}
+    record = json.loads(raw.get("json", b"{}"))
     return json.dumps(record | {"original_width": width, "original_height": height}).encode()
 
 

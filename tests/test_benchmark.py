@@ -100,6 +100,7 @@ WRONG_LINES = {
     "loader --output_dir x --picture 3": "--picture",
     "train --all --json x.json --minutes nan": "--minutes",
     "train --json /proc/none/x.json": "--json /proc/none: cannot be written to",
+    "train --json /dev/null": "--json /dev/null: is no file",
     "loader --output_dir /proc/none": "--output_dir /proc/none: cannot be written to",
 }
 

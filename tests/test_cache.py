@@ -362,7 +362,7 @@ def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path
 
 
 FILTERED = [
-    {"png": picture_bytes(0), "json": {"pwatermark": 0.1, "caption": " fine"}},
+    {"png": picture_bytes(0), "json": json.dumps({"pwatermark": 0.1, "caption": " fine"}).encode("utf-16")},
     {"png": picture_bytes(1), "txt": "marked", "json": {"pwatermark": 0.9}},
     {"png": picture_bytes(2, side=16), "txt": "small"},
     {"png": b"garbage", "txt": "damaged"},

@@ -190,6 +190,13 @@ def test_a_damaged_checkpoint_is_passed_over(again, unbroken, tmp_path):
     files = {path.relative_to(out / "checkpoint-6").as_posix() for path in (out / "checkpoint-6").rglob("*.*")}
     assert sizes.keys() == files - {"checkpoint.json"} and "unet/adapter_model.safetensors" in sizes
     file = out / "checkpoint-6" / "training_state.pt"
+    newest = (out / "checkpoint-6").rename(tmp_path / "newest")
+    for name in ("training_state.pt", "unet/adapter_model.safetensors"):  # of the right size, but zeros
+        whole = (out / "checkpoint-4" / name).read_bytes()
+        (out / "checkpoint-4" / name).write_bytes(bytes(len(whole)))
+        assert re.search(r"error: \S+checkpoint-4 is damaged \(.+\); remove it, and the same", again(expected=2)[-1])
+        (out / "checkpoint-4" / name).write_bytes(whole)
+    newest.rename(out / "checkpoint-6")
     file.write_bytes(file.read_bytes()[:-1])
     said = again()
     assert any("passing over" in line and "checkpoint-6: training_state.pt is damaged" in line for line in said)

@@ -1,5 +1,7 @@
 """The estimate of memory adds up what is alive, and follows the flags."""
 
+from unittest.mock import patch
+
 import pytest
 import torch
 from conftest import load_script
@@ -55,6 +57,10 @@ def test_what_the_flags_change(tool):
         rest += ["--pretrained_teacher_model", teacher] if teacher else []
         job, *_ = tool.meta_job(own, tool.trainer_of("ssd1b"), tool.trainer_flags(own, rest, tool.trainer_of("ssd1b")))
         assert next(job.pipe.vae.parameters()).element_size() == vae
+        pixels = torch.empty(2, 8, 8, 3, dtype=torch.uint8, device="meta")
+        with patch.object(job.pipe.vae, "encode", wraps=job.pipe.vae.encode) as encode:
+            tool.trainer_of("ssd1b").encode_moments(job.pipe.vae, pixels, job.args)
+        assert encode.call_count == (2 if vae == 4 else 1)  # as on a GPU
 
 
 def test_the_step_is_left_as_it_was(tool):

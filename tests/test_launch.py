@@ -13,6 +13,7 @@ import stat
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -421,6 +422,8 @@ def test_epochs_and_samples_set_the_length_and_no_pictures_are_drawn(script, tea
         (tmp_path / f"{number}.txt").write_text("a sea")
     line = flags(teacher, tmp_path, tmp_path / "folder", max_train_steps=None, num_train_epochs=4, dry_run=True)
     assert any("6 updates" in text for text in finish(script, line, tmp_path / "told"))
+    line = flags(teacher, shards, tmp_path / "tars", max_train_steps=None, num_train_epochs=4, dry_run=True)
+    assert '"max_train_samples": 24' in "".join(finish(script, line, tmp_path / "counted"))  # by the tars' heads
 
 
 def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_path):
@@ -454,6 +457,9 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     finish(script, line, tmp_path / "said", 3, processes=2, hook=stop_later)
     (record,) = (tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb")
     assert b"train/loss" in record.read_bytes()  # wandb drops all of a run that does not say that it ends
+    finish(script, line, tmp_path / "said-again", processes=2, hook=lambda _script: os.environ.update(offline))
+    records = (tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb")
+    assert [path.name for path in records] == [record.name] * 2  # a run that goes on is one of wandb's
 
 
 def become_windows(script, *also):
@@ -514,6 +520,11 @@ def test_bf16_on_a_gpu_that_only_emulates_it_is_refused(script, monkeypatch):
     script.check_launch(machine("cuda", "fp16"))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_given: (8, 0))
     script.check_launch(machine("cuda", "bf16"))
+    for built_for, is_known in (["sm_80", "sm_90a", "sm_120"], True), (["sm_90", "sm_120"], False), (["gfx942"], True):
+        monkeypatch.setattr(torch.cuda, "get_arch_list", lambda built_for=built_for: built_for)
+        refused = pytest.raises(script.UnusableInput, match="no kernels for Tesla T4.*cu126")
+        with nullcontext() if is_known else refused:
+            script.check_launch(machine("cuda", "fp16"))
 
 
 def test_the_first_line_names_the_device_and_warns_of_a_gpu_that_is_not_used(script, monkeypatch):
@@ -541,6 +552,11 @@ def test_launches_that_would_train_something_else_are_refused(script, monkeypatc
     ):
         with pytest.raises(script.UnusableInput, match=text):
             script.check_launch(machine(**changes))
+    for name in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
+        with pytest.raises(script.UnusableInput, match=f"{name} is not supported"):
+            script.make_accelerator()
+        monkeypatch.delenv(f"ACCELERATE_USE_{name}")
     for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
         monkeypatch.setenv(name, "8")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)

@@ -3,11 +3,13 @@
 Numbers 3, 6, 9, 14 and 19 are of other files: the Hub, models and tools. Number 4 is in test_exits.py.
 """
 
+import bz2
 import gzip
 import http.server
 import io
 import itertools
 import json
+import lzma
 import os
 import pickle
 import random
@@ -149,6 +151,9 @@ WITH_SECRETS = {
     "parameter": "https://host/a.tar;token={}",
     "an address in a text": "cannot get 'https://user:{0}@host/a?k={0}' (404)",
     "two addresses": "https://host/a.tar https://user:{}@host/b.tar",
+    "a pipe behind another shard": "/data/{{0..3}}.tar::pipe:env X=x tool {} b.tar",
+    "a pipe behind a space": " pipe:tool {} b.tar",
+    "a pipe in capitals": "PIPE:tool {} b.tar",
     "header": "pipe:curl -H 'Authorization: Bearer {}' https://host/a.tar",
     "header with spaces": "pipe:curl -H 'X-Key: a {} b' https://host/a.tar",
     "basic": "pipe:curl -u user:{} https://host/a.tar",
@@ -193,6 +198,7 @@ def test_2_what_is_no_secret_stays(script):
     ]
     assert [script.masked(text) for text in plain] == plain
     assert "/data/a.tar" in script.masked("pipe:cat /data/a.tar")
+    assert script.masked("pipe:cat a.tar::pipe:cat b.tar") == "pipe:cat a.tar::pipe:cat b.tar"
 
 
 @cases(
@@ -218,13 +224,19 @@ def test_2_a_command_s_words_are_masked(script, command):
         ["--dry_run", f"http://host/b.tar?sig={SECRET}"],
         ["--max_train_steps", f"http://user:{SECRET}@host"],
         ["--pretrained_vae_model_name_or_path", f"/no/such?token={SECRET}"],
+        ["--train_data_dir", "x::pipe:t {S}", "pipe:t {S} y.tar", "--train_data_dir", "x", "--lora_rank", "0"],
     ],
 )
 def test_2_wrong_flags_are_masked(script, capsys, words):
     with pytest.raises(SystemExit, match="2"):
-        script.parse_args([*flags("a/teacher", "x", "unused"), *words])
+        script.parse_args([*flags("a/teacher", "x", "unused"), *(word.replace("{S}", SECRET) for word in words)])
     said = capsys.readouterr().err
-    assert said.startswith("error: ") and SECRET not in said
+    assert "error: " in said and SECRET not in said
+    if words[0] == "--train_data_dir":
+        for values in (["x::", words[2]], [f"pipe:t {SECRET} {{x.tar"], [f"x?sig={SECRET}", f"PIPE:t {SECRET}"]):
+            with pytest.raises(script.UnusableInput) as told:
+                script.list_shards(values)
+            assert SECRET not in str(told.value)
 
 
 def test_2_the_command_line_that_trackers_read_is_masked(script, monkeypatch):
@@ -639,14 +651,14 @@ def test_15_text_in_a_picture_does_not_matter(script, tmp_path, kind):
 
 def test_16_folders_of_all_kinds_of_tar(script, tmp_path):
     tar = write_tar(tmp_path / "a.tar", eight())
-    for name in ("b.tar.gz", "c.tgz", "d.TAR", "e.TAR.GZ", "f.Tgz"):
-        data = tar.read_bytes()
-        (tmp_path / name).write_bytes(gzip.compress(data) if "g" in name.lower() else data)
+    for name in ("b.tar.gz", "c.tgz", "d.TAR", "e.TAR.GZ", "f.Tgz", "g.tbz2", "h.txz"):
+        data, pack = tar.read_bytes(), {"z": gzip.compress, "2": bz2.compress}.get(name[-1].lower(), bytes)
+        (tmp_path / name).write_bytes(lzma.compress(data) if name.endswith("xz") else pack(data))
     (tmp_path / "00.tar").write_bytes(gzip.compress(tar.read_bytes()))
     (tmp_path / ".a.tar.swp").write_bytes(b"no shard")
     (tmp_path / "a_stats.json").write_bytes(b"{}")
     shards = script.list_shards([str(tmp_path)])
-    assert len(shards) == 7
+    assert len(shards) == 9
     for shard in shards:
         skipped = Counter()
         assert len(list(script.read_shard(shard, skipped))) == 8 and not skipped, shard
