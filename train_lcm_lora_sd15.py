@@ -2540,11 +2540,11 @@ def find_checkpoint(args, say):
         raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
     named = [] if wanted in ("none", "latest") else named_checkpoints(args)[:1]
     candidates = existing[::-1] if wanted == "latest" else named
-    if named and existing and not is_of_run(named[0], args):
-        if masked(wanted) != read_args(args.output_dir).get("resume_from_checkpoint"):
-            remedy = "go on from them with 'latest', or name another folder"
-            raise UnusableInput(f"--output_dir {args.output_dir}: holds checkpoints of another run; {remedy}")
+    if named and existing and masked(wanted) == read_args(args.output_dir).get("resume_from_checkpoint"):
         candidates = existing[::-1] + named  # the run began at that checkpoint, was stopped, and is requeued
+    elif named and existing and not is_of_run(named[0], args):
+        remedy = "go on from them with 'latest', or name another folder"
+        raise UnusableInput(f"--output_dir {args.output_dir}: holds checkpoints of another run; {remedy}")
     for folder in candidates:
         manifest, reason = read_manifest(folder)
         if manifest:

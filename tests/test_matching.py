@@ -512,6 +512,7 @@ def test_a_checkpoint_from_before_the_second_stage_is_resumed(script, teacher, s
     args.pretrained_vae_model_name_or_path = f"{teacher}/vae"
     settings = script.settings_of(args, Accelerator(cpu=True), 4, [], 0)
     for name in ("files of the data", "files of the teacher", "files of the VAE"):
+        assert name in settings
         with pytest.raises(script.UnusableInput, match=name):
             script.check_resume(tmp_path, {"settings": settings | {name: "others"}, "global_step": 2}, settings, 4)
     # A branch of the Hub counts as the commit that it was; nothing was noted of it before.
