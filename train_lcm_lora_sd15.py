@@ -487,7 +487,6 @@ def parse_args(argv=None):
 
 
 SECRET_NAMES = r"(?:token|(?:api|account|access)[_-]?key(?:[_-]?id)?|secret\w*|passw\w*|credentials?|\bsig(?:nature)?)"
-VALUES_BREAK = r"::(?![^\[\]]*\])"  # between shards in one value, and not in an IPv6 address
 SECRETS = (  # pattern, replacement; in this order
     (r"(\w+:/+)[^/\s'\"]*@", r"\1***@"),
     (r"(\w+:/+[^\s'\"?#;]*)[?#;]\S+", r"\1?***"),
@@ -501,10 +500,10 @@ SECRETS = (  # pattern, replacement; in this order
 
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
-    parts = re.split(VALUES_BREAK, text)
-    if len(parts) > 1 and re.search(r"(?i)\bpipe:", text):
+    parts = re.split(r"::(?=\s*pipe:)", text)
+    if len(parts) > 1:
         return "::".join(map(masked, parts))
-    if text.lstrip()[:5].lower() == "pipe:":  # any word may be a secret, but the program and the names of tars
+    if text.lstrip().startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
         program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
@@ -559,7 +558,6 @@ import torch
 import webdataset as wds
 from accelerate import Accelerator, DistributedType, InitProcessGroupKwargs
 from accelerate.utils import broadcast_object_list, concatenate, gather_object, send_to_device, slice_tensors
-from accelerate.utils.environment import parse_flag_from_env
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, LCMScheduler
 from diffusers.loaders import StableDiffusionLoraLoaderMixin
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
@@ -732,7 +730,7 @@ class PictureFolder(NamedTuple):
 def list_shards(values):
     """Return every shard that the values of --train_shards_path_or_url name, after a look at the local ones."""
     flag, shards = "--train_shards_path_or_url", []
-    for given in chain.from_iterable(re.split(VALUES_BREAK, value) for value in values):
+    for given in chain.from_iterable(re.split(r"::(?![^\[\]]*\])", value) for value in values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", given)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
@@ -1391,7 +1389,8 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
     """Return a checksum of sizes, first and last MiB: of a model file, or of parts of a folder."""
     parts = [path for name in names for path in model.glob(name)] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
-    files, checksum = sorted(path for path in paths if path.is_file() and path.name[0] != "."), 0
+    places = ((path, path.relative_to(model).parts) for path in sorted(paths) if path.is_file())
+    files, checksum = [path for path, parts in places if not any(part[0] == "." for part in parts)], 0
     for path in files:
         size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
         with path.open("rb") as file:
@@ -1417,8 +1416,8 @@ def size_of(path):
     return os.path.getsize(path) if os.path.exists(path) else None
 
 
-def count_samples(shards, opens_tars=False):
-    """Return how many samples local shards hold, by folders, stats files, else heads; None if one does not tell."""
+def count_samples(shards, reads=False):
+    """Return how many samples local shards hold, by stats files, folders, or a reading; None if one does not tell."""
     total = 0
     for shard in shards:
         if isinstance(shard, PictureFolder):
@@ -1428,10 +1427,12 @@ def count_samples(shards, opens_tars=False):
             record = json.loads(Path(TAR_NAMES.sub("", shard) + "_stats.json").read_text(encoding="utf-8"))
             total += int(record.get("samples", record.get("successes")))
         except (OSError, ValueError, TypeError, AttributeError):
-            if is_remote(shard) or shard.endswith(".txt") or not opens_tars:
+            if is_remote(shard) or not reads:
                 return None
-            with suppress(*STREAM_ERRORS), tarfile.open(shard) as tar:
-                total += len({split_name(name)[0] for name in tar.getnames() if split_name(name)[1]})
+            try:
+                total += len({split_name(name)[0] for name, _ in shard_members(shard)} - {CACHE_KEY})
+            except STREAM_ERRORS:
+                return None
     return total
 
 
@@ -1928,6 +1929,7 @@ class RunState:
     is_alone: bool = True  # the only process; several have to agree before they save
     is_saved: bool = False  # training is over and its last update is in a checkpoint
     repository: str = ""  # on the Hub, with its owner
+    wandb_run: str | None = None  # the id of wandb's run
     lock: object = None  # on the output folder, for as long as the process lives
 
 
@@ -2418,7 +2420,7 @@ def save_checkpoint(job, settings):
     """Write `checkpoint-<step>`; one that cannot be written is an error on all processes."""
     manifest = {"global_step": job.state.global_step, "script_version": SCRIPT_VERSION, "settings": settings}
     manifest["positions"] = dict(gather_object(list(job.state.positions.items())))
-    manifest["skipped"] = count_skipped(job)
+    manifest |= {"skipped": count_skipped(job), "wandb_run": job.state.wandb_run}
     agree(job.accelerator, write_checkpoint, job, manifest)
     job.state.saved_step = job.state.global_step
 
@@ -2486,9 +2488,11 @@ def load_checkpoint(job, folder, manifest):
     try:
         loras = {name: load_file(folder / name / "adapter_model.safetensors") for name in trained_unets(job)}
         states = torch.load(folder / "training_state.pt", map_location="cpu", weights_only=True)
-    except Exception as error:  # each library has errors of its own for a file of the right size that is damaged
-        remedy = "remove it, and the same command goes on from the one before"
-        raise UnusableInput(f"{folder} is damaged ({one_line(error)[:120]}); {remedy}") from error
+    except (OSError, MemoryError):
+        raise
+    except Exception as error:  # each library has errors of its own for a damaged file of the right size
+        remedy = "if it is damaged, remove it: 'latest' is then the one before"
+        raise UnusableInput(f"{folder} cannot be read ({one_line(error)[:120]}); {remedy}") from error
     for name, unet in trained_unets(job).items():
         set_peft_model_state_dict(unet, loras[name])
     for name, part in stateful_parts(job).items():
@@ -2540,11 +2544,11 @@ def find_checkpoint(args, say):
         raise UnusableInput(f"--resume_from_checkpoint none: {found}; remove them or choose another --output_dir")
     named = [] if wanted in ("none", "latest") else named_checkpoints(args)[:1]
     candidates = existing[::-1] if wanted == "latest" else named
-    if named and existing and masked(wanted) == read_args(args.output_dir).get("resume_from_checkpoint"):
+    if named and existing and not is_of_run(named[0], args):
+        if masked(wanted) != read_args(args.output_dir).get("resume_from_checkpoint"):
+            remedy = "go on from them with 'latest', or name another folder"
+            raise UnusableInput(f"--output_dir {args.output_dir}: holds checkpoints of another run; {remedy}")
         candidates = existing[::-1] + named  # the run began at that checkpoint, was stopped, and is requeued
-    elif named and existing and not is_of_run(named[0], args):
-        remedy = "go on from them with 'latest', or name another folder"
-        raise UnusableInput(f"--output_dir {args.output_dir}: holds checkpoints of another run; {remedy}")
     for folder in candidates:
         manifest, reason = read_manifest(folder)
         if manifest:
@@ -3017,7 +3021,7 @@ def start(args):
 
 def make_accelerator(wait_hours=6, **options):
     for name in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
-        if parse_flag_from_env(f"ACCELERATE_USE_{name}"):  # accelerate itself leaves some aside without a word
+        if os.environ.get(f"ACCELERATE_USE_{name}", "").lower() in ("true", "1"):  # which accelerate may set aside
             raise UnusableInput(f"{name} is not supported; launch with one or several GPUs or CPUs (DDP)")
     patience = InitProcessGroupKwargs(timeout=timedelta(hours=wait_hours))  # rank 0 may upload meanwhile
     try:
@@ -3244,8 +3248,8 @@ def package_versions():
     return versions
 
 
-def start_trackers(args, accelerator):
-    """Start the trackers with the flags and the packages' versions as their configuration."""
+def start_trackers(args, accelerator, wandb_run=None):
+    """Start the trackers with flags and packages' versions as their configuration; return the id of wandb's run."""
     config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
     config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
     # MLflow tries for five minutes, at each end too; SwanLab records the process's own command line, with its secrets.
@@ -3253,18 +3257,17 @@ def start_trackers(args, accelerator):
     os.environ["SWANLAB_PROBE_RUNTIME"] = "false"
     kept = {"dir": str(Path(args.output_dir) / "dvclive"), "resume": True}  # else DVCLive deletes what was before
     options = {"wandb": {"dir": args.output_dir}, "dvclive": kept}
-    has_wandb = args.report_to in ("wandb", "all")
+    has_wandb, others = args.report_to in ("wandb", "all"), {"WANDB_SWEEP_ID", "WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
+    if has_wandb and not others & os.environ.keys():  # a run that goes on stays one of wandb's
+        wandb_run = os.environ.get("WANDB_RUN_ID") or wandb_run or os.urandom(4).hex()
+        options["wandb"] |= {"id": wandb_run, "resume": os.environ.get("WANDB_RESUME", "allow")}
     try:
-        if has_wandb and not (run := Path(args.output_dir) / ".wandb-run").exists():
-            write_atomically(run, os.urandom(4).hex())
-        if has_wandb:  # a run that goes on stays one of wandb's
-            os.environ.setdefault("WANDB_RUN_ID", run.read_text())
-            os.environ.setdefault("WANDB_RESUME", "allow")
         accelerator.init_trackers(args.tracker_project_name, config, options)
     except Exception as error:  # each tracker has errors of its own
-        needs_login = has_wandb and not isinstance(error, OSError)
-        remedy = "log in (wandb login), set WANDB_MODE=offline, or " * needs_login + "choose another tracker or folder"
+        remedy = "log in (wandb login), set WANDB_MODE=offline or another WANDB_RUN_ID, or "
+        remedy = remedy * (has_wandb and not isinstance(error, OSError)) + "choose another tracker or folder"
         raise UnusableInput(f"--report_to {args.report_to} cannot start: {one_line(error)}; {remedy}") from error
+    return wandb_run
 
 
 def listen(state):
@@ -3518,7 +3521,7 @@ def main(args, state):
         return
     agree(accelerator, open_output, args, state)
     state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""
-    agree(accelerator, start_trackers, args, accelerator)
+    state.wandb_run = agree(accelerator, start_trackers, args, accelerator, manifest and manifest.get("wandb_run"))
     listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
     with trackers_ended(accelerator, state):
         say("loading the models")

@@ -225,6 +225,10 @@ def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, 
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     assert audit(script, cached, other)[0]
+    before = script.fingerprint(other / "vae")
+    (other / "vae" / ".cache" / "huggingface").mkdir(parents=True)  # where the Hub's downloads leave times
+    (other / "vae" / ".cache" / "huggingface" / "a.metadata").write_text("now")
+    assert script.fingerprint(other / "vae") == before and audit(script, cached, other)[0]
     for name, value in (("teacher_revision", "v2"), ("pretrained_vae_model_name_or_path", str(teacher / "vae"))):
         with pytest.raises(script.UnusableInput, match=f"{name} was None, is '"):
             audit(script, cached, other, **{name: value})

@@ -194,7 +194,7 @@ def test_a_damaged_checkpoint_is_passed_over(again, unbroken, tmp_path):
     for name in ("training_state.pt", "unet/adapter_model.safetensors"):  # of the right size, but zeros
         whole = (out / "checkpoint-4" / name).read_bytes()
         (out / "checkpoint-4" / name).write_bytes(bytes(len(whole)))
-        assert re.search(r"error: \S+checkpoint-4 is damaged \(.+\); remove it, and the same", again(expected=2)[-1])
+        assert re.search(r"error: \S+checkpoint-4 cannot be read \(.+\); if .* remove it", again(expected=2)[-1])
         (out / "checkpoint-4" / name).write_bytes(whole)
     newest.rename(out / "checkpoint-6")
     file.write_bytes(file.read_bytes()[:-1])
@@ -533,11 +533,6 @@ def test_checkpoints_of_another_run_or_program_are_left_alone(script, tmp_path):
         find(script, out, named)
     (out / "args.json").write_text(json.dumps({"resume_from_checkpoint": str(named)}))
     assert find(script, out, named)[0] == "checkpoint-7", "the run began there, and is requeued"
-    assert find(script, out, make_checkpoint(script, out, 5))[0] == "checkpoint-5", "of the run itself: it goes back"
-    (out / "args.json").write_text(json.dumps({"resume_from_checkpoint": "checkpoint-5"}))
-    assert find(script, out, "checkpoint-5")[0] == "checkpoint-7", "it went back, and is requeued"
-    shutil.rmtree(out / "checkpoint-5")
-    (out / "args.json").write_text(json.dumps({"resume_from_checkpoint": str(named)}))
     (out / "checkpoint-7" / "a").unlink()
     assert find(script, out, named)[0] == "checkpoint-2"
     foreign = tmp_path / "c" / "checkpoint-500"  # as accelerate's save_state leaves it

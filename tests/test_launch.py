@@ -447,8 +447,9 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
         start = script.start_trackers
 
         def start_and_take_over(*args):  # as ClearML and SwanLab do
-            start(*args)
+            run = start(*args)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            return run
 
         script.start_trackers = start_and_take_over
         at_call("draw", 2, send(signal.SIGTERM))(script)

@@ -153,7 +153,8 @@ WITH_SECRETS = {
     "two addresses": "https://host/a.tar https://user:{}@host/b.tar",
     "a pipe behind another shard": "/data/{{0..3}}.tar::pipe:env X=x tool {} b.tar",
     "a pipe behind a space": " pipe:tool {} b.tar",
-    "a pipe in capitals": "PIPE:tool {} b.tar",
+    "a pipe with the mark of a break": "pipe:tool --opt a::{} b.tar",
+    "an address beside a pipe": "https://u:pa::{}@h/a.tar pipe:cat b.tar",
     "header": "pipe:curl -H 'Authorization: Bearer {}' https://host/a.tar",
     "header with spaces": "pipe:curl -H 'X-Key: a {} b' https://host/a.tar",
     "basic": "pipe:curl -u user:{} https://host/a.tar",
@@ -233,7 +234,7 @@ def test_2_wrong_flags_are_masked(script, capsys, words):
     said = capsys.readouterr().err
     assert "error: " in said and SECRET not in said
     if words[0] == "--train_data_dir":
-        for values in (["x::", words[2]], [f"pipe:t {SECRET} {{x.tar"], [f"x?sig={SECRET}", f"PIPE:t {SECRET}"]):
+        for values in (["x::", words[2]], [f"pipe:t {SECRET} {{x.tar"], [f"x?sig={SECRET}", "y"]):
             with pytest.raises(script.UnusableInput) as told:
                 script.list_shards(values)
             assert SECRET not in str(told.value)
