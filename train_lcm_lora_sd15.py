@@ -500,10 +500,10 @@ SECRETS = (  # pattern, replacement; in this order
 
 def masked(text):
     """Return a text without secrets: credentials and queries of addresses, tokens, words of `pipe:` commands."""
-    parts = re.split(r"::(?=\s*pipe:)", text)
+    parts = re.split(r"(?i)::(?=\s*(?:file:)?pipe:)", text)
     if len(parts) > 1:
         return "::".join(map(masked, parts))
-    if text.lstrip().startswith("pipe:"):  # any word may be a secret, but the program and the names of tars
+    if re.match(r"(?i)\s*(file:)?pipe:", text):  # any word may be a secret, but the program and the names of tars
         program, *words = text.split()
         places = [word for word in words if re.fullmatch(r"['\"]?(\w+://)?[\w./{}*-]+\.(tar|tgz|gz)['\"]?", word)]
         program = program if re.fullmatch(r"pipe:[\w./-]+", program) else "pipe:***"
@@ -1419,6 +1419,8 @@ def size_of(path):
 def count_samples(shards, reads=False):
     """Return how many samples local shards hold, by stats files, folders, or a reading; None if one does not tell."""
     total = 0
+    if any(map(is_remote, shards)):
+        return None
     for shard in shards:
         if isinstance(shard, PictureFolder):
             total += len({split_name(name)[0] for name in shard.files})
@@ -1427,12 +1429,13 @@ def count_samples(shards, reads=False):
             record = json.loads(Path(TAR_NAMES.sub("", shard) + "_stats.json").read_text(encoding="utf-8"))
             total += int(record.get("samples", record.get("successes")))
         except (OSError, ValueError, TypeError, AttributeError):
-            if is_remote(shard) or not reads:
+            if not reads:
                 return None
             try:
                 total += len({split_name(name)[0] for name, _ in shard_members(shard)} - {CACHE_KEY})
-            except STREAM_ERRORS:
-                return None
+            except STREAM_ERRORS as error:
+                fault = f"shard {masked(shard)}: {one_line(error)}"
+                raise UnusableInput(f"{fault}; write or download it again, or give --max_train_samples") from error
     return total
 
 
@@ -3248,7 +3251,7 @@ def package_versions():
     return versions
 
 
-def start_trackers(args, accelerator, wandb_run=None):
+def start_trackers(args, accelerator, folder=None, manifest=None):
     """Start the trackers with flags and packages' versions as their configuration; return the id of wandb's run."""
     config = public_flags(args) | {f"version/{name}": value for name, value in package_versions().items()}
     config = {name: value if isinstance(value, (int, float, str)) else str(value) for name, value in config.items()}
@@ -3258,6 +3261,7 @@ def start_trackers(args, accelerator, wandb_run=None):
     kept = {"dir": str(Path(args.output_dir) / "dvclive"), "resume": True}  # else DVCLive deletes what was before
     options = {"wandb": {"dir": args.output_dir}, "dvclive": kept}
     has_wandb, others = args.report_to in ("wandb", "all"), {"WANDB_SWEEP_ID", "WANDB_FORK_FROM", "WANDB_RESUME_FROM"}
+    wandb_run = manifest.get("wandb_run") if manifest and is_of_run(folder, args) else None
     if has_wandb and not others & os.environ.keys():  # a run that goes on stays one of wandb's
         wandb_run = os.environ.get("WANDB_RUN_ID") or wandb_run or os.urandom(4).hex()
         options["wandb"] |= {"id": wandb_run, "resume": os.environ.get("WANDB_RESUME", "allow")}
@@ -3490,7 +3494,7 @@ def main(args, state):
     say = partial(tqdm.write, file=sys.stderr) if accelerator.is_main_process else lambda _message: None
     say("\n".join([describe_device(accelerator), *without_effect(args, accelerator.device)]))
     args.teacher_revision = agree(accelerator, check_teacher, args)  # a branch may have moved when the run goes on
-    say("reading the first samples")
+    say("reading the first samples" if args.max_train_steps or args.max_train_samples else "counting the samples")
     shards = agree(accelerator, list_shards, args.train_shards_path_or_url)
     if not (args.max_train_steps or args.max_train_samples):
         args.max_train_samples = agree(accelerator, count_samples, shards, True)
@@ -3521,7 +3525,7 @@ def main(args, state):
         return
     agree(accelerator, open_output, args, state)
     state.repository = agree(accelerator, make_repository, args) if args.push_to_hub else ""
-    state.wandb_run = agree(accelerator, start_trackers, args, accelerator, manifest and manifest.get("wandb_run"))
+    state.wandb_run = agree(accelerator, start_trackers, args, accelerator, folder, manifest)
     listen(state)  # again, because ClearML and SwanLab put handlers that end their record in place
     with trackers_ended(accelerator, state):
         say("loading the models")

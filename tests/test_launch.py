@@ -2,6 +2,7 @@
 
 import fcntl
 import gc
+import gzip
 import importlib
 import json
 import multiprocessing
@@ -423,7 +424,12 @@ def test_epochs_and_samples_set_the_length_and_no_pictures_are_drawn(script, tea
     line = flags(teacher, tmp_path, tmp_path / "folder", max_train_steps=None, num_train_epochs=4, dry_run=True)
     assert any("6 updates" in text for text in finish(script, line, tmp_path / "told"))
     line = flags(teacher, shards, tmp_path / "tars", max_train_steps=None, num_train_epochs=4, dry_run=True)
-    assert '"max_train_samples": 24' in "".join(finish(script, line, tmp_path / "counted"))  # by the tars' heads
+    assert '"max_train_samples": 24' in "".join(finish(script, line, tmp_path / "counted"))  # by reading the tars
+    data = Path(shutil.copy(next(Path(shards).glob("*.tar")), tmp_path / "cut.tar.gz")).read_bytes()
+    (tmp_path / "cut.tar.gz").write_bytes(gzip.compress(data)[:-100])
+    line[line.index(shards)] = tmp_path / "cut.tar.gz"
+    said = finish(script, line, tmp_path / "cut", 2)
+    assert re.search("error: shard .*cut.tar.gz: .*--max_train_samples$", said[-1])
 
 
 def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_path):
@@ -458,9 +464,14 @@ def test_wandb_gets_losses_and_captioned_pictures(script, teacher, shards, tmp_p
     finish(script, line, tmp_path / "said", 3, processes=2, hook=stop_later)
     (record,) = (tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb")
     assert b"train/loss" in record.read_bytes()  # wandb drops all of a run that does not say that it ends
-    finish(script, line, tmp_path / "said-again", processes=2, hook=lambda _script: os.environ.update(offline))
-    records = (tmp_path / "stopped" / "wandb").glob("offline-run-*/*.wandb")
-    assert [path.name for path in records] == [record.name] * 2  # a run that goes on is one of wandb's
+    (named,) = (tmp_path / "stopped").glob("checkpoint-*")
+    branch = flags(
+        teacher, shards, tmp_path / "branch", report_to="wandb", validation_steps=-1, resume_from_checkpoint=named
+    )
+    for words, name, number in (branch, "branch", 0), (line, "stopped", 2):  # a run that goes on is one of wandb's
+        finish(script, words, tmp_path / "said-again", processes=2, hook=lambda _script: os.environ.update(offline))
+        records = [path.name for path in (tmp_path / name / "wandb").glob("offline-run-*/*.wandb")]
+        assert records.count(record.name) == number and len(records) == max(1, number)
 
 
 def become_windows(script, *also):

@@ -153,6 +153,7 @@ WITH_SECRETS = {
     "two addresses": "https://host/a.tar https://user:{}@host/b.tar",
     "a pipe behind another shard": "/data/{{0..3}}.tar::pipe:env X=x tool {} b.tar",
     "a pipe behind a space": " pipe:tool {} b.tar",
+    "a pipe as a file, in capitals": "a.tar::file:PIPE:tool {} b.tar",
     "a pipe with the mark of a break": "pipe:tool --opt a::{} b.tar",
     "an address beside a pipe": "https://u:pa::{}@h/a.tar pipe:cat b.tar",
     "header": "pipe:curl -H 'Authorization: Bearer {}' https://host/a.tar",
