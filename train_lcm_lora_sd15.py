@@ -1752,11 +1752,11 @@ def encode_prompts(pipe, captions, device):
 def encode_moments(vae, pixels, args):
     """Return the VAE posterior's mean and log variance [B,2C,h,w] f32 of pixels uint8 [B,R,R,3]."""
     pixels = pixels.permute(0, 3, 1, 2)
-    on_gpu = pixels.device.type != "cpu"
-    if on_gpu:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
+    if pixels.is_cuda:  # GroupNorm on CUDA copies channels-last tensors in every block; on CPUs they are the faster
         pixels = pixels.contiguous()
     # SDXL's own VAE, in float32, takes 2.5 GiB for a picture of 1024 px.
-    at_once = 1 if vae.dtype == torch.float32 and on_gpu else args.vae_encode_batch_size
+    is_on_gpu = pixels.is_cuda or pixels.is_meta  # as estimate_memory.py counts it
+    at_once = 1 if vae.dtype == torch.float32 and is_on_gpu else args.vae_encode_batch_size
     parts = (part.float() / 127.5 - 1 for part in pixels.split(at_once))
     return torch.cat([vae.encode(part.to(vae.dtype)).latent_dist.parameters.float() for part in parts])
 
