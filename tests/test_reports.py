@@ -219,7 +219,7 @@ def test_2_a_command_s_words_are_masked(script, command):
     assert not [n for n in range(0, len(SECRET) - 6) if SECRET[n : n + 6] in said], said
 
 
-@pytest.mark.parametrize(
+@cases(
     "words",
     [
         [f"--hub_tokn={SECRET}"],
