@@ -1,5 +1,6 @@
 """Launch files: what the Slurm scripts do on a signal, what accelerate's files start, a process that dies."""
 
+import json
 import os
 import re
 import shutil
@@ -177,7 +178,10 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     # The same files lie in the same place, as a resume needs; others, or half a copy, are not taken for them.
     (tmp_path / "linked").symlink_to("shards")
     options["SHARDS"] = tmp_path / "linked"
+    (tmp_path / "out" / "checkpoint-1").mkdir(parents=True)
+    (tmp_path / "out" / "checkpoint-1" / "checkpoint.json").write_text(json.dumps({"wandb_run": "other"}, indent=1))
     assert job(TRAIN, STAGE=1, **options)[0] == 0
+    assert not re.search("^WANDB_RUN_ID", "\n".join(noted(tmp_path, "env")), re.M), "the checkpoint's run goes on"
     (staged,) = {*local.glob("shards-*")} - {copied}
     assert (staged / "00001.tar").read_bytes() == b"tar"
     shutil.rmtree(staged)

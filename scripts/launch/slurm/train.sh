@@ -95,8 +95,10 @@ if [[ ${OFFLINE:-0} == 1 ]]; then
 fi
 # torchrun kills processes that do not end within it, and they need an update or more and a checkpoint's time.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-300}
-# One run in wandb, however often the job is requeued.
-export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID} WANDB_RESUME=allow
+# One run in wandb, however often the job is requeued; a checkpoint of it has its id, also for a job of another number.
+export WANDB_RESUME=allow
+grep -qs '"wandb_run": "' "$OUTPUT_DIR"/checkpoint-*/checkpoint.json ||
+    export WANDB_RUN_ID=${WANDB_RUN_ID:-lcm-lora-$SLURM_JOB_ID}
 
 # One process is started with plain python, several with torchrun.
 if ((NNODES * GPUS == 1)); then
