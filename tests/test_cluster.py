@@ -146,6 +146,10 @@ def test_a_job_that_fails_or_is_done_or_is_cancelled_is_not_requeued(job, tmp_pa
 
     assert job(TRAIN, send=to_all, WORK=1, JOB_STATE="COMPLETING", **options)[0] == 3
     assert noted(tmp_path, "scontrol") == noted(tmp_path, "scancel") == []
+    (tmp_path / "up").unlink()
+    (tmp_path / "bin" / "squeue").write_text("#!/bin/bash\necho busy >&2; exit 1")
+    code, said = job(TRAIN, send=to_the_step(tmp_path), WORK=1, **options)
+    assert code == 3 and "unknown to squeue; submit it again" in said
 
 
 @pytest.mark.parametrize(("nodes", "model"), [(1, "sd15"), (2, "sdxl")])
@@ -197,7 +201,7 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
 @pytest.mark.parametrize(
     ("changes", "named"),
     [({"MODEL": "sd3"}, "MODEL=sd3"), ({"RECIPE": "sdxl-9gb"}, "sdxl-9gb"), ({"SHARDS": ""}, "SHARDS"),
-     ({"OUTPUT_DIR": ""}, "OUTPUT_DIR"), ({"VENV": "/none"}, "VENV=/none")],
+     ({"OUTPUT_DIR": ""}, "OUTPUT_DIR"), ({"VENV": "/none"}, "VENV=/none"), ({"SLURM_NTASKS": 16}, "--ntasks")],
 )  # fmt: skip
 def test_a_job_with_unusable_variables_ends_at_once(job, tmp_path, changes, named):
     code, said = job(TRAIN, **changes)
@@ -217,6 +221,12 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     # 77 alone would be the whole array.
     assert job(CACHE, send=to_the_shell, WORK=1)[0] != 0 and noted(tmp_path, "scontrol") == ["requeue 77_1"]
     assert "--jobs=77_1" in noted(tmp_path, "squeue")[-1]
+    (tmp_path / "bin" / "train.py").write_text(STUBS["train.py"].replace("    sys.exit(3)", "    os._exit(143)"))
+    (tmp_path / "up").unlink()
+    assert job(CACHE, send=to_the_step(tmp_path), WORK=1)[0] == 143
+    assert noted(tmp_path, "scontrol") == ["requeue 77_1"] * 2
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID="")
+    assert code == 2 and "no job of an array" in said
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9, PARTS=10)
     assert code == 2 and "holds 4 .tar files" in said
     for parts in ("0", "08", "x"):
@@ -224,6 +234,17 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
         assert code == 2 and f"PARTS={parts}: must be" in said
     code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
     assert code == 2 and "job 9 is none of 2, 0 to 1" in said
+    for name in (".writing-00000.tar", "._00000.tar", "00000.tar.part", "00000_stats.json"):
+        (tmp_path / "shards" / name).touch()
+    (tmp_path / "shards" / "d.tar").mkdir()
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "0.tgz").touch()
+    (tmp_path / "shards" / "x").symlink_to("../real")
+    assert job(CACHE, PARTS=1, SLURM_ARRAY_TASK_ID=0)[0] == 0
+    words = noted(tmp_path, "words")
+    found = words[words.index("--train_shards_path_or_url") + 1 : words.index("--output_dir")]
+    assert [path.rpartition("/")[2] for path in found] == [*(f"{number:05d}.tar" for number in range(4)), "0.tgz"]
+    (tmp_path / "shards" / "x").unlink()
     # Some jobs of an array run again: PARTS tells how many there were.
     again = {f"SLURM_ARRAY_TASK_{name}": 3 for name in ("ID", "MIN", "MAX")} | {"SLURM_ARRAY_TASK_COUNT": 1}
     assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0

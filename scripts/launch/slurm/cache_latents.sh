@@ -41,6 +41,7 @@ if [[ ${OFFLINE:-0} == 1 ]]; then
     export HF_HUB_OFFLINE=1
 fi
 
+[[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "is no job of an array; submit it by sbatch --array=0-7"
 if [[ -z ${PARTS:-} ]]; then
     [[ $SLURM_ARRAY_TASK_MIN == 0 && $SLURM_ARRAY_TASK_COUNT == $((SLURM_ARRAY_TASK_MAX + 1)) ]] ||
         fail "--array: number the jobs 0 to n-1; to run some of n jobs again, set PARTS=n"
@@ -53,27 +54,39 @@ for part in "$OUTPUT_DIR"/part-*; do # of which some shards would be there twice
     [[ -d $part && $number =~ ^[0-9]+$ ]] && ((10#$number >= PARTS)) &&
         fail "$part: is of more than $PARTS jobs; set PARTS to their number"
 done
-mapfile -t all < <(find "$SHARDS/" -name '*.tar' | sort)
+# As the training scripts list a folder, and below it.
+mapfile -t all < <(find -L "$SHARDS/" -type f ! -name '.*' -regextype posix-extended \
+    -iregex '.*\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))' | sort)
 mine=()
 for ((i = SLURM_ARRAY_TASK_ID; i < ${#all[@]}; i += PARTS)); do
     mine+=("${all[i]}")
 done
 [[ ${#mine[@]} != 0 ]] || fail "SHARDS=$SHARDS: holds ${#all[@]} .tar files, none of them for this job"
 
-# shellcheck disable=SC2317 # the trap calls it
 requeue() { # Nothing has to be saved, because a cached shard is complete or absent.
     # The last job of an array to start has the array's number as its SLURM_JOB_ID. After `scancel JOB` squeue no
     # longer reports RUNNING, and the job must stay ended.
-    local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
-    if [[ $(squeue --noheader --jobs="$job" --format=%T) == RUNNING ]]; then
+    local job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID now=
+    for _ in 1 2 3; do # a busy controller lets squeue time out
+        now=$(squeue --noheader --jobs="$job" --format=%T) && break
+        sleep 2
+    done
+    if [[ $now == RUNNING ]]; then
         echo "stopped by a signal: requeued, to make the shards that are missing"
         scontrol requeue "$job"
+    else
+        echo "stopped by a signal and not requeued, because the job is ${now:-unknown to squeue}; submit it again"
     fi
 }
-trap requeue USR1 TERM
+stopped=0
+trap stopped=1 USR1 TERM
 # Since Slurm 22.05 srun takes the CPUs of a task from this variable alone.
 [[ -n ${SLURM_CPUS_PER_TASK:-} ]] && export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
 srun python scripts/cache_latents.py --mixed_precision fp16 \
     --pretrained_teacher_model "$TEACHER" --train_shards_path_or_url "${mine[@]}" \
     --output_dir "$OUTPUT_DIR/part-$SLURM_ARRAY_TASK_ID" "$@" &
 wait $!
+code=$?
+# A preemption may signal the step alone, whose code is then 128 + 15.
+[[ $stopped == 1 || $code == 143 ]] && requeue
+exit "$code"

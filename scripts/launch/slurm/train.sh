@@ -36,9 +36,24 @@ fail() {
     exit 2
 }
 # No longer RUNNING once `scancel JOB` or a requeue ends the job; nothing where squeue gets no answer.
-state() { squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T; }
+state() {
+    for _ in 1 2 3; do # a busy controller lets it time out
+        squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T && return
+        sleep 2
+    done
+}
+requeue() { # unless `scancel JOB` ends the job, which must then stay ended
+    local now
+    now=$(state)
+    if [[ $now == RUNNING ]]; then
+        echo "stopped by a signal: requeued, to go on from the newest checkpoint"
+        scontrol requeue "$SLURM_JOB_ID"
+    else
+        echo "stopped by a signal and not requeued, because the job is ${now:-unknown to squeue}; submit it again to go on"
+    fi
+}
 # Before training nothing has to be saved. A command is waited for in the background, because bash runs a trap only then.
-trap '[[ $(state) == RUNNING ]] && scontrol requeue "$SLURM_JOB_ID"; exit 3' USR1 TERM
+trap 'requeue; exit 3' USR1 TERM
 MODEL=${MODEL:-sdxl}
 case $MODEL in
     sd15) TEACHER=${TEACHER:-stable-diffusion-v1-5/stable-diffusion-v1-5} ;;
@@ -66,6 +81,7 @@ fi
 # Where GPUs are no resource of Slurm's (gres), it does not tell how many a node has.
 GPUS=${SLURM_GPUS_ON_NODE:-$(nvidia-smi -L 2>/dev/null | grep -c '^GPU ')} NNODES=${SLURM_NNODES:-1}
 ((GPUS > 0)) || GPUS=1
+((${SLURM_NTASKS:-$NNODES} == NNODES)) || fail "--ntasks: give one task a node; it starts a process for each GPU"
 WORKERS=$((${SLURM_CPUS_PER_TASK:-$GPUS} / GPUS - 1))
 flags+=(--dataloader_num_workers $((WORKERS < 0 ? 0 : WORKERS > 8 ? 8 : WORKERS)))
 
@@ -85,7 +101,8 @@ if [[ ${STAGE:-0} == 1 ]]; then
     # shellcheck disable=SC2016 # expanded by the inner shell
     srun bash -c 'set -o pipefail
         copy() { tar -ch -C "$1" --null -T <(cd "$1" && find -L . -type f -print0) | tar -x -C "$2"; } # follows links
-        [[ -d $2 ]] || { rm -rf "$2.$3" && mkdir "$2.$3" && copy "$1" "$2.$3" && mv -T "$2.$3" "$2"; } || [[ -d $2 ]]' \
+        [[ -d $2 ]] || { rm -rf "$2.$3" && mkdir "$2.$3" && copy "$1" "$2.$3" && mv -T "$2.$3" "$2"; } ||
+            { rm -rf "$2.$3"; [[ -d $2 ]]; }' \
         stage "$SHARDS" "$STAGED" "$SLURM_JOB_ID" &
     wait $! || fail "SHARDS=$SHARDS: cannot be copied to $LOCAL"
     SHARDS=$STAGED
@@ -140,9 +157,5 @@ wait $!
 while kill -0 $! 2>/dev/null; do wait $!; done
 wait $!
 code=$?
-# `scancel JOB` also ends here, and then the job must stay ended.
-if [[ $code == 3 && $(state) == RUNNING ]]; then
-    echo "stopped by a signal: requeued, to go on from the newest checkpoint"
-    scontrol requeue "$SLURM_JOB_ID"
-fi
+[[ $code == 3 ]] && requeue
 exit "$code"
