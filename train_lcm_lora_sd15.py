@@ -136,6 +136,9 @@ FOREIGN_FLAGS = {
     "output_name": "--output_dir", "xformers": "--enable_xformers_memory_efficient_attention",
     "vae": "--pretrained_vae_model_name_or_path", "cache_latents": "scripts/cache_latents.py", "rank": "--lora_rank",
     "lora_dim": "--lora_rank", "num_workers": "--dataloader_num_workers", "tf32": "--allow_tf32",
+    "save_steps": "--checkpointing_steps", "fp16": "--mixed_precision", "bf16": "--mixed_precision",
+    "resume": "--resume_from_checkpoint", "save_precision": "scripts/export_lora.py",
+    "caption_extension": "scripts/make_shards.py",
 }  # fmt: skip
 STOP_SIGNALS = [number for number in signal.Signals if number.name in ("SIGINT", "SIGTERM", "SIGUSR1")]
 if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as under nohup
@@ -210,7 +213,7 @@ class LastOfAll(argparse.Action):
 
     def __call__(self, _parser, namespace, values, option_string=None):
         before = getattr(namespace, self.dest)
-        if before and os.environ.get("RANK", "0") == "0":
+        if before and own_rank() == 0:
             given = " ".join(map(masked, before))
             print(f"warning: {option_string} takes the place of {given}: one flag names all data", file=sys.stderr)
         setattr(namespace, self.dest, values)
@@ -262,7 +265,8 @@ def add_model_args(parser):
     for name, reason in FLAGS_WITHOUT_EFFECT.items():
         if name != "use_fix_crop_and_size":
             values = {"action": "store_true"} if name == "cast_teacher_unet" else {}
-            add(f"--{name}", help=f"accepted, without effect: {reason}", **values)
+            names = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))  # torch's launchers give --local-rank
+            add(*names, help=f"accepted, without effect: {reason}", **values)
 
 
 def add_objective_args(parser):
@@ -395,8 +399,10 @@ def build_parser():
 
 def unknown_flag(word, parser):
     """Return the error for a flag that does not exist: what it is called here, or the nearest name."""
+    if not word.startswith("-"):
+        return f"{one_line(word)[:80]}: a value too many; a switch takes none, and few flags several (--help)"
     word = word.partition("=")[0]
-    name = word.lstrip("-")
+    name = word.lstrip("-").replace("-", "_")
     if name in ("dataset_name", "dataset_config_name", "image_column", "caption_column"):
         command = "python scripts/make_shards.py --dataset_name NAME --output_dir shards"
         return f"{word}: not a flag here; make shards first: {command}, then --train_shards_path_or_url shards"
@@ -496,6 +502,11 @@ SECRETS = (  # pattern, replacement; in this order
     (r"(?i)\b((?:bearer|basic|digest)\s+)\S{8,}", r"\1***"),
     (r"\b(hf_|sk-|gh[a-z]_|github_pat_|glpat-|xox[a-z]-|AKIA)[\w-]{8,}", r"\1***"),
 )
+
+
+def own_rank():
+    """Return the number of this process among those of the run; a RANK without WORLD_SIZE is of something else."""
+    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
 
 
 def masked(text):
@@ -691,6 +702,7 @@ CAPTION_SUFFIXES = ("text", "txt", "caption")  # in the order in which the publi
 KINDS = dict.fromkeys(IMAGE_SUFFIXES, "picture") | dict.fromkeys(CAPTION_SUFFIXES, "caption")
 KINDS |= {"json": "json", "safetensors": "tensors"}
 TAR_NAMES = re.compile(r"\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))$", re.IGNORECASE)
+BLANKS = "\ufeff \t\r\n"  # around captions
 CACHE_KEY = "_cache"  # the sample that heads a shard of cached tensors and describes how they were made
 # Spellings of LAION's and img2dataset's metadata, in lower case.
 METADATA_KEYS = {
@@ -775,11 +787,17 @@ def find_local(name):
 def list_folder(folder):
     """Return the tars in a folder, or else its pictures as virtual shards."""
     tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
+    below, unread = f"{folder}/**/*.tar names those in its folders", Counter()
     if tars:
-        if number := sum(split_name(path.name)[1] in IMAGE_SUFFIXES for path in folder.glob("*.*")):
-            tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
+        for path in files_below(folder, lambda _error: None):
+            unread["pictures"] += split_name(path.name)[1] in IMAGE_SUFFIXES
+            unread["tars"] += bool(TAR_NAMES.search(path.name))
+        if unread["pictures"]:
+            tqdm.write(f"{folder}: {unread['pictures']} pictures beside its tars are not read", file=sys.stderr)
+        if (number := unread["tars"] - len(tars)) > 0:
+            tqdm.write(f"{folder}: {number} tars in its folders are not read; {below}", file=sys.stderr)
         return tars
-    samples, unread, faults = {}, Counter(), []
+    samples, faults = {}, []
     for path in sorted(files_below(folder, faults.append)):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
@@ -788,12 +806,14 @@ def list_folder(folder):
         else:
             unread[path.suffix.lower() or path.name] += 1
     unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
-    if unread:
-        tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     keys = [key for key, names in samples.items() if any(split_name(name)[1] in IMAGE_SUFFIXES for name in names)]
     if not keys:
-        lack = "holds no .tar file and no picture; name one that does"
+        lack = f"holds no .tar file and no picture, but {describe(unread) or 'nothing'}; name one that does"
+        lack += f"; {below}" if any(map(TAR_NAMES.search, unread)) else "; scripts/make_shards.py reads tables"
         raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
+    unread["text without a picture"] += len(samples) - len(keys)
+    if +unread:
+        tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     parts = (keys[start : start + SAMPLES_PER_FOLDER_SHARD] for start in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD))
     return [
         PictureFolder(f"{folder} ({part[0]} to {part[-1]})", folder, tuple(chain(*map(samples.get, part))))
@@ -836,15 +856,19 @@ def check_shard(path):
             fault = "" if path.read_text("utf-8-sig").strip() else "holds no prompts"
         elif not head.strip(b"\0"):
             fault = "is empty"
+        elif head.startswith(b"\x28\xb5\x2f\xfd"):
+            fault = f"is compressed by zstd; give 'pipe:zstd -dc {place}'"
         elif not head.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ")):  # of a compressed one only reading can tell
             tarfile.TarInfo.frombuf(head, "utf-8", "replace")
             fault = "is truncated, its end mark is missing" if size % 512 or tail.strip(b"\0") else ""
     except tarfile.HeaderError:
-        fault = "is not a tar file; prompts are in a .txt file"
+        fault = "is not a tar file; give pictures as their folder, prompts as .txt, a table to scripts/make_shards.py"
     except UnicodeDecodeError:
         fault = "is not UTF-8"
     except OSError as error:
-        raise UnusableInput(f"data {place}: {error.strerror}; name shards or a folder of pictures") from error
+        hub = "; of a data set of the Hub scripts/make_shards.py --dataset_name NAME makes shards"
+        hub *= bool(re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", place))
+        raise UnusableInput(f"data {place}: {error.strerror}; name shards or a folder of pictures{hub}") from error
     if fault:
         raise UnusableInput(f"shard {place}: {fault}; write or download it again, or leave it out")
     return made if b'"family"' in made else b""  # else of a picture called _cache
@@ -861,7 +885,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
         time.sleep(failures if done or not is_remote(shard) else 5 * failures**2)  # 0, 5 and 20 s where nothing came
         lost, before = Counter(), done
         try:
-            for sample in islice(group_members(shard_members(shard), lost), done, None):
+            for sample in islice(group_members(shard_members(shard, lost), lost), done, None):
                 done += 1
                 if cache is None or sample["__key__"] != CACHE_KEY:
                     yield sample | {"__url__": "" if isinstance(shard, PictureFolder) else name}
@@ -882,23 +906,30 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
 
 
 class Member(tarfile.TarInfo):
-    """A member of a tar that must end in its end mark: tarfile takes any odd header for the end."""
+    """A member of a tar that must end in its end mark: tarfile takes any odd header for the end.
+
+    A tar may follow another, as in `cat a.tar b.tar`.
+    """
 
     @classmethod
     def fromtarfile(cls, tar):
         try:
-            return super().fromtarfile(tar)
-        except tarfile.EOFHeaderError:
-            raise  # the end mark
+            member = super().fromtarfile(tar)
         except tarfile.HeaderError as error:
+            tar.is_ended = isinstance(error, tarfile.EOFHeaderError) or getattr(tar, "is_ended", False)
+            if tar.is_ended:
+                raise
             raise tarfile.ReadError(f"ends before its end mark: {error}") from error
+        tar.is_ended = False
+        return member
 
 
-def shard_members(shard):
+def shard_members(shard, lost=None):
     """Yield (name, bytes, or the path of a folder's picture) of the files in a shard that are data.
 
-    Raises one of STREAM_ERRORS if it breaks off.
+    Links are counted in `lost`. Raises one of STREAM_ERRORS if the shard breaks off.
     """
+    lost = Counter() if lost is None else lost
     if isinstance(shard, PictureFolder):
         for name in shard.files:
             path = shard.folder / name
@@ -909,11 +940,14 @@ def shard_members(shard):
         lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
     else:
-        with open_shard(shard) as stream, tarfile.open(fileobj=stream, mode="r|*", tarinfo=Member) as tar:
+        options = {"mode": "r|*", "tarinfo": Member, "ignore_zeros": True}
+        with open_shard(shard) as stream, tarfile.open(fileobj=stream, **options) as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
                 if member.issparse():  # its few bytes may stand for terabytes
                     raise tarfile.ReadError("sparse files are not read; pack without --sparse")
+                if member.type in (tarfile.SYMTYPE, tarfile.LNKTYPE) and split_name(member.name)[1]:
+                    lost["link in a tar; pack with tar --dereference --hard-dereference"] += 1
                 if member.isreg() and split_name(member.name)[1]:
                     data = tar.extractfile(member).read()
                     if len(data) != member.size:
@@ -1060,7 +1094,7 @@ def metadata_of(sample):
             found.setdefault(name, as_number(value))
     captions = (record.get(name) for name in ("caption", "prompt", "text"))
     texts = chain.from_iterable(value if isinstance(value, list) else [value] for value in captions)
-    found["caption"] = next((text for text in texts if isinstance(text, str)), None)
+    found["caption"] = max((text for text in texts if isinstance(text, str)), key=is_filled, default=None)
     if None not in (found.get("width"), found.get("height")):
         found["side"] = min(found["width"], found["height"])
     return found
@@ -1092,16 +1126,21 @@ def check_metadata(metadata, args):
 
 
 def caption_of(sample, metadata):
-    """Return a sample's caption: that of its caption file, else the one in its json."""
-    data = next((sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample), None)
+    """Return a sample's caption: that of its caption file, or the one in its json; the first that is not empty."""
     try:
-        caption = metadata.get("caption") if data is None else data.decode()
-        if caption is None:
+        captions = [sample[suffix].decode() for suffix in CAPTION_SUFFIXES if suffix in sample]
+        captions += [metadata["caption"]] if metadata.get("caption") is not None else []
+        if not captions:
             raise SkippedSample("no caption")
+        caption = max(captions, key=is_filled)[:MAX_CAPTION].strip(BLANKS)
         caption.encode()  # json can hold half a character
-        return caption[:MAX_CAPTION].strip("\ufeff \t\r\n")
+        return caption
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
+
+
+def is_filled(text):
+    return bool(text.strip(BLANKS))
 
 
 def encoded(picture):
@@ -1117,12 +1156,15 @@ def open_picture(picture, max_pixels, draft_px=None):
 
     `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
     """
+    data = encoded(picture)
     try:
-        picture = Image.open(io.BytesIO(encoded(picture)), formats=PICTURE_FORMATS)
+        picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
         if picture.width * picture.height > max_pixels:
             raise SkippedSample("picture over --max_image_pixels")
-        # Pictures stored on their side; Pillow gives the size of a TIFF upright already.
-        is_turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
+        is_turned = False
+        with suppress(Exception):  # what is called EXIF may be none
+            # Pictures stored on their side; Pillow gives the size of a TIFF upright already.
+            is_turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         original = picture.size[::-1] if is_turned else picture.size
         if draft_px:
             picture.draft("RGB", (draft_px, draft_px))
@@ -1134,15 +1176,18 @@ def open_picture(picture, max_pixels, draft_px=None):
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
-        raise SkippedSample("picture cannot be decoded") from error
+        is_heic = re.match(rb"....ftyp(hei|hev|mif1|msf1)", data, re.DOTALL)  # as phones name .jpg
+        cause = "picture is HEIC, whatever its name" if is_heic else "picture cannot be decoded"
+        raise SkippedSample(cause) from error
 
 
 def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
-        values = np.asarray(picture, np.float32)
+        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=65535)
         top = values.max(initial=0)
-        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
+        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds, or lamps
+            top = np.quantile(values, 0.99)
             values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
         elif picture.mode != "I" or top > 255:
             values = values / 257
@@ -1341,6 +1386,7 @@ def audit(shards, args):
             "--default_caption): python scripts/make_shards.py --source FOLDER_OR_TABLE --output_dir shards"
         )
     skipped["pictures smaller than --resolution, enlarged"] = sum(s.get("is_enlarged", False) for s in usable)
+    skipped["captions that are empty"] = sum(not sample["caption"] for sample in usable)
     kind = "of cached tensors" if cache else "of pictures in folders" if isinstance(shards[0], PictureFolder) else ""
     number = f"{len(shards)} shard{'s' * (len(shards) > 1)} {kind}".strip()
     report = f"{number}; of the first {examined} samples {len(usable)} can be used ({describe(skipped, first)})"
@@ -1584,9 +1630,10 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
         return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
-    halves = sorted(path.glob("unet/*.fp16.*")) if path.is_dir() else []
-    if halves and not args.variant:
-        return f"{name}: has only weight files of a variant ({halves[0].name}); give --variant fp16"
+    for each in sorted(path.glob("*/*.*.*")) if path.is_dir() and not args.variant else ():
+        parts = re.fullmatch(r"(\w+)\.(\w+)([.-].*(?:safetensors|bin))", each.name)
+        if parts and not each.with_name(parts[1] + parts[3]).exists():
+            return f"{name}: has only weight files of a variant ({each.name}); give --variant {parts[2]}"
     remedy = "" if flag == "pretrained_teacher_model" else "; name its own folder, file or Hub id"
     if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"
@@ -1620,7 +1667,7 @@ def weight_names(path):
 
 def set_prediction(pipe, args):
     """Give the pipeline's scheduler the prediction type of --prediction_type or of a file's marker tensors."""
-    if "beta_start" not in pipe.scheduler.config:
+    if "beta_start" not in pipe.scheduler.config or pipe.scheduler.config.get("timestep_type") == "continuous":
         raise UnusableInput(f"the teacher's {type(pipe.scheduler).__name__} has no betas; name a diffusion model")
     names, changes = weight_names(Path(args.pretrained_teacher_model)), {}
     if any(name.startswith("edm_") for name in names):
@@ -2900,8 +2947,9 @@ def changed_options(job):
 def training_table(job, drawn):
     """Return the rows of the card's table, without what is private, such as the data's place."""
     flags = (
-        "objective resolution train_batch_size gradient_accumulation_steps max_train_steps learning_rate lr_scheduler "
-        "lr_warmup_steps use_8bit_adam lora_rank lora_alpha lora_dropout w_min w_max num_ddim_timesteps seed".split()
+        "teacher_revision objective resolution train_batch_size gradient_accumulation_steps max_train_steps "
+        "learning_rate lr_scheduler lr_warmup_steps use_8bit_adam lora_rank lora_alpha lora_dropout w_min w_max "
+        "num_ddim_timesteps seed".split()
     )
     values = {flag: getattr(job.args, flag) for flag in flags + READ_BY[job.args.objective]}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
@@ -2941,7 +2989,9 @@ def make_repository(args):
         message = f"--push_to_hub: {repository_name(args)} cannot be made: {one_line(error)}"
         refused = status in range(400, 500) and status not in (408, 429)
         if refused or isinstance(error, (ValueError, ImportError, LocalTokenNotFoundError)):
-            remedy = "install it" if isinstance(error, ImportError) else "log in with `hf auth login`"
+            remedy = "log in with `hf auth login`"
+            if isinstance(error, (ImportError, ValueError)):  # the latter of a name that the Hub does not allow
+                remedy = "install it" if isinstance(error, ImportError) else "give --hub_model_id OWNER/NAME"
             raise UnusableInput(f"{message}; {remedy}, or leave the flag out") from error
         tqdm.write(f"{message}; the upload is tried again later", file=sys.stderr)
         return repository_name(args)
@@ -3139,6 +3189,8 @@ def describe_models(job, samples):
     teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
     trainable = job.student_unet.num_parameters(only_trainable=True)
     lines = [f"teacher: {teacher} {betas}; LoRA: {trainable:,} trainable parameters"]
+    if (kind := type(job.pipe.scheduler).__name__) in ("LCMScheduler", "TCDScheduler"):
+        lines.append(f"warning: the teacher has {kind}: if it draws in few steps already, name its base model")
     if tokenizer:
         limit = tokenizer.model_max_length
         cut = sum(len(tokenizer(sample["caption"]).input_ids) > limit for sample in samples)
@@ -3298,7 +3350,7 @@ def listen(state):
         if not state.is_training or (name == "SIGINT" and state.is_interrupted):
             leave(name)
         is_first = not state.stop_signal
-        if is_first and int(os.environ.get("RANK", 0)) == 0:
+        if is_first and own_rank() == 0:
             # Not by `print`, which may not be entered twice.
             when = "after this update" if state.is_alone else "within --logging_steps updates"
             with suppress(OSError):
@@ -3588,9 +3640,8 @@ def run(args):
             printed = f"error: a loader process failed; memory or /dev/shm may be short: {remedy}"
         else:
             tqdm.write(traceback.format_exc(), file=sys.stderr)
-    rank = int(os.environ.get("RANK", 0))
-    if printed and (rank == 0 or not is_agreed):
-        tqdm.write("\n" * (rank > 0) + printed, file=sys.stderr)  # below the bar, which is rank 0's
+    if printed and (own_rank() == 0 or not is_agreed):
+        tqdm.write("\n" * (own_rank() > 0) + printed, file=sys.stderr)  # below the bar, which is rank 0's
     for number, handler in handlers.items():
         signal.signal(number, handler)
     # A rank that fails alone must not wait here for ranks that are in another collective.

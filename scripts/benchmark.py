@@ -83,7 +83,6 @@ def train_problems(args, words):
 
 
 def parse_args(argv=None):
-    """Return (checked flags, words for the training script); wrong flags exit with 2 and one line."""
     parser = cli.ToolParser(__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in (add_train, add_loader, add_table):
@@ -92,7 +91,7 @@ def parse_args(argv=None):
     if args.command == "train":
         cli.refuse(parser, train_problems(args, words))
     elif words:
-        parser.error(f"unrecognized arguments: {' '.join(words)}")
+        parser.error(f"unknown flag {words[0]}")
     elif args.command == "table" and args.figures and not args.figures.is_file():
         parser.error(f"{args.figures}: no such file; `train --all --json FILE` writes one")
     folder, file = (vars(args).get(name) for name in ("output_dir", "json"))

@@ -27,7 +27,7 @@ from itertools import islice
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from lib.cli import COUNT, ToolParser, folder_problems, refuse
+from lib.cli import COUNT, ToolParser, folder_problems, refuse, started
 
 PASSED_ON = ("mixed_precision", "seed", "vae_encode_batch_size")
 
@@ -52,7 +52,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports below, which take seconds
+    ARGS = started(parse_args())
 
 import numpy as np
 import torch

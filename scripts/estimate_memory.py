@@ -24,7 +24,7 @@ from unittest.mock import patch
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 from lib.benchmark.sweep import REAL_MODELS
-from lib.cli import ToolParser
+from lib.cli import ToolParser, started
 
 GIB = 2**30
 ADAMW_BYTES, ADAMW_8BIT_BYTES = 8, 2 + 8 / 256  # two moments; in 8 bits with a float32 scale for 256 values
@@ -39,7 +39,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    OWN, WORDS = parse_args()  # before the imports below, which take seconds
+    OWN, WORDS = started(parse_args())
 
 import copy
 
@@ -140,7 +140,6 @@ def meta_job(own, trainer, args):
 
 
 def losses_of(trainer, job, batch):
-    """Yield the losses of one micro step."""
     if job.args.objective != "matching":
         yield trainer.batch_loss(job, batch, 0)
         return

@@ -129,7 +129,7 @@ def figure_problems(args):
 
 # --help and wrong flags must not wait for torch, so the command line is read before the heavy imports.
 if __name__ == "__main__":
-    ARGS = parse_args()
+    ARGS = cli.started(parse_args())
 
 import torch
 from accelerate.utils import gather_object, release_memory

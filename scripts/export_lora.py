@@ -28,7 +28,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-from lib.cli import COUNT, ToolParser, hint_of, refuse, samplers_for
+from lib.cli import COUNT, ToolParser, hint_of, refuse, samplers_for, started
 
 # What names a family in a header, in a run's args.json or in a model's unet/config.json.
 FAMILY_MARKS = {
@@ -67,7 +67,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports below, which take seconds
+    ARGS = started(parse_args())
 
 import torch
 from lib.original_layout import original_state
@@ -128,8 +128,9 @@ def whole_output(output):
     """Give a path beside the output that takes its place at the end, whole or not at all, readable by umask."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):  # of a killed process
-            shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):
+            if leftover.is_dir() and {*os.listdir(leftover)} <= {output.name}:  # of a killed process
+                shutil.rmtree(leftover, ignore_errors=True)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
             path = Path(folder, output.name)
             yield path
@@ -210,6 +211,8 @@ def merge(args, loras, path, dtype):
         weight += delta.view_as(weight)
     set_sampler(pipe, "lcm-without-lora" if samplers_for([args.input]) == ["lcm-lora"] else "ddim")
     pipe.to(dtype)
+    if not all(weight.isfinite().all() for weight in pipe.unet.parameters()):
+        raise UnusableInput(f"--dtype {args.dtype}: the weights are too large for it; give bf16 or fp32")
     if path.suffix == ".safetensors":
         save_file(original_state(pipe), path, metadata={"format": "pt"})
     else:

@@ -91,12 +91,19 @@ def flag_problems(args):
         (bool(prompts) != bool(drawn), "--prompts_file and --pretrained_teacher_model: give both, or --source"),
         *(cli.model_problems(args) if drawn else ()),
         (not is_there, f"--source {source}: no such file or folder; check the path"),
+        (args.resolution and not prompts, "--resolution: of pictures that are drawn; --max_side_px shrinks others"),
     )
 # fmt: on
 
 
 if __name__ == "__main__":
-    ARGS = parse_args()  # before the imports below
+    ARGS = parse_args()
+    try:
+        import datasets  # noqa: F401 - it may be missing, which is one line
+    except ImportError:
+        print("error: reading pictures needs datasets; pip install -r scripts/requirements-data.txt", file=sys.stderr)
+        sys.exit(2)
+    cli.started(ARGS)
 
 from lib.image_sources import encode_picture, open_source
 from lib.pipelines import choose_device, family_of, read_json, writing_alone, writing_to
@@ -203,7 +210,7 @@ def finished(target, digest):
 
 
 def main(args):
-    rank, processes = (int(os.environ.get(name, n)) for name, n in (("RANK", 0), ("WORLD_SIZE", 1)))
+    rank, processes = sd15.own_rank(), int(os.environ.get("WORLD_SIZE", 1))
     source = open_source(args)
     run = describe_run(args, source)
     digest = hashlib.sha256(json.dumps(run).encode()).hexdigest()

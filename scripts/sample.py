@@ -106,7 +106,7 @@ def task_problems(args):
 
 # --help and wrong flags must not wait for torch, so the command line is read before the heavy imports.
 if __name__ == "__main__":
-    ARGS = parse_args()
+    ARGS = cli.started(parse_args())
 
 import diffusers
 from lib import pipelines
@@ -230,8 +230,7 @@ def main(args):
     pipelines.start_offload(pipe, args, device)
     with pipelines.writing_to(args.output_dir):
         records, pictures = draw_all(pipe, args, rows, extra)
-        text = json.dumps(records, indent=1, ensure_ascii=False)
-        (args.output_dir / "samples.json").write_text(text, "utf-8")
+        (args.output_dir / "samples.json").write_text(json.dumps(records, indent=1, ensure_ascii=False), "utf-8")
         steps = sorted({count for row in rows for count in row.steps})
         labels = {row.name: row.label for row in rows}
         grid = pipelines.make_grid(args.prompts[: pipelines.GRID_PROMPTS], labels, steps, pictures)

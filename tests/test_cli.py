@@ -181,7 +181,8 @@ def test_every_flag_with_a_rule_is_in_the_table_of_wrong_values(script):
         ("--validation_prompt", "--validation_prompts"), ("--lora_rnak", "--lora_rank"),
         ("--max_train_epochs", "--num_train_epochs"), ("--instance_data_dir", "--train_data_dir"),
         ("--pretrained_model_name_or_path", "--pretrained_teacher_model"), ("--unet_lr", "--learning_rate"),
-        ("--cache_latents", "scripts/cache_latents.py"),
+        ("--cache_latents", "scripts/cache_latents.py"), ("--save_steps", "--checkpointing_steps"),
+        ("--network-dim", "--lora_rank"),
     ],
 )  # fmt: skip
 def test_a_foreign_or_mistyped_flag_is_answered_with_the_flag_that_is_meant(script, capsys, word, meant):
@@ -189,6 +190,27 @@ def test_a_foreign_or_mistyped_flag_is_answered_with_the_flag_that_is_meant(scri
     assert f"did you mean {meant}?" in said and word.partition("=")[0] in said
     said = refusal(script, capsys, [*flags("owner/name", "pipe:cat 0.tar", "unused"), "--keep_tokens", "1", word, "4"])
     assert "--keep_tokens: no such flag; " in said and f"did you mean {meant}?" in said, "all of them at once"
+    said = refusal(script, capsys, [*flags("owner/name", "pipe:cat 0.tar", "unused"), "--center_crop", "true"])
+    assert "true: a value too many; a switch takes none" in said
+
+
+def test_tools_say_at_once_that_libraries_load(tmp_path):
+    (tmp_path / "torch.py").write_text("raise SystemExit(7)")
+    (tmp_path / "lora.safetensors").touch()
+    teacher = ["--pretrained_teacher_model", ROOT / "assets" / "demo-teacher-sd15", "--output_dir", tmp_path / "out"]
+    files = ["--input", tmp_path / "lora.safetensors", "--output", tmp_path / "a.safetensors"]
+    for tool, *words in (
+        ("sample", *teacher, "--prompts", "sea"),
+        ("evaluate", *teacher, "--prompts", "sea"),
+        ("export_lora", *files, "--format", "kohya"),
+        ("cache_latents", *teacher),
+        ("estimate_memory", "--model", "sd15"),
+        ("make_shards", "--source", tmp_path, *teacher[2:]),
+    ):
+        line = [sys.executable, ROOT / "scripts" / f"{tool}.py", *words]
+        env = ENVIRONMENT | {"PYTHONPATH": str(tmp_path)}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, env=env)
+        assert (done.returncode, done.stderr) == (7, "loading libraries\n"), tool
 
 
 def test_every_answer_names_a_flag_that_exists(script):

@@ -115,6 +115,13 @@ def test_a_damaged_header_does_not_end_a_shard_in_silence(script, shard):
 @pytest.mark.usefixtures("sleeps")
 @pytest.mark.parametrize("padding", [0, 5120, 3_000_000])
 def test_a_whole_shard_is_whole_whatever_follows_its_end_mark(script, shard, padding):
+    blocks = bytes(padding // 512 * 512)
+    first = write_shard(shard.with_name("first.tar"), [{"png": picture_bytes(i), "txt": f"{i}"} for i in range(3)])
+    first.write_bytes(first.read_bytes() + blocks)
+    captions, skipped = read(script, f"pipe:cat {first} {shard}")  # two tars
+    assert captions == ["0", "1", "2", *(f"sea {i}" for i in range(SAMPLES))] and not skipped
+    captions, skipped = read(script, f"pipe:cat {first}; head -c {offsets(shard)[6]} {shard}")
+    assert len(captions) in (4, 5) and "ends before its end mark" in str(skipped)
     shard.write_bytes(shard.read_bytes() + bytes(padding))
     for url in (shard, f"pipe:cat {shard}", f"pipe:cat {shard} | cat"):
         captions, skipped = read(script, url)

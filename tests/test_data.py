@@ -4,6 +4,7 @@ import http.server
 import io
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -237,6 +238,7 @@ WHOLE_SHARD = {
     "truncated inside a sample": (lambda path: cut(path, 2 * 1024 + 100), "is truncated"),
     "its end mark cut off": (lambda path: cut(path, -end_of(path)), "is truncated"),
     "not a tar": (lambda path: path.write_bytes(b"<html>not found</html>" * 99), "is not a tar"),
+    "zstd": (lambda path: path.write_bytes(b"\x28\xb5\x2f\xfd" + bytes(range(99))), "give 'pipe:zstd -dc "),
     "zero bytes": (lambda path: path.write_bytes(b""), "is empty"),
     "an empty tar": (lambda path: path.write_bytes(bytes(10240)), "is empty"),
     "gone": (lambda path: path.unlink(), "No such file"),
@@ -260,6 +262,7 @@ def test_a_slip_in_braces_is_named(script):
 SURROGATE = b'{"caption": "sea \\ud83d"}'  # half of an emoji: json that no tokenizer can encode
 SOME_SAMPLES = {
     "garbage picture": ({"png": b"garbage"}, {}, "picture cannot be decoded"),
+    "HEIC": ({"png": b"\0\0\0\x18ftypheic" + bytes(99)}, {}, "picture is HEIC, whatever its name"),
     "truncated picture": ({"png": picture_bytes(0)[:-400]}, {}, "picture cannot be decoded"),
     "no picture": ({"png": None}, {}, "no picture"),
     "no caption": ({"txt": None}, {}, "no caption"),
@@ -465,6 +468,13 @@ def palette(transparent):
     return encode(picture, **({"transparency": 1} if transparent else {}))
 
 
+def odd_floats(*odd):
+    picture = halves("F", 0.5, 1.0)
+    for x, value in enumerate(odd):
+        picture.putpixel((x, 0), value)
+    return encode(picture, "TIFF")
+
+
 WHITE, GREY = (255,) * 3, (128,) * 3
 PICTURES = {
     "RGB": (encode(halves("RGB", LEFT, RIGHT)), LEFT, RIGHT),
@@ -480,6 +490,7 @@ PICTURES = {
     "16-bit grey TIFF, big-endian": (encode(halves("I;16B", 32896, 65535), "TIFF"), GREY, WHITE),
     "float TIFF of 0 to 1": (encode(halves("F", 0.5, 1.0), "TIFF"), GREY, WHITE),
     "float TIFF of 0 to 255": (encode(halves("F", 128.0, 255.0), "TIFF"), GREY, WHITE),
+    "float TIFF with odd pixels": (odd_floats(5.0, math.nan, math.inf), GREY, WHITE),
     "BMP": (encode(halves("RGB", LEFT, RIGHT), "BMP"), LEFT, RIGHT),
     "GIF": (encode(halves("RGB", LEFT, RIGHT), "GIF"), LEFT, RIGHT),
     "PPM": (encode(halves("RGB", LEFT, RIGHT), "PPM"), LEFT, RIGHT),
@@ -523,6 +534,8 @@ def test_pictures_are_turned_upright(script, orientation):
         picture, original = script.open_picture(encode(turned, kind, exif=given, quality=100), 10**6)
         assert original == picture.size == (64, 48)
         assert np.abs(np.asarray(picture, int) - np.asarray(upright, int)).mean() < {"PNG": 1e-9}.get(kind, 3)
+    for kind, none in itertools.product(("PNG", "WEBP", "JPEG"), (b"garbage", b"Exif\0\0II*\0")):
+        assert script.open_picture(encode(upright, kind, exif=none), 10**6)[1] == (64, 48)
 
 
 @cases(("size", "orientation"), [((640, 480), 1), ((641, 333), 6), ((199, 201), 1), ((255, 256), 1), ((255, 256), 8)])
@@ -692,8 +705,9 @@ def test_tars_of_every_format_are_read_as_tarfile_reads_them(script, tmp_path, f
     with tarfile.open(tmp_path / "0.tar") as tar:
         expected = {m.name: tar.extractfile(m).read() for m in tar if m.isreg() and m.name != "x.pkl"}
     assert len(expected) == 6 and expected.items() <= written.items()
-    read = list(script.shard_members(str(tmp_path / "0.tar")))
+    read = list(script.shard_members(str(tmp_path / "0.tar"), lost := Counter()))
     assert read == list(expected.items())
+    assert lost == {"link in a tar; pack with tar --dereference --hard-dereference": 14}
 
 
 def test_a_crop_does_not_keep_the_whole_picture(script):

@@ -475,6 +475,11 @@ def test_a_single_file_is_merged_without_network(tool, merging, tmp_path):
 @one_merge
 def test_a_single_file_without_its_config_names_the_flag(tool, merging, tmp_path):
     family, model, lora, _ = merging
+    large = {key: value.float() * 1e4 for key, value in load_file(lora / SOURCES["kohya"]).items()}
+    save_file(large, tmp_path / "large.safetensors")
+    words = ["--input", tmp_path / "large.safetensors", "--family", family, "--merge_into", model, "--dtype", "fp16"]
+    with pytest.raises(tool.UnusableInput, match="--dtype fp16: the weights are too large for it"):
+        run(tool, *words, "--output", tmp_path / "large-merged.safetensors")
     words = ["--input", lora, "--family", family, "--merge_into"]
     run(tool, *words, model, "--output", tmp_path / "first.safetensors")
     with pytest.raises(INPUT_ERRORS, match="--teacher_config"):
@@ -611,10 +616,13 @@ def test_an_output_that_cannot_be_written_is_named(tool, trained, tmp_path, monk
     with pytest.raises(tool.UnusableInput, match="--output .*No space left on device"):
         run(tool, *words, tmp_path / "lora.safetensors")
     (tmp_path / ".lora.safetensors-killed").mkdir()  # what a killed process left
+    (tmp_path / ".lora.safetensors-notes").mkdir()
+    (tmp_path / ".lora.safetensors-notes" / "of-the-user").touch()
     monkeypatch.setattr(tool, "save_file", lambda *_args, **_kwargs: signal.raise_signal(signal.SIGTERM))
     with pytest.raises(SystemExit, match="143"):
         run(tool, *words, tmp_path / "lora.safetensors")
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    shutil.rmtree(tmp_path / ".lora.safetensors-notes")
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 

@@ -324,6 +324,10 @@ def test_card_of_a_local_teacher_names_no_path_and_passes_on_its_license(
     monkeypatch.setattr(script, "create_repo", mock.Mock(side_effect=ImportError("socksio is not installed")))
     with pytest.raises(script.UnusableInput, match="socksio is not installed; install it"):
         script.make_repository(args)
+    monkeypatch.undo()
+    args.hub_model_id = "my run (v1)"
+    with pytest.raises(script.UnusableInput, match="my run .v1. cannot be made.*; give --hub_model_id OWNER/NAME"):
+        script.make_repository(args)
     monkeypatch.setattr(script, "hf_hub_download", lambda *_, **__: tmp_path / "teacher" / "README.md")
     args.pretrained_teacher_model = "owner/teacher"
     assert write_card(script, args)[0]["license"] == "creativeml-openrail-m"

@@ -883,6 +883,7 @@ WRONG_FLAGS = [
     (["--source", ".", "--samples_per_shard", "0"], "--samples_per_shard: 0: give 1 or more"),
     (["--source", ".", "--steps", "61"], "--steps [61]"),
     (["--source", ".", "--resolution", "100"], "--resolution: 100: give 8 or more, a multiple of 8"),
+    (["--source", ".", "--resolution", "512"], "--max_side_px shrinks others"),
     ([], "one of the arguments --source --dataset_name --prompts_file is required"),
 ]
 

@@ -254,7 +254,7 @@ def test_2_prompts_are_recorded_as_they_were_given(script):
     assert script.public_flags(args)["validation_prompts"] == prompts
 
 
-def test_2_a_teacher_s_address_is_masked(script):
+def test_2_a_teacher_s_address_is_masked(script, tmp_path):
     address = f"https://user:{SECRET}@host/model.safetensors?key={SECRET}"
     args = script.parse_args(flags(address, "x", "unused"))
     assert SECRET not in script.loading_error(args, OSError(f"cannot get {address}"))
@@ -265,6 +265,14 @@ def test_2_a_teacher_s_address_is_masked(script):
     assert "accept its terms on https://huggingface.co/a/teacher" in script.loading_error(args, gated)
     half = OSError("Error no file named model.safetensors, or pytorch_model.bin, found in directory x")
     assert script.loading_error(args, half).endswith("give --variant fp16")
+    for name, variant in (("vae/a.fp16.bin", "fp16"), ("text_encoder/model.bf16-00001-of-00002.safetensors", "bf16")):
+        path = tmp_path / variant / name
+        args.pretrained_teacher_model = str(tmp_path / variant)
+        path.parent.mkdir(parents=True)
+        path.touch()
+        assert script.loading_error(args, half).endswith(f"({path.name}); give --variant {variant}")
+        path.with_name(path.name.replace(f".{variant}", "")).touch()
+        assert "--variant" not in script.loading_error(args, half)
 
 
 class Quiet(http.server.SimpleHTTPRequestHandler):
@@ -721,6 +729,7 @@ def test_16_what_names_no_shard_is_named(script, tmp_path, value):
         {"json": b'{"prompt": "sea"}'}, {"json": b'{"text": "sea"}'}, {"json": b'{"caption": ["sea", "hill"]}'},
         {"json": b'{"Caption": "sea", "text": "hill"}'}, {"json": b'{"caption": null, "TEXT": "sea"}'},
         {"json": b'{"caption": [], "prompt": ["sea"]}'}, {"text": b"sea", "json": b'{"caption": "hill"}'},
+        {"json": b'{"caption": " ", "text": "sea"}'}, {"txt": b"\n", "json": b'{"caption": "sea"}'},
     ],
 )  # fmt: skip
 def test_17_captions_of_all_spellings(script, tmp_path, members):
@@ -736,6 +745,9 @@ def test_17_captions_beside_the_pictures_of_a_folder(script, tmp_path, name):
         (tmp_path / name.format(f"{i}.v1")).write_text(caption)
     captions, report = audited(script, tmp_path)
     assert captions == 8 * ["sea"] and "(" not in report
+    (tmp_path / name.format("0.v1")).write_text('{"caption": ""}' if "json" in name else " \n")
+    captions, report = audited(script, tmp_path)
+    assert captions == ["", *7 * ["sea"]] and "(captions that are empty: 1)" in report
 
 
 def test_17_captions_cut_and_pictures_enlarged_are_counted(script, teacher, tmp_path):
@@ -782,12 +794,14 @@ def test_20_a_checkpoint_that_is_not_there_is_named(script, capsys, tmp_path):
 
 LINES = [
     {"interpolation_type": "nearest_exact"}, {"local_rank": "0"}, {"revision": "main"}, {"report_to": "all"},
+    {"local-rank": "0"},
     {"report_to": "comet_ml"}, {"cast_teacher_unet": True}, {"train_data_dir": "x"}, {"non_ema_revision": None},
 ]  # fmt: skip
 
 
 @cases("changes", LINES, ids=str)
-def test_20_lines_of_the_public_scripts_parse(script, changes, capsys):
+def test_20_lines_of_the_public_scripts_parse(script, changes, capsys, monkeypatch):
+    monkeypatch.setenv("RANK", "3")  # of something else, because there is no WORLD_SIZE
     script.parse_args(flags("a/teacher", "shards", "unused", **changes))
     said = capsys.readouterr().err
     assert ("--train_data_dir takes the place of shards" in said) == ("train_data_dir" in changes), said
@@ -846,3 +860,19 @@ def test_14_a_folders_links_are_followed_once_and_unread_files_are_counted(scrip
     keys = [sample["__key__"] for sample in script.read_shard(shard, script.Skipped())]
     assert keys == ["a", "link/z.mp4", "link/z"]
     assert "files that are not read: a: 1, .heic: 1, .mp4: 1" in capsys.readouterr().err
+    (inside / "c.txt").write_text("sea")
+    script.list_shards([str(inside)])
+    assert "text without a picture: 1" in capsys.readouterr().err
+    for place in ("0.tar", "deep/er/1.tar", "deep/2.tgz", "deep/a.jpg"):  # at the top tars are read, and no other
+        (tmp_path / "tars" / place).parent.mkdir(parents=True, exist_ok=True)
+        write_tar(tmp_path / "tars" / place, eight())
+    assert len(script.list_shards([str(tmp_path / "tars")])) == 1
+    said = capsys.readouterr().err
+    assert "1 pictures beside its tars are not read" in said and "2 tars in its folders are not read" in said
+    assert f"{tmp_path}/tars/**/*.tar names those" in said
+    with pytest.raises(script.UnusableInput, match=r"no picture, but .*\.tar: 1.*deep/\*\*/\*\.tar names those"):
+        (tmp_path / "tars" / "deep" / "a.jpg").unlink()
+        (tmp_path / "tars" / "deep" / "2.tgz").unlink()
+        script.list_shards([str(tmp_path / "tars" / "deep")])
+    with pytest.raises(script.UnusableInput, match="owner/name.*make_shards.py --dataset_name"):
+        script.list_shards(["owner/name"])

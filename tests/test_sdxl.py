@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, SCRIPTS, SIDE, at_call, build_teacher_xl, finish, flags, load_script, read_log, send
-from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import LCMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import save
@@ -224,6 +224,11 @@ def test_the_refiner_is_refused(script, pipe):
     for refiner.unet in (pipe.unet, None):  # None: as cache_latents.py loads it
         with pytest.raises(script.UnusableInput, match="refiner"):
             script.check_parts(refiner)
+    config = dict(pipe.unet.config)
+    for other in ({"layers_per_block": [1, 1]}, {"down_block_types": ["DownBlock2D"] * 4, "layers_per_block": 2}):
+        odd = SimpleNamespace(unet=SimpleNamespace(config=SimpleNamespace(**config | other)), text_encoder_2=None)
+        with pytest.raises(script.UnusableInput, match="other blocks than SDXL's"):
+            script.check_parts(odd)
 
 
 @pytest.mark.parametrize("part", ["tokenizer", "tokenizer_2"])
@@ -333,6 +338,8 @@ def test_a_vae_that_overflows_runs_in_float32_in_an_fp16_run(script, tmp_path, f
     job.schedule, job.teacher_unet = script.make_schedule(loaded.scheduler.config, args, CPU), loaded.unet
     loaded.vae.to(*expected)
     assert ("it computes in float32" in script.describe_models(job, [])) == force_upcast
+    loaded.scheduler = LCMScheduler.from_config(loaded.scheduler.config)
+    assert "LCMScheduler: if it draws in few steps already, name its base model" in script.describe_models(job, [])
 
 
 def test_memory_that_is_short_while_loading_is_not_called_a_bad_teacher(script, teacher, monkeypatch):

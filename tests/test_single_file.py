@@ -12,6 +12,7 @@ import torch
 from conftest import flags, load_script, tiny_text
 from diffusers import (
     AutoencoderKL,
+    EulerDiscreteScheduler,
     PNDMScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -324,6 +325,9 @@ def test_a_files_markers_and_the_flag_tell_what_it_predicts(trainer, file, teach
     assert pipe.scheduler.config.prediction_type == "epsilon"
     save_file(weights, path)
     with pytest.raises(trainer.UnusableInput, match="give --prediction_type epsilon .* or v_prediction"):
+        trainer.set_prediction(pipe, args)
+    pipe.scheduler = EulerDiscreteScheduler(timestep_type="continuous", prediction_type="v_prediction")  # CosXL's
+    with pytest.raises(trainer.UnusableInput, match="EulerDiscreteScheduler has no betas"):
         trainer.set_prediction(pipe, args)
 
 

@@ -32,7 +32,6 @@ def text_config(tokenizer, width, layers, activation):
 
 
 def build_sd15(vae, latent_side):
-    """Return a diffusers.StableDiffusionPipeline with SD 1.5's noise schedule."""
     torch.manual_seed(1)
     tokenizer = demo_tokenizer()
     text_encoder = CLIPTextModel(text_config(tokenizer, 96, 2, "quick_gelu"))
@@ -47,10 +46,7 @@ def build_sd15(vae, latent_side):
 
 
 def build_sdxl(vae, latent_side):
-    """Return a diffusers.StableDiffusionXLPipeline: two text encoders, and a UNet told of pooled text, size and crop.
-
-    As in SDXL, attention reads the layer before the last of both encoders, side by side.
-    """
+    # As in SDXL, attention reads the layer before the last of both text encoders, side by side.
     torch.manual_seed(1)
     tokenizer = demo_tokenizer()
     width, time_width = 64, 32

@@ -4,7 +4,9 @@
 import argparse
 import difflib
 import math
+import os
 import re
+import signal
 import sys
 import tempfile
 from contextlib import suppress
@@ -32,9 +34,11 @@ class ToolParser(argparse.ArgumentParser):
     def parse_args(self, args=None, namespace=None):
         """Look for a mistyped flag first: argparse would only report the required one that it stands for."""
         words = sys.argv[1:] if args is None else args
-        flags = {str(word).partition("=")[0] for word in words if re.match(r"--\w", str(word))}
-        if unknown := flags.difference(*(action.option_strings for action in self._actions)):
-            self.error(f"unrecognized arguments: {min(unknown)}")
+        known = [flag for action in self._actions for flag in action.option_strings]
+        flags = {str(word).partition("=")[0] for word in words if re.match(r"--\w", str(word))}  # not values: secrets
+        if unknown := flags.difference(known):
+            near = difflib.get_close_matches(min(unknown), known, 1, 0.73)
+            self.error(f"unknown flag {min(unknown)}" + (f"; did you mean {near[0]}?" if near else ""))
         return super().parse_args(args, namespace)
 
     def parse_known_args(self, args=None, namespace=None):
@@ -47,12 +51,6 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
-        if message.startswith("unrecognized arguments"):
-            known = [flag for action in self._actions for flag in action.option_strings]
-            flags = re.findall(r"(?<!\S)--?[\w-]+", message)  # without values, which may be secrets
-            near = difflib.get_close_matches(flags[0], known, 1) if flags else ()
-            message = f"unknown flag {flags[0]}" if flags else message
-            message += f"; did you mean {near[0]}?" if near else ""
         if "://" in message:
             from lib.trainers import sd15  # slow to import: only where an address may hold a secret
 
@@ -60,9 +58,16 @@ class ToolParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message}\n")
 
 
-def within(kind, low, high=math.inf, multiple=1):
-    """Return an argparse type for numbers from low to high, in steps of `multiple`."""
+def started(args):
+    """Return checked flags, after saying that libraries load: that takes ten seconds, and Ctrl-C meanwhile ends it."""
+    if os.environ.get("RANK", "0") == "0":
+        print("loading libraries", file=sys.stderr, flush=True)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # an import may swallow KeyboardInterrupt
+    return args
 
+
+def within(kind, low, high=math.inf, multiple=1):
     def read(text):
         value = kind(text)
         if not low <= value <= high or (multiple > 1 and value % multiple):
@@ -90,7 +95,6 @@ def utf8(text):
 
 
 def prompts_in(text):
-    """Return the prompts of a text file, one a line, without blank lines."""
     try:
         lines = Path(text).read_text("utf-8-sig").split("\n") if Path(text).is_file() else []
     except UnicodeDecodeError as error:

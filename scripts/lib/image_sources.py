@@ -10,17 +10,11 @@ import json
 import os
 import random
 import re
-import sys
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-try:
-    import datasets
-except ImportError:
-    print("error: reading pictures needs datasets; pip install -r scripts/requirements-data.txt", file=sys.stderr)
-    sys.exit(2)
-
+import datasets
 import fsspec
 import huggingface_hub
 import webdataset as wds
@@ -213,7 +207,7 @@ def why_unread(suffix):
         return f".{suffix} tables are read where they are named metadata.{suffix}, or as --source FILE"
     if suffix == "tar":
         return "tars are shards already; give them to the training script"
-    return f".{suffix} files are not read; pictures can be converted to PNG or JPEG"
+    return f".{suffix} files are not read; pictures can be converted to PNG or JPEG, captions: --caption_extension"
 
 
 def read_caption(path):

@@ -7,12 +7,12 @@ import sys
 import traceback
 from pathlib import Path
 
-if os.environ.get("RANK", "0") == "0":
-    print("loading libraries", file=sys.stderr, flush=True)  # which takes ten seconds and more
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import train_lcm_lora_sd15 as sd15
 import train_lcm_lora_sdxl as sdxl
 
+if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # as `started` leaves it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 if ("TORCHELASTIC_RUN_ID" if "RANK" in os.environ else "ACCELERATE_DYNAMO_MODE") in os.environ:
     sd15.end_with_parent(signal.SIGTERM)  # torchrun may be killed; `accelerate launch` passes no signal on
 UnusableInput = sd15.UnusableInput

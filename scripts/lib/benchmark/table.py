@@ -68,7 +68,6 @@ def gpu_table(report, is_short=False):
 
 
 def write_whole(path, text):
-    """Write a text file so that a reader never sees half of it."""
     part = path.with_name(f".{path.name}.part")
     part.write_text(text, encoding="utf-8")
     os.replace(part, path)

@@ -88,8 +88,7 @@ class Measures:
 def check_real(paths, accelerator):
     """Decode the pictures of --reference before anything is drawn, and report those that cannot be used."""
     skipped, rank, processes = sd15.Skipped(), accelerator.process_index, accelerator.num_processes
-    usable = sum(1 for _ in real_pictures(paths, skipped, rank, processes))
-    usable = sum(gather_object([usable]))
+    usable = sum(gather_object([sum(1 for _ in real_pictures(paths, skipped, rank, processes))]))
     left_out = sd15.describe(sum(map(Counter, gather_object([dict(skipped)])), Counter()))
     left_out = left_out and f"; left out: {left_out}"
     if usable < 2:
