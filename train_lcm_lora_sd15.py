@@ -30,6 +30,7 @@ import copy
 import difflib
 import errno
 import glob
+import gzip
 import io
 import json
 import logging
@@ -506,7 +507,7 @@ SECRETS = (  # pattern, replacement; in this order
 
 def own_rank():
     """Return the number of this process among those of the run; a RANK without WORLD_SIZE is of something else."""
-    return int(os.environ.get("RANK", 0)) if int(os.environ.get("WORLD_SIZE", 1)) > 1 else 0
+    return int(os.environ.get("RANK") or 0) if int(os.environ.get("WORLD_SIZE") or 1) > 1 else 0
 
 
 def masked(text):
@@ -787,31 +788,31 @@ def find_local(name):
 def list_folder(folder):
     """Return the tars in a folder, or else its pictures as virtual shards."""
     tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
-    below, unread = f"{folder}/**/*.tar names those in its folders", Counter()
     if tars:
-        for path in files_below(folder, lambda _error: None):
-            unread["pictures"] += split_name(path.name)[1] in IMAGE_SUFFIXES
-            unread["tars"] += bool(TAR_NAMES.search(path.name))
-        if unread["pictures"]:
-            tqdm.write(f"{folder}: {unread['pictures']} pictures beside its tars are not read", file=sys.stderr)
-        if (number := unread["tars"] - len(tars)) > 0:
-            tqdm.write(f"{folder}: {number} tars in its folders are not read; {below}", file=sys.stderr)
+        # Not all that is below: the names alone of a million files may take minutes.
+        names = [path.name for path in islice(chain(folder.glob("*.*"), folder.glob("[!.]*/[!.]*.*")), 10_000)]
+        if number := sum(split_name(name)[1] in IMAGE_SUFFIXES for name in names):
+            tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
+        if (number := sum(bool(TAR_NAMES.search(name)) for name in names) - len(tars)) > 0:
+            tqdm.write(f"{folder}: {number} tars in its folders are not read; name those, too", file=sys.stderr)
         return tars
-    samples, faults = {}, []
+    samples, unread, faults = {}, Counter(), []
     for path in sorted(files_below(folder, faults.append)):
         name = path.relative_to(folder).as_posix()
         key, suffix = split_name(name)
         if suffix:
             samples.setdefault(key, []).append(name)
         else:
-            unread[path.suffix.lower() or path.name] += 1
+            is_tar = TAR_NAMES.search(path.name)
+            unread[is_tar[0].lower() if is_tar else path.suffix.lower() or path.name] += 1
     unread |= Counter(f"folder {error.filename} ({error.strerror})" for error in faults)
     keys = [key for key, names in samples.items() if any(split_name(name)[1] in IMAGE_SUFFIXES for name in names)]
+    unread["text without a picture"] += len(samples) - len(keys)
     if not keys:
         lack = f"holds no .tar file and no picture, but {describe(unread) or 'nothing'}; name one that does"
-        lack += f"; {below}" if any(map(TAR_NAMES.search, unread)) else "; scripts/make_shards.py reads tables"
+        has_tars = any(map(TAR_NAMES.search, unread))
+        lack += ", as the folders of its tars" if has_tars else "; scripts/make_shards.py reads tables"
         raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
-    unread["text without a picture"] += len(samples) - len(keys)
     if +unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
     parts = (keys[start : start + SAMPLES_PER_FOLDER_SHARD] for start in range(0, len(keys), SAMPLES_PER_FOLDER_SHARD))
@@ -915,11 +916,12 @@ class Member(tarfile.TarInfo):
     def fromtarfile(cls, tar):
         try:
             member = super().fromtarfile(tar)
-        except tarfile.HeaderError as error:
+        except (tarfile.HeaderError, EOFError) as error:
             tar.is_ended = isinstance(error, tarfile.EOFHeaderError) or getattr(tar, "is_ended", False)
-            if tar.is_ended:
-                raise
-            raise tarfile.ReadError(f"ends before its end mark: {error}") from error
+            if not tar.is_ended:
+                raise tarfile.ReadError(f"ends before its end mark: {error}") from error
+            # EOFError: of what follows a stream of bzip2 or xz.
+            raise error if isinstance(error, tarfile.HeaderError) else tarfile.EmptyHeaderError from error
         tar.is_ended = False
         return member
 
@@ -941,7 +943,7 @@ def shard_members(shard, lost=None):
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
     else:
         options = {"mode": "r|*", "tarinfo": Member, "ignore_zeros": True}
-        with open_shard(shard) as stream, tarfile.open(fileobj=stream, **options) as tar:
+        with open_shard(shard) as stream, tarfile.open(fileobj=unzipped(stream), **options) as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
                 if member.issparse():  # its few bytes may stand for terabytes
@@ -953,6 +955,23 @@ def shard_members(shard, lost=None):
                     if len(data) != member.size:
                         raise tarfile.ReadError("ends before its end mark")
                     yield member.name, data
+
+
+class Peeked:
+    """A stream of which the first bytes, `head`, have been read already."""
+
+    def __init__(self, head, stream):
+        self.head, self.stream = head, stream
+
+    def read(self, size):
+        part, self.head = self.head[:size], self.head[size:]
+        return part + self.stream.read(size - len(part)) if len(part) < size else part
+
+
+def unzipped(stream):
+    """Return the stream of what gzip has packed, in one part or several; tarfile would end with the first."""
+    whole = Peeked(head := stream.read(2), stream)
+    return gzip.GzipFile(fileobj=whole) if head == b"\x1f\x8b" else whole
 
 
 class CommandOutput:
@@ -1127,20 +1146,21 @@ def check_metadata(metadata, args):
 
 def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, or the one in its json; the first that is not empty."""
+    captions = [sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample]
+    captions += [metadata["caption"]] if metadata.get("caption") is not None else []
+    if not captions:
+        raise SkippedSample("no caption")
+    caption = max(captions, key=is_filled)
     try:
-        captions = [sample[suffix].decode() for suffix in CAPTION_SUFFIXES if suffix in sample]
-        captions += [metadata["caption"]] if metadata.get("caption") is not None else []
-        if not captions:
-            raise SkippedSample("no caption")
-        caption = max(captions, key=is_filled)[:MAX_CAPTION].strip(BLANKS)
+        caption = caption.decode() if isinstance(caption, bytes) else caption
         caption.encode()  # json can hold half a character
-        return caption
+        return caption[:MAX_CAPTION].strip(BLANKS)
     except UnicodeError as error:
         raise SkippedSample("caption is not UTF-8") from error
 
 
 def is_filled(text):
-    return bool(text.strip(BLANKS))
+    return bool(text.strip(BLANKS if isinstance(text, str) else BLANKS.encode()))
 
 
 def encoded(picture):
@@ -1184,11 +1204,11 @@ def open_picture(picture, max_pixels, draft_px=None):
 def to_rgb(picture):
     """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
     if picture.mode.startswith(("I", "F")):
-        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=65535)
+        values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         top = values.max(initial=0)
         if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds, or lamps
-            top = np.quantile(values, 0.99)
-            values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
+            is_unit = top <= 2 or (top <= 20 and np.quantile(values, 0.99) <= 1)
+            values = values * (255 if is_unit else 1 if top <= 510 else 1 / 257)
         elif picture.mode != "I" or top > 255:
             values = values / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
@@ -1630,10 +1650,11 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
         return f"{name}: this is a LoRA; name the model that it was made for"
     if path.suffix != ".safetensors" and re.search("Weights only|Unpickl|weights_only|Unsupported global", reason):
         return f"{name}: holds more than tensors, which could run code; convert the file to .safetensors"
-    for each in sorted(path.glob("*/*.*.*")) if path.is_dir() and not args.variant else ():
-        parts = re.fullmatch(r"(\w+)\.(\w+)([.-].*(?:safetensors|bin))", each.name)
-        if parts and not each.with_name(parts[1] + parts[3]).exists():
-            return f"{name}: has only weight files of a variant ({each.name}); give --variant {parts[2]}"
+    for part in sorted(chain(*map(path.glob, ("unet", "vae", "text_encoder*")))) if not args.variant else ():
+        files = sorted(each.name for each in part.glob("*.*") if each.suffix in (".safetensors", ".bin"))
+        kinds = [re.split("[.-]", file.partition(".")[2])[0] for file in files]  # of a plain file its suffix
+        if kinds and not {"safetensors", "bin"} & {*kinds}:
+            return f"{name}: has only weight files of a variant ({files[0]}); give --variant {kinds[0]}"
     remedy = "" if flag == "pretrained_teacher_model" else "; name its own folder, file or Hub id"
     if path.is_file() and not remedy:
         remedy = "; the file must hold the UNet, VAE and text encoder that --teacher_config describes"

@@ -91,7 +91,7 @@ def parse_args(argv=None):
     if args.command == "train":
         cli.refuse(parser, train_problems(args, words))
     elif words:
-        parser.error(f"unknown flag {words[0]}")
+        parser.error(f"unknown flag {words[0].partition('=')[0]}")
     elif args.command == "table" and args.figures and not args.figures.is_file():
         parser.error(f"{args.figures}: no such file; `train --all --json FILE` writes one")
     folder, file = (vars(args).get(name) for name in ("output_dir", "json"))

@@ -23,7 +23,7 @@ import signal
 import sys
 import tempfile
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -128,9 +128,11 @@ def whole_output(output):
     """Give a path beside the output that takes its place at the end, whole or not at all, readable by umask."""
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
-        for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):
-            if leftover.is_dir() and {*os.listdir(leftover)} <= {output.name}:  # of a killed process
-                shutil.rmtree(leftover, ignore_errors=True)
+        for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):  # of a killed process
+            with suppress(OSError):  # of another user, or no folder
+                is_own = len(leftover.name) == len(output.name) + 10  # as TemporaryDirectory names them
+                if os.listdir(leftover) in ([], [output.name] * is_own):
+                    shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
             path = Path(folder, output.name)
             yield path

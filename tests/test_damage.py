@@ -122,6 +122,12 @@ def test_a_whole_shard_is_whole_whatever_follows_its_end_mark(script, shard, pad
     assert captions == ["0", "1", "2", *(f"sea {i}" for i in range(SAMPLES))] and not skipped
     captions, skipped = read(script, f"pipe:cat {first}; head -c {offsets(shard)[6]} {shard}")
     assert len(captions) in (4, 5) and "ends before its end mark" in str(skipped)
+    for packed in ("(gzip -c {0}; gzip -c {1})", "cat {0} {1} | bzip2", "cat {0} {1} | gzip"):
+        captions, skipped = read(script, f"pipe:{packed.format(first, shard)}")
+        assert len(captions) == 3 + SAMPLES and not skipped
+    for packed in ("(xz -c {0}; head -c 5000 /dev/zero)", "(bzip2 -c {0}; bzip2 -c {0})"):
+        captions, skipped = read(script, f"pipe:{packed.format(shard)}")
+        assert len(captions) == SAMPLES and not skipped
     shard.write_bytes(shard.read_bytes() + bytes(padding))
     for url in (shard, f"pipe:cat {shard}", f"pipe:cat {shard} | cat"):
         captions, skipped = read(script, url)

@@ -468,8 +468,7 @@ def palette(transparent):
     return encode(picture, **({"transparency": 1} if transparent else {}))
 
 
-def odd_floats(*odd):
-    picture = halves("F", 0.5, 1.0)
+def odd_floats(picture, *odd):
     for x, value in enumerate(odd):
         picture.putpixel((x, 0), value)
     return encode(picture, "TIFF")
@@ -490,7 +489,8 @@ PICTURES = {
     "16-bit grey TIFF, big-endian": (encode(halves("I;16B", 32896, 65535), "TIFF"), GREY, WHITE),
     "float TIFF of 0 to 1": (encode(halves("F", 0.5, 1.0), "TIFF"), GREY, WHITE),
     "float TIFF of 0 to 255": (encode(halves("F", 128.0, 255.0), "TIFF"), GREY, WHITE),
-    "float TIFF with odd pixels": (odd_floats(5.0, math.nan, math.inf), GREY, WHITE),
+    "float TIFF with odd pixels": (odd_floats(halves("F", 0.5, 1.0), 5.0, math.nan, math.inf), GREY, WHITE),
+    "float TIFF, dark but for a lamp": (odd_floats(halves("F", 0.0, 1.0), 200.0), (0,) * 3, (1,) * 3),
     "BMP": (encode(halves("RGB", LEFT, RIGHT), "BMP"), LEFT, RIGHT),
     "GIF": (encode(halves("RGB", LEFT, RIGHT), "GIF"), LEFT, RIGHT),
     "PPM": (encode(halves("RGB", LEFT, RIGHT), "PPM"), LEFT, RIGHT),

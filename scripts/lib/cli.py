@@ -51,6 +51,7 @@ class ToolParser(argparse.ArgumentParser):
         return super().parse_known_args(args, namespace)
 
     def error(self, message):
+        message = re.sub(r"(?s)^(unrecognized .*?\s--?[\w-]+).*", r"\1", message)  # values may be secrets
         if "://" in message:
             from lib.trainers import sd15  # slow to import: only where an address may hold a secret
 

@@ -79,8 +79,6 @@ class OnDevice:
 
 
 class InceptionFeatures(OnDevice):
-    """The 2,048 pool features of FID's Inception, by torch-fidelity."""
-
     def __init__(self, weights):
         try:
             from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
