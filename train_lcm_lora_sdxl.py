@@ -714,6 +714,7 @@ METADATA_KEYS = {
 }
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
 SAMPLES_PER_FOLDER_SHARD = 256
+MAX_ZERO_BLOCKS = 2**15  # 16 MiB; behind so many a tar is over, because each takes some 20 us
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, compared before a picture is decoded
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # workflows in PNGs exceed Pillow's 1 MB a text
 
@@ -789,7 +790,7 @@ def list_folder(folder):
     tars = sorted(str(path) for path in folder.glob("[!.]*") if TAR_NAMES.search(path.name))
     if tars:
         # Not all that is below: the names alone of a million files may take minutes.
-        names = [path.name for path in islice(chain(folder.glob("*.*"), folder.glob("[!.]*/[!.]*.*")), 10_000)]
+        names = [path.name for path in islice(chain(folder.glob("[!.]*.*"), folder.glob("[!.]*/[!.]*.*")), 10_000)]
         if number := sum(split_name(name)[1] in IMAGE_SUFFIXES for name in names):
             tqdm.write(f"{folder}: {number} pictures beside its tars are not read", file=sys.stderr)
         if (number := sum(bool(TAR_NAMES.search(name)) for name in names) - len(tars)) > 0:
@@ -906,23 +907,30 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
 
 
 class Member(tarfile.TarInfo):
-    """A member of a tar that must end in its end mark: tarfile takes any odd header for the end.
-
-    A tar may follow another, as in `cat a.tar b.tar`.
-    """
+    """A member of `Tars`: tarfile takes any odd header for the end."""
 
     @classmethod
-    def fromtarfile(cls, tar):
+    def fromtarfile(cls, tars):
         try:
-            member = super().fromtarfile(tar)
-        except (tarfile.HeaderError, EOFError) as error:
-            tar.is_ended = isinstance(error, tarfile.EOFHeaderError) or getattr(tar, "is_ended", False)
-            if not tar.is_ended:
+            member = super().fromtarfile(tars)
+        except (tarfile.HeaderError, EOFError) as error:  # EOFError: of what follows a stream of bzip2 or xz
+            tars.zero_blocks += isinstance(error, tarfile.EOFHeaderError)
+            if not tars.zero_blocks:
                 raise tarfile.ReadError(f"ends before its end mark: {error}") from error
-            # EOFError: of what follows a stream of bzip2 or xz.
-            raise error if isinstance(error, tarfile.HeaderError) else tarfile.EmptyHeaderError from error
-        tar.is_ended = False
+            tars.has_junk |= isinstance(error, (tarfile.InvalidHeaderError, EOFError))
+            if isinstance(error, EOFError) or tars.zero_blocks > MAX_ZERO_BLOCKS:
+                raise tarfile.EmptyHeaderError from error
+            raise
+        tars.zero_blocks = 0
         return member
+
+
+class Tars(tarfile.TarFile):
+    """A tar that must end in its end mark, or several that follow each other, as in `cat a.tar b.tar`."""
+
+    tarinfo, ignore_zeros = Member, True
+    zero_blocks = 0  # since the last member; end marks are two
+    has_junk = False  # behind an end mark
 
 
 def shard_members(shard, lost=None):
@@ -941,8 +949,7 @@ def shard_members(shard, lost=None):
         lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
     else:
-        options = {"mode": "r|*", "tarinfo": Member, "ignore_zeros": True}
-        with open_shard(shard) as stream, tarfile.open(fileobj=unzipped(stream), **options) as tar:
+        with open_shard(shard) as stream, Tars.open(fileobj=unzipped(stream), mode="r|*") as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
                 if member.issparse():  # its few bytes may stand for terabytes
@@ -954,6 +961,8 @@ def shard_members(shard, lost=None):
                     if len(data) != member.size:
                         raise tarfile.ReadError("ends before its end mark")
                     yield member.name, data
+            if tar.has_junk:
+                lost["bytes behind an end mark that are no tar"] += 1
 
 
 class Peeked:
@@ -967,10 +976,21 @@ class Peeked:
         return part + self.stream.read(size - len(part)) if len(part) < size else part
 
 
+class Unzipped(gzip.GzipFile):
+    """What gzip has packed, in one part or several; tarfile itself would end with the first."""
+
+    def read(self, size):
+        try:
+            return self.read1(size)  # `read` would lose what comes before a fault
+        except gzip.BadGzipFile as error:
+            if "Not a gzipped" in str(error):  # bytes behind its end, as the program gzip leaves them
+                return b""
+            raise
+
+
 def unzipped(stream):
-    """Return the stream of what gzip has packed, in one part or several; tarfile would end with the first."""
     whole = Peeked(head := stream.read(2), stream)
-    return gzip.GzipFile(fileobj=whole) if head == b"\x1f\x8b" else whole
+    return Unzipped(fileobj=whole) if head == b"\x1f\x8b" else whole
 
 
 class CommandOutput:
@@ -1205,9 +1225,10 @@ def to_rgb(picture):
     if picture.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         top = values.max(initial=0)
-        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds, or lamps
-            is_unit = top <= 2 or (top <= 20 and np.quantile(values, 0.99) <= 1)
-            values = values * (255 if is_unit else 1 if top <= 510 else 1 / 257)
+        if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
+            if top > 2 and np.quantile(values, 0.9) <= 1:  # bright lamps, or a dark picture
+                raise SkippedSample("float picture whose range cannot be told")
+            values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
         elif picture.mode != "I" or top > 255:
             values = values / 257
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -104,7 +105,7 @@ def job(tmp_path):
 
 def noted(folder, name):
     path = folder / name
-    return path.read_text().split("\n")[:-1] if path.exists() else []
+    return path.read_text(errors="surrogateescape").split("\n")[:-1] if path.exists() else []
 
 
 def to_the_shell(process):
@@ -239,12 +240,19 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     (tmp_path / "shards" / "d.tar").mkdir()
     (tmp_path / "real").mkdir()
     (tmp_path / "real" / "0.tgz").touch()
-    (tmp_path / "shards" / "x").symlink_to("../real")
+    Path(os.fsdecode(os.fsencode(tmp_path / "real") + b"/\xe9 1.tar")).touch()  # no UTF-8
+    for name in ("x", "y"):
+        (tmp_path / "shards" / name).symlink_to("../real")
     assert job(CACHE, PARTS=1, SLURM_ARRAY_TASK_ID=0)[0] == 0
     words = noted(tmp_path, "words")
     found = words[words.index("--train_shards_path_or_url") + 1 : words.index("--output_dir")]
-    assert [path.rpartition("/")[2] for path in found] == [*(f"{number:05d}.tar" for number in range(4)), "0.tgz"]
+    assert [path.rpartition("/")[2] for path in found] == [
+        *(f"{number:05d}.tar" for number in range(4)),
+        "0.tgz",
+        "\udce9 1.tar",
+    ]
     (tmp_path / "shards" / "x").unlink()
+    (tmp_path / "shards" / "y").unlink()
     # Some jobs of an array run again: PARTS tells how many there were.
     again = {f"SLURM_ARRAY_TASK_{name}": 3 for name in ("ID", "MIN", "MAX")} | {"SLURM_ARRAY_TASK_COUNT": 1}
     assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0

@@ -125,9 +125,15 @@ def test_a_whole_shard_is_whole_whatever_follows_its_end_mark(script, shard, pad
     for packed in ("(gzip -c {0}; gzip -c {1})", "cat {0} {1} | bzip2", "cat {0} {1} | gzip"):
         captions, skipped = read(script, f"pipe:{packed.format(first, shard)}")
         assert len(captions) == 3 + SAMPLES and not skipped
-    for packed in ("(xz -c {0}; head -c 5000 /dev/zero)", "(bzip2 -c {0}; bzip2 -c {0})"):
-        captions, skipped = read(script, f"pipe:{packed.format(shard)}")
-        assert len(captions) == SAMPLES and not skipped
+    junk = "bytes behind an end mark that are no tar"
+    for packed, found in (
+        ("gzip -c {0}; echo junk", ({},)),
+        ("xz -c {0}; head -c 5000 /dev/zero", ({}, {junk: 1})),
+        ("cat {0}; head -c 700 /dev/urandom; cat {0}", ({junk: 1},)),
+        ("cat {0}; head -c 200000000 /dev/zero", ({},)),
+    ):
+        captions, skipped = read(script, f"pipe:({packed.format(shard)})")
+        assert captions == [f"sea {i}" for i in range(SAMPLES)] and skipped in found, packed
     shard.write_bytes(shard.read_bytes() + bytes(padding))
     for url in (shard, f"pipe:cat {shard}", f"pipe:cat {shard} | cat"):
         captions, skipped = read(script, url)

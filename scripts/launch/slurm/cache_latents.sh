@@ -55,7 +55,7 @@ for part in "$OUTPUT_DIR"/part-*; do # of which some shards would be there twice
         fail "$part: is of more than $PARTS jobs; set PARTS to their number"
 done
 # As the training scripts list a folder, and below it; each file once, however many links lead to it.
-mapfile -t all < <(find -L "$SHARDS/" -mindepth 1 -name '.*' -prune -o -type f -regextype posix-extended \
+mapfile -t all < <(export LC_ALL=C && find -L "$SHARDS/" -mindepth 1 -name '.*' -prune -o -type f -regextype posix-extended \
     -iregex '.*\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))' -printf '%D:%i %p\n' | sort -k2 |
     awk '!seen[$1]++ { sub(/^[^ ]+ /, ""); print }')
 mine=()
