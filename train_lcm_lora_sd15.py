@@ -812,7 +812,8 @@ def list_folder(folder):
     if not keys:
         lack = f"holds no .tar file and no picture, but {describe(unread) or 'nothing'}; name one that does"
         has_tars = any(map(TAR_NAMES.search, unread))
-        lack += ", as the folders of its tars" if has_tars else "; scripts/make_shards.py reads tables"
+        other = "; convert pictures to PNG or JPEG, and read tables by scripts/make_shards.py"
+        lack += ", as the folders of its tars" if has_tars else other
         raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
     if +unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
@@ -1191,7 +1192,7 @@ def encoded(picture):
         raise SkippedSample("picture cannot be read") from error
 
 
-def open_picture(picture, max_pixels, draft_px=None):
+def open_picture(picture, max_pixels, draft_px=None, background="white"):
     """Return (upright RGB picture, original (width, height)) of encoded bytes or a path, or raise SkippedSample.
 
     `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
@@ -1212,7 +1213,7 @@ def open_picture(picture, max_pixels, draft_px=None):
         for name in ("exif", "Raw profile type exif"):
             picture.info.pop(name, None)  # Pillow would write it anew, and fail at a tag of a wrong type
         ImageOps.exif_transpose(picture, in_place=True)
-        return to_rgb(picture), original
+        return to_rgb(picture, background), original
     except SkippedSample:
         raise
     except Exception as error:  # Pillow's decoders raise almost anything on damaged files
@@ -1221,8 +1222,8 @@ def open_picture(picture, max_pixels, draft_px=None):
         raise SkippedSample(cause) from error
 
 
-def to_rgb(picture):
-    """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on white."""
+def to_rgb(picture, background="white"):
+    """Return a picture of any mode as RGB: 16-bit scaled to 8, transparency laid on a background."""
     if picture.mode.startswith(("I", "F")):
         values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         top = values.max(initial=0)
@@ -1235,7 +1236,7 @@ def to_rgb(picture):
         picture = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if picture.mode in ("RGBA", "LA", "PA") or "transparency" in picture.info:
         picture = picture.convert("RGBA")
-        picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     return picture if picture.mode == "RGB" else picture.convert("RGB")
 
 
@@ -1417,7 +1418,7 @@ def audit(shards, args):
         except SkippedSample as cause:
             skipped[str(cause)] += 1
             first.setdefault(str(cause), sample["__key__"])
-        if len(usable) == AUDIT_USABLE_SAMPLES:
+        if len(usable) == AUDIT_USABLE_SAMPLES and not args.dry_run:
             break
     if not usable:
         raise UnusableInput(
@@ -1644,6 +1645,11 @@ def check_teacher(args):
     """Return the teacher's revision, on the Hub its commit; raise UnusableInput where no pipeline is there."""
     teacher, place = args.pretrained_teacher_model, {"cache_dir": args.cache_dir, "revision": args.teacher_revision}
     if "://" in teacher or Path(teacher).is_file():
+        names = weight_names(Path(teacher))
+        is_xl = any(name.startswith("conditioner.") or ".label_emb." in name for name in names)
+        is_whole = any(name.startswith("model.diffusion_model.") for name in names)
+        if is_whole and is_xl == ("sdxl" in OTHER_SCRIPT):
+            raise UnusableInput(f"--pretrained_teacher_model {masked(teacher)}: is not {FAMILY}; use {OTHER_SCRIPT}")
         return args.teacher_revision
     try:
         kind = diffusers.DiffusionPipeline.load_config(teacher, **place).get("_class_name") or ""
@@ -1972,6 +1978,10 @@ def load_init_lora(unet, source):
     """Start the UNet's adapter from the LCM-LoRA of a file or folder, whatever its rank and alpha."""
     layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, lora.LoraLayer)}
     loras, misfits = read_lora(source, unet.config.layers_per_block), []
+    rank, ranks = next(iter(layers.values())).r["default"], {len(one.down) for one in loras.values()}
+    if ranks != {rank} and own_rank() == 0:
+        said = f"its rank {max(ranks)} becomes {rank}, the --lora_rank"
+        tqdm.write(f"--init_lora {source}: {said}", file=sys.stderr)
     for name, one in loras.items():
         layer, sizes = layers.get(name), (one.down[0].numel(), len(one.up))
         parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight) if layer else ()
@@ -3614,7 +3624,7 @@ def main(args, state):
     if args.init_lora and not manifest:
         agree(accelerator, lambda: bool(read_lora(init_lora_file(args))))  # a wrong one is told before models load
     if args.dry_run:
-        say(json.dumps(public_flags(args), indent=1))
+        say(json.dumps(public_flags(args)))
         say("dry run: flags and data are in order, as far as it can be told without loading models or writing")
         return
     agree(accelerator, open_output, args, state)

@@ -170,8 +170,7 @@ def measure_rows(args, gallery, yardstick, rows, judges, accelerator):
     distances = m.distances_to(references, len(gallery.prompts)) if accelerator.is_main_process else {}
     for row in tqdm(rows, desc="measuring", unit="row", disable=not accelerator.is_main_process):
         values = judges.row(gallery, row)
-        took = [gallery.record(row, index) | {"block": block[0]} for block in gallery.blocks for index in block]
-        took = gather_object(took)
+        took = gather_object([gallery.record(row, i) | {"block": block[0]} for block in gallery.blocks for i in block])
         if not accelerator.is_main_process:
             continue
         found.append({

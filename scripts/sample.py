@@ -129,8 +129,7 @@ class SampleRow:
 
 
 def sample_rows(args):
-    rows = []
-    adapters = ["lcm", *(f"style{i}" for i in range(1, len(args.loras)))]
+    rows, adapters = [], ["lcm", *(f"style{i}" for i in range(1, len(args.loras)))]
     weights = {name: weight for name, (_, weight) in zip(adapters, args.loras, strict=False)}
     for sampler in args.samplers:
         is_lcm = sampler.startswith("lcm")
@@ -161,7 +160,7 @@ def start_pictures(args):
         extra = {"image": fitted_picture(args.image, args.resolution), "strength": args.strength}
     if args.mask:
         width, height = extra["image"].size
-        mask = pipelines.read_picture(args.mask).convert("L").resize((width, height), Image.Resampling.NEAREST)
+        mask = pipelines.read_picture(args.mask, "black").convert("L").resize((width, height), Image.NEAREST)
         extra |= {"mask_image": mask, "width": width, "height": height}
     if args.controlnet:
         picture = fitted_picture(args.control_image, args.resolution)

@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lib import pipelines
+from lib.evaluation.measures import score_row
 from lib.trainers import UnusableInput, exit_code, sd15
 
 YARDSTICK = str(ROOT / "assets" / "demo-teacher-sd15" / "reference.safetensors")
@@ -188,6 +189,8 @@ def test_rows_and_figures(evaluated, judges):
         assert figures["seconds"]["value"] > 0
         assert figures["clip_score"]["low"] < figures["clip_score"]["value"] < figures["clip_score"]["high"]
     assert rows["lcm-lora", 2]["figures"] != rows["lcm-without-lora", 2]["figures"]
+    took = [{"block": 0, "seconds": 0.1}] * 8 + [{"block": 8, "seconds": 0.9}]  # the last block is smaller
+    assert score_row({}, {}, took)["seconds"]["value"] == pytest.approx(0.1)
     floor = results["rows"][0]
     assert floor["name"] == "teacher" and floor["steps"] == 3
 

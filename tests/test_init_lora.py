@@ -59,7 +59,7 @@ def write(script, unet, keys, folder, alpha):
 
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers", "peft"])
-def test_the_start_is_what_diffusers_makes_of_the_file(script, teacher, keys, tmp_path):
+def test_the_start_is_what_diffusers_makes_of_the_file(script, teacher, keys, tmp_path, capsys):
     trained = with_lora(script, teacher, 4, 7, random=True)
     path = write(script, trained, keys, tmp_path, 7)
     expected = output(trained)
@@ -76,6 +76,7 @@ def test_the_start_is_what_diffusers_makes_of_the_file(script, teacher, keys, tm
     output(unet, grad=True).square().mean().backward()
     up = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.lora_B["default"].weight
     assert up.grad[:, 4:].abs().min() > 0  # the added ranks are trained
+    assert "its rank 4 becomes 7, the --lora_rank" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("keys", ["kohya", "diffusers"])

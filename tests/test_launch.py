@@ -407,6 +407,12 @@ def test_a_dry_run_tells_all_and_writes_nothing(script, teacher, shards, tmp_pat
     assert said[-1].startswith("dry run: flags and data are in order")
     assert record["lora_rank"] == 4 and "hub_token" not in record and TOKEN not in text
     assert "data: 2 shards" in text and "loading the models" not in text and not (tmp_path / "out").exists()
+    write_shard(
+        tmp_path / "more" / "0.tar", [{"png": picture_bytes(i), "txt": "sea"} for i in range(40)] + [{"txt": "sea"}]
+    )
+    line[line.index(shards)] = tmp_path / "more"
+    said = "\n".join(finish(script, line, tmp_path / "said-more"))
+    assert "of the first 41 samples 40 can be used (no picture: 1" in said
 
 
 def test_epochs_and_samples_set_the_length_and_no_pictures_are_drawn(script, teacher, shards, tmp_path):

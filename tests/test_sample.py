@@ -503,6 +503,12 @@ def test_inpainting_models_draw_with_a_mask(sample, models, tmp_path):
     flags = ["--image", str(start), "--mask", str(start), "--steps", "1", "--samplers", "ddim"]
     flags += ["--pretrained_teacher_model", str(models / "inpainting")]
     assert draw(sample, models, tmp_path / "out", *flags, prompts=["sea"])
+    layer = np.zeros((SIDE, SIDE, 4), np.uint8)  # as editors save one: nothing but what is painted
+    layer[:, : SIDE // 2] = 255
+    flags[3] = str(picture_file(tmp_path / "mask.png", layer))
+    args = sample.parse_args([*usual_flags(models, tmp_path, "--prompts", "sea"), *flags])
+    mask = np.asarray(sample.start_pictures(args)["mask_image"])
+    assert (mask[:, : SIDE // 2] == 255).all() and (mask[:, SIDE // 2 :] == 0).all()
 
 
 def test_another_runs_pictures_are_not_overwritten_in_silence(sample, models, tmp_path, capsys):

@@ -311,6 +311,12 @@ def test_a_files_markers_and_the_flag_tell_what_it_predicts(trainer, file, teach
         config = trainer.load_teacher(args, torch.float32, torch.device("cpu"), vae=None).scheduler.config
         assert (config.prediction_type, config.get("rescale_betas_zero_snr", False)) == expected
         assert trainer.make_schedule(config, args, torch.device("cpu")).prediction_type == expected[0]
+    other = load_script(trainer.OTHER_SCRIPT)
+    with pytest.raises(
+        other.UnusableInput, match=f"teacher.safetensors: is not {other.FAMILY}; use {other.OTHER_SCRIPT}"
+    ):
+        other.check_teacher(args)
+    assert trainer.check_teacher(args) is None
     # PNDMScheduler, which SD 1.5 names, has no zero terminal SNR. A file of SD 2.x does not tell what it predicts.
     save_file(weights | {name: torch.zeros(1) for name in ("v_pred", "ztsnr")}, path)
     args = trainer.parse_args(flags(path, shards, "unused", teacher_config=teacher))

@@ -195,9 +195,9 @@ def add_peft_adapter(unet, folder, name):
     return len(weights)
 
 
-def read_picture(path):
+def read_picture(path, background="white"):
     try:
-        return sd15.open_picture(Path(path).read_bytes(), MAX_PICTURE_PX)[0]
+        return sd15.open_picture(Path(path).read_bytes(), MAX_PICTURE_PX, background=background)[0]
     except (OSError, sd15.SkippedSample) as error:
         remedy = f"give a PNG or JPEG of at most {MAX_PICTURE_PX // 10**6} megapixels"
         raise UnusableInput(f"picture {path} cannot be read ({error}); {remedy}") from error

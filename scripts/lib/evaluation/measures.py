@@ -160,7 +160,8 @@ def score_row(values, distances, took):
     """Return {figure: {value, low, high}} of a row: distances, means of scores, seconds of its records."""
     figures = {figure: distance(values[model]) for figure, (model, distance) in distances.items()}
     figures |= {key: bootstrap_mean(values[key]) for key in SCORES if key in values}
-    by_block = {record["block"]: record["seconds"] for record in took}
+    sizes = Counter(record["block"] for record in took)  # the last block may be smaller, and slower a picture
+    by_block = {record["block"]: record["seconds"] for record in took if sizes[record["block"]] == max(sizes.values())}
     figures["seconds"] = bootstrap_mean([by_block[block] for block in sorted(by_block)])
     return figures
 

@@ -8,6 +8,7 @@ neither an interruption nor the number of processes changes a picture.
 
 import hashlib
 import json
+import os
 import re
 from dataclasses import dataclass
 from itertools import islice, product
@@ -158,8 +159,8 @@ class Gallery:
         path, text = self.path(row, index), PngImagePlugin.PngInfo()
         text.add_text("record", json.dumps({"settings": self.settings(row, index), **took}))
         path.parent.mkdir(parents=True, exist_ok=True)
-        picture.save(path.with_suffix(".part"), "PNG", pnginfo=text)
-        path.with_suffix(".part").replace(path)
+        picture.save(part := path.with_suffix(f".{os.getpid()}.part"), "PNG", pnginfo=text)  # as another run may
+        part.replace(path)
 
     def picture(self, row, index):
         with Image.open(self.path(row, index), formats=["PNG"]) as picture:
