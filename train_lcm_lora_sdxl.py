@@ -714,7 +714,6 @@ METADATA_KEYS = {
 }
 STREAM_ERRORS = (OSError, EOFError, ValueError, tarfile.TarError, zlib.error)  # a shard cannot be read on
 SAMPLES_PER_FOLDER_SHARD = 256
-MAX_ZERO_BLOCKS = 2**15  # 16 MiB; behind so many a tar is over, because each takes some 20 us
 Image.MAX_IMAGE_PIXELS = None  # --max_image_pixels is the limit, compared before a picture is decoded
 PngImagePlugin.MAX_TEXT_CHUNK = PngImagePlugin.MAX_TEXT_MEMORY  # workflows in PNGs exceed Pillow's 1 MB a text
 
@@ -915,14 +914,14 @@ class Member(tarfile.TarInfo):
         try:
             member = super().fromtarfile(tars)
         except (tarfile.HeaderError, EOFError) as error:  # EOFError: of what follows a stream of bzip2 or xz
-            tars.zero_blocks += isinstance(error, tarfile.EOFHeaderError)
-            if not tars.zero_blocks:
+            tars.has_ended |= isinstance(error, tarfile.EOFHeaderError)
+            if not tars.has_ended:
                 raise tarfile.ReadError(f"ends before its end mark: {error}") from error
             tars.has_junk |= isinstance(error, (tarfile.InvalidHeaderError, EOFError))
-            if isinstance(error, EOFError) or tars.zero_blocks > MAX_ZERO_BLOCKS:
+            if isinstance(error, EOFError):
                 raise tarfile.EmptyHeaderError from error
             raise
-        tars.zero_blocks = 0
+        tars.has_ended = False
         return member
 
 
@@ -930,7 +929,7 @@ class Tars(tarfile.TarFile):
     """A tar that must end in its end mark, or several that follow each other, as in `cat a.tar b.tar`."""
 
     tarinfo, ignore_zeros = Member, True
-    zero_blocks = 0  # since the last member; end marks are two
+    has_ended = False  # with zeros, behind which another one may begin
     has_junk = False  # behind an end mark
 
 
@@ -950,7 +949,7 @@ def shard_members(shard, lost=None):
         lines = enumerate(Path(shard).read_text("utf-8-sig").split("\n"))  # not at U+2028, which a prompt may hold
         yield from ((f"{number}.txt", line.encode()) for number, line in lines if line.strip())
     else:
-        with open_shard(shard) as stream, Tars.open(fileobj=unzipped(stream), mode="r|*") as tar:
+        with open_shard(shard) as packed, Tars.open(fileobj=(stream := unzipped(packed)), mode="r|*") as tar:
             for member in tar:
                 tar.members.clear()  # else tarfile keeps one for each file, of a tar of a million samples 2 GB
                 if member.issparse():  # its few bytes may stand for terabytes
@@ -962,12 +961,14 @@ def shard_members(shard, lost=None):
                     if len(data) != member.size:
                         raise tarfile.ReadError("ends before its end mark")
                     yield member.name, data
-            if tar.has_junk:
+            if tar.has_junk or stream.has_junk:
                 lost["bytes behind an end mark that are no tar"] += 1
 
 
 class Peeked:
     """A stream of which the first bytes, `head`, have been read already."""
+
+    has_junk = False
 
     def __init__(self, head, stream):
         self.head, self.stream = head, stream
@@ -980,11 +981,14 @@ class Peeked:
 class Unzipped(gzip.GzipFile):
     """What gzip has packed, in one part or several; tarfile itself would end with the first."""
 
+    has_junk = False  # behind its end, which the program gzip leaves out, too
+
     def read(self, size):
         try:
             return self.read1(size)  # `read` would lose what comes before a fault
         except gzip.BadGzipFile as error:
-            if "Not a gzipped" in str(error):  # bytes behind its end, as the program gzip leaves them
+            self.has_junk = "Not a gzipped" in str(error)
+            if self.has_junk:
                 return b""
             raise
 
@@ -1227,7 +1231,8 @@ def to_rgb(picture, background="white"):
         values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         top = values.max(initial=0)
         if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
-            if top > 2 and np.quantile(values, 0.9) <= 1:  # bright lamps, or a dark picture
+            is_unit = top > 2 and np.quantile(values, 0.9) <= 1 and (values % 1).any()  # with lamps, or dark
+            if is_unit or 2 < top <= 20:
                 raise SkippedSample("float picture whose range cannot be told")
             values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
         elif picture.mode != "I" or top > 255:
@@ -1417,7 +1422,7 @@ def audit(shards, args):
         except SkippedSample as cause:
             skipped[str(cause)] += 1
             first.setdefault(str(cause), sample["__key__"])
-        if len(usable) == AUDIT_USABLE_SAMPLES and not args.dry_run:
+        if len(usable) == AUDIT_USABLE_SAMPLES and (cache or not args.dry_run):
             break
     if not usable:
         raise UnusableInput(
@@ -1696,10 +1701,10 @@ def check_teacher(args):
     """Return the teacher's revision, on the Hub its commit; raise UnusableInput where no pipeline is there."""
     teacher, place = args.pretrained_teacher_model, {"cache_dir": args.cache_dir, "revision": args.teacher_revision}
     if "://" in teacher or Path(teacher).is_file():
+        marks = "conditioner.", "cond_stage_model.", ".label_emb.", "model.diffusion_model.input_blocks.0.0.weight"
         names = weight_names(Path(teacher))
-        is_xl = any(name.startswith("conditioner.") or ".label_emb." in name for name in names)
-        is_whole = any(name.startswith("model.diffusion_model.") for name in names)
-        if is_whole and is_xl == ("sdxl" in OTHER_SCRIPT):
+        has_xl_text, has_text, has_size, is_unet = (any(mark in name for name in names) for mark in marks)
+        if is_unet and (has_xl_text or (has_size and not has_text)) == ("sdxl" in OTHER_SCRIPT):
             raise UnusableInput(f"--pretrained_teacher_model {masked(teacher)}: is not {FAMILY}; use {OTHER_SCRIPT}")
         return args.teacher_revision
     try:
@@ -1760,7 +1765,7 @@ def weight_names(path):
                 return {*file.keys(), *(marks[kind[0]] for kind in kinds if kind[:1] in marks)}
         if path.is_file():
             state = torch.load(path, map_location="meta", weights_only=True)
-            return set(state.get("state_dict", state))
+            return set(map(str, state.get("state_dict", state)))
     return set()
 
 
@@ -2030,7 +2035,7 @@ def load_init_lora(unet, source):
     layers = {name: layer for name, layer in unet.named_modules() if isinstance(layer, lora.LoraLayer)}
     loras, misfits = read_lora(source, unet.config.layers_per_block), []
     rank, ranks = next(iter(layers.values())).r["default"], {len(one.down) for one in loras.values()}
-    if ranks != {rank} and own_rank() == 0:
+    if max(ranks) != rank and own_rank() == 0:
         said = f"its rank {max(ranks)} becomes {rank}, the --lora_rank"
         tqdm.write(f"--init_lora {source}: {said}", file=sys.stderr)
     for name, one in loras.items():

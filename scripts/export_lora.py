@@ -130,8 +130,8 @@ def whole_output(output):
         output.parent.mkdir(parents=True, exist_ok=True)
         for leftover in output.parent.glob(f".{glob.escape(output.name)}-*"):  # of a killed process
             with suppress(OSError):  # of another user, or no folder
-                is_own = len(leftover.name) == len(output.name) + 10  # as TemporaryDirectory names them
-                if os.listdir(leftover) in ([], [output.name] * is_own):
+                rest = leftover.name[len(output.name) + 2 :]  # of TemporaryDirectory's: eight letters
+                if "-" not in rest and os.listdir(leftover) in ([], [output.name] * (len(rest) == 8)):
                     shutil.rmtree(leftover)
         with tempfile.TemporaryDirectory(prefix=f".{output.name}-", dir=output.parent) as folder:
             path = Path(folder, output.name)

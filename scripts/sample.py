@@ -118,8 +118,6 @@ from tqdm import tqdm
 
 @dataclass
 class SampleRow:
-    """A row of the grid: where its pictures go, its label, and how they are drawn."""
-
     name: str
     label: str
     sampler: str
@@ -159,9 +157,11 @@ def start_pictures(args):
     if args.image:
         extra = {"image": fitted_picture(args.image, args.resolution), "strength": args.strength}
     if args.mask:
-        width, height = extra["image"].size
-        mask = pipelines.read_picture(args.mask, "black").convert("L").resize((width, height), Image.NEAREST)
-        extra |= {"mask_image": mask, "width": width, "height": height}
+        masks = [pipelines.read_picture(args.mask, colour).convert("L") for colour in ("white", "black")]
+        if masks[0] != masks[1]:
+            raise UnusableInput(f"--mask {args.mask}: is transparent in part; save it in black and white")
+        mask = masks[0].resize(extra["image"].size, Image.Resampling.NEAREST)
+        extra |= {"mask_image": mask, "width": mask.width, "height": mask.height}
     if args.controlnet:
         picture = fitted_picture(args.control_image, args.resolution)
         if args.image:
