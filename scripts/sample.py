@@ -158,7 +158,7 @@ def start_pictures(args):
         extra = {"image": fitted_picture(args.image, args.resolution), "strength": args.strength}
     if args.mask:
         masks = [pipelines.read_picture(args.mask, colour).convert("L") for colour in ("white", "black")]
-        if masks[0] != masks[1]:
+        if masks[0].tobytes() != masks[1].tobytes():
             raise UnusableInput(f"--mask {args.mask}: is transparent in part; save it in black and white")
         mask = masks[0].resize(extra["image"].size, Image.Resampling.NEAREST)
         extra |= {"mask_image": mask, "width": mask.width, "height": mask.height}
