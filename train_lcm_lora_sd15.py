@@ -1232,8 +1232,8 @@ def to_rgb(picture, background="white"):
         values = np.nan_to_num(np.asarray(picture, np.float32), posinf=0, neginf=0)
         top = values.max(initial=0)
         if picture.mode == "F":  # [0, 1], [0, 255] or [0, 65535], with room for what sharpening adds
-            is_unit = top > 2 and np.quantile(values, 0.9) <= 1 and (values % 1).any()  # with lamps, or dark
-            if is_unit or 2 < top <= 20:
+            is_dark = np.quantile(values, 0.9) <= 1 and (values % 1).any()  # or [0, 1] and lamps
+            if 2 < top <= 20 or (top > 2 and is_dark):
                 raise SkippedSample("float picture whose range cannot be told")
             values = values * (255 if top <= 2 else 1 if top <= 510 else 1 / 257)
         elif picture.mode != "I" or top > 255:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, flags, load_script
+from conftest import ENVIRONMENT, ROOT, cases, flags, load_script
 
 SLURM = sorted((ROOT / "scripts" / "launch" / "slurm").glob("*.sh"))
 CONFIGS = sorted((ROOT / "scripts" / "launch" / "accelerate").glob("*.yaml"))
@@ -199,7 +199,7 @@ def test_the_training_script_takes_what_a_job_gives(job, tmp_path, nodes, model)
     assert sorted(found) == [b"another", b"tar", b"tar"]
 
 
-@pytest.mark.parametrize(
+@cases(
     ("changes", "named"),
     [({"MODEL": "sd3"}, "MODEL=sd3"), ({"RECIPE": "sdxl-9gb"}, "sdxl-9gb"), ({"SHARDS": ""}, "SHARDS"),
      ({"OUTPUT_DIR": ""}, "OUTPUT_DIR"), ({"VENV": "/none"}, "VENV=/none"), ({"SLURM_NTASKS": 16}, "--ntasks")],
@@ -226,15 +226,9 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     (tmp_path / "up").unlink()
     assert job(CACHE, send=to_the_step(tmp_path), WORK=1)[0] == 143
     assert noted(tmp_path, "scontrol") == ["requeue 77_1"] * 2
-    code, said = job(CACHE, SLURM_ARRAY_TASK_ID="")
-    assert code == 2 and "no job of an array" in said
-    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9, PARTS=10)
-    assert code == 2 and "holds 4 .tar files" in said
-    for parts in ("0", "08", "x"):
-        code, said = job(CACHE, PARTS=parts)
-        assert code == 2 and f"PARTS={parts}: must be" in said
-    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
-    assert code == 2 and "job 9 is none of 2, 0 to 1" in said
+
+
+def test_a_job_takes_the_shards_that_the_training_scripts_would_each_once(job, tmp_path):
     for name in (".writing-00000.tar", "._00000.tar", "00000.tar.part", "00000_stats.json"):
         (tmp_path / "shards" / name).touch()
     (tmp_path / "shards" / "d.tar").mkdir()
@@ -246,18 +240,26 @@ def test_each_job_of_an_array_encodes_its_own_shards(job, tmp_path):
     assert job(CACHE, PARTS=1, SLURM_ARRAY_TASK_ID=0)[0] == 0
     words = noted(tmp_path, "words")
     found = words[words.index("--train_shards_path_or_url") + 1 : words.index("--output_dir")]
-    assert [path.rpartition("/")[2] for path in found] == [
-        *(f"{number:05d}.tar" for number in range(4)),
-        "0.tgz",
-        "\udce9 1.tar",
-    ]
-    (tmp_path / "shards" / "x").unlink()
-    (tmp_path / "shards" / "y").unlink()
-    # Some jobs of an array run again: PARTS tells how many there were.
+    names = [*(f"{number:05d}.tar" for number in range(4)), "0.tgz", "\udce9 1.tar"]
+    assert [path.rpartition("/")[2] for path in found] == names
+
+
+def test_some_jobs_of_an_array_run_again_and_a_wrong_number_of_jobs_is_refused(job, tmp_path):
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID="")
+    assert code == 2 and "no job of an array" in said
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9, PARTS=10)
+    assert code == 2 and "holds 4 .tar files" in said
+    for parts in ("0", "08", "x"):
+        code, said = job(CACHE, PARTS=parts)
+        assert code == 2 and f"PARTS={parts}: must be" in said
+    code, said = job(CACHE, SLURM_ARRAY_TASK_ID=9)
+    assert code == 2 and "job 9 is none of 2, 0 to 1" in said
+    # PARTS tells how many there were.
     again = {f"SLURM_ARRAY_TASK_{name}": 3 for name in ("ID", "MIN", "MAX")} | {"SLURM_ARRAY_TASK_COUNT": 1}
     assert job(CACHE, **again)[0] == 2 and job(CACHE, PARTS=4, **again)[0] == 0
     words = noted(tmp_path, "words")
-    assert words[words.index("--train_shards_path_or_url") + 1 :][:2] == [mine[1], "--output_dir"]
+    mine = str(tmp_path / "shards" / "00003.tar")
+    assert words[words.index("--train_shards_path_or_url") + 1 :][:2] == [mine, "--output_dir"]
     for name in ("part-old", "part-1.old", "part-08.bak"):  # of the user's own
         (tmp_path / "out" / name).mkdir(parents=True)
     assert job(CACHE)[0] == 0

@@ -54,7 +54,8 @@ for part in "$OUTPUT_DIR"/part-*; do # of which some shards would be there twice
     [[ -d $part && $number =~ ^[0-9]+$ ]] && ((10#$number >= PARTS)) &&
         fail "$part: is of more than $PARTS jobs; set PARTS to their number"
 done
-# As the training scripts list a folder, and below it; each file once, however many links lead to it.
+# As the training scripts list a folder, and below it, in an order that is the same on all nodes; each file once, however
+# many links lead to it.
 mapfile -t all < <(export LC_ALL=C && find -L "$SHARDS/" -mindepth 1 -name '.*' -prune -o -type f -regextype posix-extended \
     -iregex '.*\.(tar|tgz|tbz2?|txz|tar\.(gz|bz2|xz))' -printf '%D:%i %p\n' | sort -k2 |
     awk '!seen[$1]++ { sub(/^[^ ]+ /, ""); print }')
