@@ -1949,7 +1949,7 @@ def parse_lora(path, layers_per_block):
     number = sum(not name.endswith(".alpha") for name in state)
     found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
     state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
-    loras, patterns = {}, config.get("alpha_pattern") or {}
+    loras, misfits, patterns = {}, [], config.get("alpha_pattern") or {}
     for name in [name for name, value in state.items() if name.endswith(".lora_A.weight") and value.ndim > 1]:
         key = name.removesuffix(".lora_A.weight")
         module = re.sub(r"^(unet\.)?(base_model\.model\.)?", "", key)
@@ -1957,12 +1957,10 @@ def parse_lora(path, layers_per_block):
         alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
         alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
         loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
-
-    def is_whole(name, one):  # and of the UNet, not of a text encoder
-        is_number = one.up.is_floating_point() and one.down.is_floating_point()
-        return is_number and one.up.shape[1:2] == one.down.shape[:1] and name.startswith(UNET_PARTS)
-
-    return loras, [*state, *(name for name, one in loras.items() if not is_whole(name, one))], number
+        is_number = up.is_floating_point() and down.is_floating_point()
+        if not (is_number and up.shape[1:2] == down.shape[:1] and module.startswith(UNET_PARTS)):
+            misfits.append(module)  # or of a text encoder
+    return loras, [*state, *misfits], number
 
 
 def reduce_rank(one, rank):
