@@ -3119,7 +3119,11 @@ def start(args):
         raise UnusableInput(f"--report_to {args.report_to}: {remedy}")
     check_launch(accelerator)
     if args.compile:
-        check_compile(accelerator)
+        try:
+            torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=accelerator.device))
+        except Exception as error:  # no compiler, no Triton, a GPU that is too old for it
+            cause = f"torch.compile does not work here ({one_line(error)[:160]})"
+            raise UnusableInput(f"--compile: {cause}; leave it out") from error
     if args.use_8bit_adam and accelerator.device.type == "mps":
         raise UnusableInput("--use_8bit_adam: bitsandbytes has no kernels for MPS; leave it out")
     if args.allow_tf32:
@@ -3181,14 +3185,6 @@ def xformers_fault(device):
     except Exception as error:  # no package, no library of its CUDA, no kernel for this GPU
         return f"xformers does not run with torch {torch.__version__} here ({one_line(error)[:120]})"
     return ""
-
-
-def check_compile(accelerator):
-    try:
-        torch.compile(lambda x: x.sin() + 1)(torch.zeros(8, device=accelerator.device))
-    except Exception as error:  # no compiler, no Triton, a GPU that is too old for it
-        cause = f"torch.compile does not work here ({one_line(error)[:160]})"
-        raise UnusableInput(f"--compile: {cause}; leave it out") from error
 
 
 def describe_device(accelerator):
