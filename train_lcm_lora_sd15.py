@@ -2145,7 +2145,6 @@ def guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dty
 
 
 def teacher_step(unet, schedule, z_t, timesteps, prev_timesteps, conditioning, uncond, w, dtype):
-    """Return z_prev, the guided DDIM step of the teacher."""
     z0_cfg, eps_cfg = guided_estimate(unet, schedule, z_t, timesteps, conditioning, uncond, w, dtype)
     return ddim_step(schedule, z0_cfg, eps_cfg, prev_timesteps)
 
@@ -2284,8 +2283,6 @@ class Fake:
 
 @dataclass
 class MatchingDraws:
-    """The random numbers of one forward pass: a function of (seed, update, micro step, process)."""
-
     timesteps: list  # of the roll-out; the last one is trained; the same on all processes, so that none waits
     noise: torch.Tensor  # [len(timesteps),B,4,h,w]
     tau: torch.Tensor  # [1+M,B] int64; row 0: the student's loss; rows 1 to M: the fake's updates
@@ -2304,7 +2301,6 @@ def make_fake(base_unet, args, accelerator, scheduler_config, max_train_steps):
 
 
 def student_grids(scheduler_config, args):
-    """Return LCMScheduler's timesteps, descending, by step count."""
     scheduler, grids = LCMScheduler.from_config(scheduler_config), {}
     for steps in args.student_steps:
         scheduler.set_timesteps(steps, original_inference_steps=args.num_ddim_timesteps)
@@ -2313,7 +2309,6 @@ def student_grids(scheduler_config, args):
 
 
 def draw_matching(args, grids, shape, num_timesteps, global_step, micro_step, process_index, device):
-    """Return the MatchingDraws for latents of `shape` [B,4,h,w]."""
     common = make_generator(args.seed, global_step, micro_step)  # the same on all processes
     grid = grids[args.student_steps[torch.randint(len(args.student_steps), (), generator=common)]]
     timesteps = grid[: 1 + torch.randint(len(grid), (), generator=common)]
@@ -3309,7 +3304,6 @@ def agree(accelerator, function, *arguments):
 
 
 def wait_for_all():
-    """Return once every process is here."""
     # Not by accelerate's barrier: LOCAL_RANK is not the GPU's number where each process sees its own alone, as 0.
     gather_object([None])
 
@@ -3472,7 +3466,6 @@ def train(job, loader, save):
 
 
 def count_skipped(job):
-    """Return the samples that any process skipped, by cause."""
     return sum((Counter(part) for part in gather_object([dict(job.state.skipped)])), Counter())
 
 
