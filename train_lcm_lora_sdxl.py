@@ -2808,8 +2808,7 @@ class Log:
             with self.path.open("a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in lines)
             for line in lines:
-                numbers = [pair for pair in line.items() if pair[0] != "step" and pair[1] is not None]
-                values = {f"train/{name}": value for name, value in numbers}
+                values = {f"train/{key}": value for key, value in line.items() if key != "step" and value is not None}
                 to_trackers(self.accelerator, operator.methodcaller("log", values, step=line["step"]))
         if error:
             raise NonFiniteLoss(error)
