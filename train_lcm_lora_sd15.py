@@ -2995,12 +2995,10 @@ def changed_options(job):
 
 def training_table(job, drawn):
     """Return the rows of the card's table, without what is private, such as the data's place."""
-    flags = (
-        "teacher_revision objective resolution train_batch_size gradient_accumulation_steps max_train_steps "
-        "learning_rate lr_scheduler lr_warmup_steps use_8bit_adam lora_rank lora_alpha lora_dropout w_min w_max "
-        "num_ddim_timesteps seed".split()
-    )
-    values = {flag: getattr(job.args, flag) for flag in flags + READ_BY[job.args.objective]}
+    flags = "teacher_revision objective resolution train_batch_size gradient_accumulation_steps".split()
+    flags += "max_train_steps learning_rate lr_scheduler lr_warmup_steps use_8bit_adam lora_rank lora_alpha".split()
+    flags += "lora_dropout w_min w_max num_ddim_timesteps seed".split() + READ_BY[job.args.objective]
+    values = {flag: getattr(job.args, flag) for flag in flags}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
     values["processes"] = job.accelerator.num_processes
     if differences := differences_to_teacher(job, drawn):
