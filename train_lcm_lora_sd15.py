@@ -1670,7 +1670,7 @@ def check_teacher(args):
 
 
 def loading_error(args, error, flag="pretrained_teacher_model"):
-    model, reason, each = getattr(args, flag), "", error
+    model, reason, where, each = getattr(args, flag), "", "", error
     path, name = Path(model), f"--{flag} {masked(model)}"
     while each:  # the first cause is often the telling one
         if isinstance(each, GatedRepoError) and not path.exists():
@@ -1694,12 +1694,11 @@ def loading_error(args, error, flag="pretrained_teacher_model"):
             place = f"those of {masked(args.teacher_config or 'its kind on the Hub')} cannot be read"
             remedy = "give --teacher_config, a local diffusers model of the same architecture"
             return f"{name}: a single file holds no configs, and {place} ({one_line(error)[:160]}); {remedy}"
-    is_elsewhere = "://" not in model and not path.exists()
-    where = " (no such path here, so it was taken for a Hub id)" if is_elsewhere else ""
-    if is_elsewhere:
+    if "://" not in model and not path.exists():
+        where = " (no such path here, so it was taken for a Hub id)"
         remedy = "; check the id and the network, or name a local folder or file"
-    if is_elsewhere and re.search(r"no file named \S+\.(safetensors|bin)", reason) and not args.variant:
-        remedy = "; if it has only weight files of a variant, give --variant fp16"
+        if re.search(r"no file named \S+\.(safetensors|bin)", reason) and not args.variant:
+            remedy = "; if it has only weight files of a variant, give --variant fp16"
     return f"{name} cannot be loaded{where}: {masked(reason.strip())[:400]}{remedy}"
 
 
@@ -1983,8 +1982,7 @@ def load_init_lora(unet, source):
     loras, misfits = read_lora(source, unet.config.layers_per_block), []
     rank, ranks = next(iter(layers.values())).r["default"], {len(one.down) for one in loras.values()}
     if max(ranks) != rank and own_rank() == 0:
-        said = f"its rank {max(ranks)} becomes {rank}, the --lora_rank"
-        tqdm.write(f"--init_lora {source}: {said}", file=sys.stderr)
+        tqdm.write(f"--init_lora {source}: its rank {max(ranks)} becomes {rank}, the --lora_rank", file=sys.stderr)
     for name, one in loras.items():
         layer, sizes = layers.get(name), (one.down[0].numel(), len(one.up))
         parts = (layer.lora_A["default"].weight, layer.lora_B["default"].weight) if layer else ()
