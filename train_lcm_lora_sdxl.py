@@ -1642,8 +1642,7 @@ def kohya_name(module, layers_per_block):
 
 def kohya_model(_text_width):
     """Return the header fields that name the base model."""
-    names = {"ss_base_model_version": "sdxl_base_v1-0"}
-    return names | {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
+    return {"ss_base_model_version": "sdxl_base_v1-0", "modelspec.architecture": "stable-diffusion-xl-v1-base/lora"}
 
 
 # >>> shared: training
