@@ -1345,11 +1345,11 @@ class ShardStream(torch.utils.data.IterableDataset):
         worker = ((info.id if info else 0) + self.start_batch) % self.workers
         consumer = self.first_consumer + worker
         epoch, start = self.start_positions.get(str(consumer), (0, 0))
-        skipped, batch, empty, limit = Skipped(), [], 0, EMPTY_EPOCHS  # `empty`: epochs without a usable sample
+        skipped, batch, empty, limit = Skipped(), [], 0, EMPTY_EPOCHS  # `empty`: epochs since a usable sample
         if 1 < len(self.shards) < 10 * self.consumers:  # a bad or short one may be all that this one has in an epoch
             limit *= 2 * min(len(self.shards), self.consumers)
         while True:
-            usable = start > 0
+            empty += start == 0  # before the start of a resumed epoch there was one
             buffer = self.args.shuffle_buffer_samples
             rng = random.Random(f"{self.args.seed} {epoch} {consumer}")
             shuffled = wds.shuffle(buffer, initial=buffer, rng=rng)(self.raw_samples(epoch, consumer, skipped))
@@ -1363,12 +1363,11 @@ class ShardStream(torch.utils.data.IterableDataset):
                     except SkippedSample as cause:
                         skipped[str(cause)] += 1
                         continue
-                    usable = True
+                    empty = 0
                     if len(batch) == self.args.train_batch_size:
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
-                empty = 0 if usable else empty + 1
                 if empty == limit:
                     causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
                     found = f"gave a loader process no usable sample in {limit} epochs"
