@@ -1168,11 +1168,10 @@ def check_metadata(metadata, args):
 
 def caption_of(sample, metadata):
     """Return a sample's caption: that of its caption file, or the one in its json; the first that is not empty."""
-    captions = [sample[suffix] for suffix in CAPTION_SUFFIXES if suffix in sample]
-    captions += [metadata["caption"]] if metadata.get("caption") is not None else []
-    if not captions:
+    captions = (*map(sample.get, CAPTION_SUFFIXES), metadata.get("caption"))
+    caption = max((text for text in captions if text is not None), key=is_filled, default=None)
+    if caption is None:
         raise SkippedSample("no caption")
-    caption = max(captions, key=is_filled)
     try:
         caption = caption.decode() if isinstance(caption, bytes) else caption
         caption.encode()  # json can hold half a character
