@@ -1489,12 +1489,11 @@ def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
 
 def data_checksum(shards):
     """Return a checksum of names and sizes of local shards and pictures; None where one is remote."""
-    if any(is_remote(shard) for shard in shards):
+    if any(map(is_remote, shards)):
         return None
     files = []
     for shard in shards:
-        folder = shard.folder if isinstance(shard, PictureFolder) else Path(shard).parent
-        names = shard.files if isinstance(shard, PictureFolder) else [Path(shard).name]
+        _, folder, names = shard if isinstance(shard, PictureFolder) else ("", Path(shard).parent, [Path(shard).name])
         files += [(name, size_of(folder / name)) for name in names]
     return f"crc32 {zlib.crc32(json.dumps(files).encode()):08x} of {len(files)} files"
 
