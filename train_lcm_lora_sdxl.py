@@ -746,9 +746,8 @@ def list_shards(values):
         value = re.sub(r"(?i)^file:(//localhost(?=/)|//)?(/(?=[a-z]:))?", "", given)
         scheme = value.partition("://")[0].lower() if re.match(r"\w+://", value) else "http"
         if not scheme.startswith("http"):
-            program = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
-            remedy = f"{scheme}:// is read through a command; give 'pipe:{program}'"
-            raise UnusableInput(f"{flag} {masked(value)}: {remedy}")
+            reader = {"s3": "aws s3 cp {} -", "gs": "gsutil cat {}"}.get(scheme, "COMMAND {}").format(masked(value))
+            raise UnusableInput(f"{flag} {masked(value)}: {scheme}:// is read through a command; give 'pipe:{reader}'")
         try:
             # os.path, because pathlib raises where an address is longer than a file name can be.
             names = [value] if os.path.exists(value) else [*braceexpand.braceexpand(value, os.sep == "/")]
@@ -809,9 +808,8 @@ def list_folder(folder):
     unread["text without a picture"] += len(samples) - len(keys)
     if not keys:
         lack = f"holds no .tar file and no picture, but {describe(unread) or 'nothing'}; name one that does"
-        has_tars = any(map(TAR_NAMES.search, unread))
         other = "; convert pictures to PNG or JPEG, and read tables by scripts/make_shards.py"
-        lack += ", as the folders of its tars" if has_tars else other
+        lack += ", as the folders of its tars" if any(map(TAR_NAMES.search, unread)) else other
         raise UnusableInput(f"--train_shards_path_or_url {folder}: {lack}")
     if +unread:
         tqdm.write(f"{folder}: files that are not read: {describe(unread)}", file=sys.stderr)
