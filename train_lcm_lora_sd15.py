@@ -838,10 +838,7 @@ def files_below(folder, onerror):
 
 
 def check_shard(path):
-    """Raise UnusableInput for a local tar that cannot be read to its end; looks at 1.5 kB of it.
-
-    Return how a shard of cached tensors was made, as its head tells; b"" for another one.
-    """
+    """Raise UnusableInput for a broken local shard; return how one of cached tensors was made, b"" for another."""
     fault, made, place = "", b"", masked(str(path))
     if os.path.exists(path) and not os.path.isfile(path):  # opening a FIFO would wait for ever
         raise UnusableInput(f"shard {place}: is no regular file; name a tar, or give 'pipe:cat {place}' for a stream")
@@ -878,7 +875,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes, or the path of a folder's picture}.
 
     A broken shard is read again, up to `attempts` times in which no sample is new, then counted in `skipped` and
-    left. Where `cache` is the head of the first shard of a cache, shards cached in another way are counted and left.
+    left; so is one that was cached in another way than `cache`, the head of the first, tells.
     """
     done, failures, name = 0, 0, masked(str(shard))
     while failures < attempts:
@@ -933,10 +930,7 @@ class Tars(tarfile.TarFile):
 
 
 def shard_members(shard, lost=None):
-    """Yield (name, bytes, or the path of a folder's picture) of the files in a shard that are data.
-
-    Links are counted in `lost`. Raises one of STREAM_ERRORS if the shard breaks off.
-    """
+    """Yield (name, bytes, or the path of a folder's picture) of a shard's data; count in `lost` what is left out."""
     lost = Counter() if lost is None else lost
     if isinstance(shard, PictureFolder):
         for name in shard.files:
@@ -1031,8 +1025,7 @@ def open_shard(shard):
         with open(shard, "rb") as stream:
             yield stream
         return
-    # curl gives up a server that stalls.
-    limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"
+    limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"  # of a server that stalls
     quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # the quotes of cmd.exe
     curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
@@ -1191,10 +1184,7 @@ def encoded(picture):
 
 
 def open_picture(picture, max_pixels, draft_px=None, background="white"):
-    """Return (upright RGB picture, original (width, height)) of encoded bytes or a path, or raise SkippedSample.
-
-    `draft_px` lets a JPEG be decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that.
-    """
+    """Return (upright RGB picture, original (width, height)) of encoded bytes or a path, or raise SkippedSample."""
     data = encoded(picture)
     try:
         picture = Image.open(io.BytesIO(data), formats=PICTURE_FORMATS)
@@ -1205,7 +1195,7 @@ def open_picture(picture, max_pixels, draft_px=None, background="white"):
             # Pictures stored on their side; Pillow gives the size of a TIFF upright already.
             is_turned = picture.format != "TIFF" and picture.getexif().get(ExifTags.Base.Orientation) in (5, 6, 7, 8)
         original = picture.size[::-1] if is_turned else picture.size
-        if draft_px:
+        if draft_px:  # a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, where no side becomes smaller than that
             picture.draft("RGB", (draft_px, draft_px))
         picture.load()
         for name in ("exif", "Raw profile type exif"):
