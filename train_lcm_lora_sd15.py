@@ -1117,7 +1117,8 @@ def group_members(members, lost):
 def metadata_of(sample):
     """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
     try:
-        record = {name.lower(): value for name, value in json.loads(sample.get("json", b"{}")).items()}
+        fields = json.loads(sample.get("json", b"{}")).items()  # of a name in two spellings the filled one counts
+        record = {name.lower(): value for name, value in sorted(fields, key=lambda item: item[1] not in (None, ""))}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
     found = {}
@@ -1462,17 +1463,18 @@ def cache_identity(args):
 
 
 def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
-    """Return a checksum of sizes, first and last MiB: of a model file, or of parts of a folder."""
+    """Return a checksum of a model file or of parts of a folder: of sizes, and at most 65 MiB of each file."""
     parts = [path for name in names for path in model.glob(name)] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     places = ((path, path.relative_to(model).parts) for path in sorted(paths) if path.is_file())
     files, checksum = [path for path, parts in places if not any(part[0] == "." for part in parts)], 0
     for path in files:
         size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
-        with path.open("rb") as file:
-            head = file.read(2**20)
-            file.seek(max(0, size - 2**20))
-            checksum = zlib.crc32(f"{name} {size}".encode() + head + file.read(), checksum)
+        checksum = zlib.crc32(f"{name} {size}".encode(), checksum)
+        with path.open("rb") as file:  # all over it: a LoRA that is merged in changes neither its head nor its end
+            for place in (*range(0, size, max(2**20, size // 64)), max(0, size - 2**20)):
+                file.seek(place)
+                checksum = zlib.crc32(file.read(2**20), checksum)
     return f"crc32 {checksum:08x} of {len(files)} files"
 
 
@@ -1908,10 +1910,11 @@ def read_lora(path, layers_per_block=None):
     try:
         loras, rest, number = parse_lora(path, layers_per_block)
     except (OSError, SafetensorError, ValueError, LookupError, AttributeError, TypeError, RuntimeError) as error:
-        raise UnusableInput(f"{path}: not a whole LoRA of a UNet ({one_line(error)}); name another file") from error
+        cause = f"not a whole LoRA of a UNet in safetensors ({one_line(error)})"
+        raise UnusableInput(f"{path}: {cause}; name another file") from error
     if rest or 2 * len(loras) != number or not loras:  # diffusers drops DoRA's scales, for one
         raise UnusableInput(f"{path}: not a LoRA of a UNet alone ({rest[:1] or number}); name another file")
-    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up)):
+    if not all(x.isfinite().all() for one in loras.values() for x in (one.alpha * one.down.float(), one.up.float())):
         raise UnusableInput(f"{path}: holds weights that are not finite; name another LoRA")
     return loras
 
@@ -1921,12 +1924,16 @@ def parse_lora(path, layers_per_block):
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
     beside, state = [each.with_name("adapter_config.json") for each in (path, path.resolve())], load_file(path)
-    text = text or next((each.read_text("utf-8") for each in beside if each.is_file()), "{}")
-    config = {name.removeprefix("unet."): value for name, value in json.loads(text).items()}
-    if not config and any(name.startswith("base_model.") for name in state):
-        raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
-    ops = re.findall(r"\blora_unet_input_blocks_(\d+)_0_op\b", " ".join(state))  # downsamplers
-    unet = SimpleNamespace(layers_per_block=layers_per_block or min(map(int, ops), default=3) - 1)
+    is_peft = any(name.startswith("base_model.") for name in state)
+    if not text and (is_peft or path.name == "adapter_model.safetensors"):  # another file's is another LoRA's
+        text = next((each.read_text("utf-8") for each in beside if each.is_file()), None)
+        if is_peft and not text:
+            raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
+    config = {name.removeprefix("unet."): value for name, value in json.loads(text or "{}").items()}
+    # In the original names blocks are counted through, downsamplers too: one after each block's layers.
+    blocks = re.findall(r"\blora_unet_input_blocks_(\d+)_\d_(op)?", " ".join(state))
+    fits = (n for n in (2, 1, *range(3, 10)) if all((int(i) % (n + 1) == 0) == bool(op) for i, op in blocks))
+    unet = SimpleNamespace(layers_per_block=layers_per_block or next(fits, 2))
     number = sum(not name.endswith(".alpha") for name in state)
     found = StableDiffusionLoraLoaderMixin.lora_state_dict(state, unet_config=unet)
     state, alphas = (convert_unet_state_dict_to_peft(part or {}) for part in found)
@@ -1935,11 +1942,11 @@ def parse_lora(path, layers_per_block):
         key = name.removesuffix(".lora_A.weight")
         module = re.sub(r"^(unet\.)?(base_model\.model\.)?", "", key)
         down, up = state.pop(name), state.pop(f"{key}.lora_B.weight", torch.zeros(0, 0))
-        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha") or len(down))
+        alpha = patterns.get(get_pattern_key(patterns, module), config.get("lora_alpha", len(down)))
         alpha *= len(down) ** 0.5 if config.get("use_rslora") else 1
         loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
         is_number = up.is_floating_point() and down.is_floating_point()
-        if not (is_number and up.shape[1:2] == down.shape[:1] and module.startswith(UNET_PARTS)):
+        if not (is_number and up.shape[1:2] == down.shape[:1] != (0,) and module.startswith(UNET_PARTS)):
             misfits.append(module)  # or of a text encoder
     return loras, [*state, *misfits], number
 
@@ -2728,6 +2735,8 @@ class Log:
         for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
             line |= dict(zip(names, watched, strict=True)) if more else {}
+            if skipped := sum(self.job.state.skipped.values()):  # of this process
+                line["skipped_samples"] = skipped
             if torch.cuda.is_available():
                 line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if error := self.fault(line):

@@ -7,8 +7,6 @@
         --gradient_checkpointing --json outputs/one.json
     python scripts/benchmark.py table outputs/gpu.json        # the table of README.md and docs/performance.md
     python scripts/benchmark.py loader --output_dir outputs/loader
-
-`COMMAND --help` describes each command.
 """
 
 import sys

@@ -12,8 +12,7 @@ Beside the flags below it takes the training scripts' flags of the groups `teach
 Input: what a training script takes. Output: a shard for each with a usable sample, 00000.tar on, of KEY.txt, KEY.json,
 KEY.safetensors: in float16 the moments of the VAE's posterior (a latent is drawn from them anew at each use) and
 text embeddings; of SDXL also time ids. The first sample, `_cache`, describes how they were made; a training run
-with other settings is refused. Processes share the shards; a second run makes the missing ones.
-Shards that broke off end it with exit code 2.
+with other settings is refused. Processes share the shards; a second run makes those that are missing or broke off.
 """
 
 import io
@@ -30,6 +29,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from lib.cli import COUNT, ToolParser, folder_problems, refuse, started
 
 PASSED_ON = ("mixed_precision", "seed", "vae_encode_batch_size")
+FILTERS = ("min_image_side_px", "max_watermark", "max_unsafe", "min_aesthetic", "require_metadata")
 
 
 def parse_args(argv=None):
@@ -168,7 +168,12 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, skipped, bar):
     found = dict(skipped - before)
     if not done or any(cause.startswith("shard ") for cause in found):  # it broke off
         return scratch.unlink()
-    stats = {"samples": done, "source": source, "skipped": found}
+    stats = {
+        "samples": done,
+        "source": source,
+        "filters": {name: getattr(args, name) for name in FILTERS},
+        "skipped": found,
+    }
     trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), json.dumps(stats, indent=1))
     os.replace(scratch, target)
 
@@ -182,13 +187,17 @@ def source_of(trainer, shard):
     return trainer.masked(shard) if is_remote else f"{Path(shard).name}, {Path(shard).stat().st_size} bytes"
 
 
-def missing_shards(trainer, folder, head, shards):
+def missing_shards(trainer, folder, head, shards, args):
     """Return (shard, path of its cached form) where there is none yet; raises UnusableInput for other shards."""
     if any(trainer.check_shard(path) != head["json"] for path in sorted(folder.glob("[!.]*.tar"))):
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
+    filters = {name: getattr(args, name) for name in FILTERS}
     for shard, target in targets:
-        source = read_json(target.with_name(f"{target.stem}_stats.json")).get("source") if target.exists() else None
+        made = read_json(target.with_name(f"{target.stem}_stats.json")) if target.exists() else {}
+        if changed := trainer.differences(made.get("filters", filters), filters):
+            raise trainer.UnusableInput(f"{target}: was made by other filters ({changed}); choose another folder")
+        source = made.get("source")
         is_comparable = source and trainer.is_remote(source) == trainer.is_remote(shard)
         if is_comparable and source != source_of(trainer, shard):
             remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"
@@ -206,7 +215,7 @@ def main(own):
     pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
     head = make_head(trainer, pipe, args, own.num_views)
     # What is missing is shared, not all shards: so no process of a resumed run waits for one that has more left.
-    missing = trainer.agree(accelerator, missing_shards, trainer, own.output_dir, head, shards)
+    missing = trainer.agree(accelerator, missing_shards, trainer, own.output_dir, head, shards, args)
     skipped = trainer.Skipped()
     with tqdm(unit="picture", desc="encoding", disable=not accelerator.is_main_process) as bar:
         for shard, target in missing[accelerator.process_index :: accelerator.num_processes]:

@@ -5,9 +5,7 @@
     python scripts/estimate_memory.py --model sdxl @scripts/launch/recipes/sdxl-12gb.txt
     python scripts/estimate_memory.py --model sd15 --train_batch_size 16 --mixed_precision fp16 --cached
 
-The training script's own step runs on PyTorch's meta device, whose tensors have shapes and no values, and the
-bytes of all tensors that are alive at a moment are added up. Flags that are not listed here are the training
-script's.
+The training script's own step runs on PyTorch's meta device. Flags that are not listed here are the training script's.
 
 Not counted: CUDA's context (about 0.5 GiB), workspaces of cuDNN and cuBLAS, fragmentation, NCCL's and DDP's buffers.
 So the card should have a tenth more than the peak, and 1 GiB, as the last line says. Attention counts as flash

@@ -5,12 +5,11 @@
         --lora outputs/lcm-lora --prompts_file prompts.txt --num_images 1000 --output_dir outputs/evaluation
     accelerate launch scripts/evaluate.py ...        the pictures are shared among the processes
 
-Prompts: a text file, one a line, such as the captions of COCO. Picture i has prompt i modulo their number, and
-the same noise in every row. Distances need no real pictures: they are to the teacher's own --teacher_steps samples
-of the same prompts with other noise. A second such draw is the first row: its distance is the floor, what a perfect
-LoRA would have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, to
-which later runs measure.
-Pictures are drawn once, to <output_dir>/pictures/<row>/, and kept: the same command again resumes.
+Prompts: a text file, one a line, such as the captions of COCO. Picture i has prompt i modulo their number, and the
+same noise in every row. Distances need no real pictures: they are to the teacher's own --teacher_steps samples of the
+same prompts with other noise. A second such draw is the first row: its distance is the floor, what a perfect LoRA
+would have. --draw_yardstick 8 keeps the features of 8 such samples of each prompt in the file --yardstick, to which
+later runs measure. Pictures are drawn once, to <output_dir>/pictures/<row>/, and kept: the same command again resumes.
 Output: results.json, table.md, report.html.
 """
 

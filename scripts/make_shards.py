@@ -30,7 +30,7 @@ from itertools import count, groupby
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
-from lib import cli
+from lib import cli, write_whole
 
 KEPT_FORMATS = {b"\xff\xd8\xff": "jpg", b"\x89PNG\r\n\x1a\n": "png", b"RIFF": "webp"}  # first bytes: suffix
 MANIFEST = "make_shards.json"
@@ -183,13 +183,6 @@ def describe_run(args, source):
     return json.loads(json.dumps(settings)) | {"contents": source.identity}
 
 
-def write_text(path, text):
-    """Write a file whole or not at all; several processes may write the same one at a time."""
-    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
-    scratch.write_text(text, encoding="utf-8")
-    os.replace(scratch, path)
-
-
 def check_output(folder, run):
     """Write the manifest of a run; raises UnusableInput where the folder holds shards of another one."""
     manifest = folder / MANIFEST
@@ -200,7 +193,7 @@ def check_output(folder, run):
         changed = [f"{key} was {old.get(key)!r}, is {run[key]!r}" for key in run if old.get(key) != run[key]]
         why = "; ".join(changed) if old else "this tool did not make them"
         raise UnusableInput(f"--output_dir {folder}: holds other shards ({why}); remove them or choose another folder")
-    write_text(manifest, json.dumps(run, indent=1))
+    write_whole(manifest, json.dumps(run, indent=1))
 
 
 def finished(target, digest):
@@ -231,7 +224,7 @@ def main(args):
             with writing_alone(target):
                 samples, left_out = write_shard(target, pairs, args, bar)
             record = json.dumps({"run": digest, "samples": samples, "left_out": left_out}, indent=1)
-            write_text(target.with_name(f"{target.stem}_stats.json"), record)
+            write_whole(target.with_name(f"{target.stem}_stats.json"), record)
         records = [finished(target, digest) for target in targets]
         if kept:
             bar.write(f"{kept} shards were there already and are kept", file=sys.stderr)
@@ -243,7 +236,7 @@ def main(args):
 def report(args, records, unread):
     rows = [row for record in records for row in record["left_out"]]
     rows += [{"source": name, "cause": cause} for name, cause in unread]
-    write_text(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))
+    write_whole(args.output_dir / LEFT_OUT, "".join(json.dumps(row) + "\n" for row in rows))
     causes = Counter(row["cause"] for row in rows)
     text = ", ".join(f"{cause}: {number}" for cause, number in causes.most_common())
     samples = sum(record["samples"] for record in records)

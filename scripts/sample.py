@@ -13,8 +13,7 @@
     --controlnet MODEL --control_image edges.png                   ControlNet, alone or with --image
 
 The grid has a row per sampler, all from the same noise. DDIM and the DPM-Solvers (second order, multistep) use
-"trailing" timesteps, which start where there is only noise and show the teacher at its best (arXiv:2305.08891),
-and end in a clean estimate; DPM-Solver without ++ ends at the schedule's least noise.
+"trailing" timesteps, which start where there is only noise and show the teacher at its best (arXiv:2305.08891).
 Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of the first 16 prompts), samples.json.
 """
 

@@ -216,12 +216,12 @@ def test_other_flags_than_the_caches_are_named(script, teacher, cached, changes,
 
 def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, teacher, cached, tmp_path):
     file, seen = tmp_path / "model.safetensors", set()
-    for place, value in ((0, 0), (0, 1), (-1, 1)):  # a large file counts by its head and its tail
+    for place, value in ((0, 0), (0, 1), (-1, 1), (3 * 2**19, 1)):  # head, tail and middle
         data = bytearray(3 * 2**20)
         data[place] = value
         file.write_bytes(data)
         seen.add(script.fingerprint(file))
-    assert len(seen) == 3
+    assert len(seen) == 4
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     assert audit(script, cached, other)[0]
@@ -351,6 +351,10 @@ def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path
     shutil.copytree(shards, tmp_path / "moved")
     cache(tmp_path / "moved", tmp_path / "out")  # the same shards elsewhere
     before = contents(tmp_path / "out")
+    (tmp_path / "out" / "00001.tar").unlink()
+    said = cache(shards, tmp_path / "out", 2, max_watermark=0.5)
+    assert "00000.tar: was made by other filters (max_watermark was None, is 0.5)" in said[-1]
+    cache(shards, tmp_path / "out")
     (tmp_path / "moved" / first.name).unlink()
     said = cache(tmp_path / "moved", tmp_path / "out", 2)
     assert f"00000.tar: was made of {first.name}" in said[-1] and contents(tmp_path / "out") == before

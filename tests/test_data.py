@@ -655,6 +655,9 @@ def test_filters(script, name):
         assert outcome(script, {key: bad}, **{flag: limit}) == f"filtered by {name}"
         assert outcome(script, {key: fine}, **{flag: limit})["caption"] == "sea"
         assert outcome(script, {key: bad})["caption"] == "sea", "no filter without its flag"
+    for none in (None, ""):  # of one name in two spellings the filled one counts
+        for record in ({keys[0]: bad, keys[0].upper(): none}, {keys[0].upper(): none, keys[0]: bad}):
+            assert outcome(script, record, **{flag: limit}).startswith("filtered") or record[keys[0]] != bad
     for record in ({}, {keys[0]: None}, {keys[0]: ""}):
         assert outcome(script, record, **{flag: limit})["caption"] == "sea", "missing is no rejection"
         asked = outcome(script, record, **{flag: limit, "require_metadata": True})

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import shutil
 import sys
 from unittest import mock
 
@@ -17,7 +18,7 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(ROOT / "scripts"))
 from lib import pipelines
-from lib.trainers import UnusableInput, exit_code
+from lib.trainers import UnusableInput, exit_code, sd15
 
 PROMPTS = ["a red hill", "the sea"]
 TARGETS = ["to_q", "to_v", "ff.net.2", "conv1", "conv_shortcut", "time_emb_proj"]
@@ -94,30 +95,39 @@ def test_style_and_lcm_lora_equal_weights_merged_by_hand(teacher, loras):
 @one_family
 def test_a_kohya_file_with_alphas_that_differ_is_drawn_as_it_says(teacher, loras, tmp_path):
     _, weights = loras
-    pipe, merged, state = load(teacher), load(teacher), {}
-    trainer = pipelines.sdxl if hasattr(pipe, "text_encoder_2") else pipelines.sd15
-    for number, down in enumerate(name for name in weights["style"] if name.endswith("lora_A.weight")):
-        module, up = down.removesuffix(".lora_A.weight"), down.replace("lora_A", "lora_B")
-        key, rank = trainer.kohya_name(module, pipe.unet.config.layers_per_block), 1 + number % 2
-        a, b = weights["style"][down][:rank], weights["style"][up][:, :rank]
-        alpha = rank * (0.5 + number % 3)
-        state |= {f"{key}.lora_down.weight": a.contiguous(), f"{key}.lora_up.weight": b.contiguous()}
-        state[f"{key}.alpha"] = torch.tensor(alpha)
-        merge(merged.unet, [(alpha / rank, {down: a, up: b})])
-    save_file(state, tmp_path / "style.safetensors")
-    pipelines.load_lora(pipe, tmp_path / "style.safetensors", "style1")
-    drawn = latents_of(pipe, "ddim", {"style1": 1.0})
-    torch.testing.assert_close(drawn, latents_of(merged, "ddim"), rtol=1e-3, atol=1e-4)
+    for is_partial in (False, True):  # some layers without one, which is then their rank
+        pipe, merged, state = load(teacher), load(teacher), {}
+        trainer = pipelines.sdxl if hasattr(pipe, "text_encoder_2") else pipelines.sd15
+        for number, down in enumerate(name for name in weights["style"] if name.endswith("lora_A.weight")):
+            module, up = down.removesuffix(".lora_A.weight"), down.replace("lora_A", "lora_B")
+            key, rank = trainer.kohya_name(module, pipe.unet.config.layers_per_block), 1 + number % 2
+            a, b = weights["style"][down][:rank], weights["style"][up][:, :rank]
+            alpha = rank * (0.5 + number % 3) if not is_partial else (rank, 1.5)[number % 2]
+            state |= {f"{key}.lora_down.weight": a.contiguous(), f"{key}.lora_up.weight": b.contiguous()}
+            if number % 2 or not is_partial:
+                state[f"{key}.alpha"] = torch.tensor(alpha)
+            merge(merged.unet, [(alpha / rank, {down: a, up: b})])
+        save_file(state, tmp_path / "style.safetensors")
+        pipelines.load_lora(pipe, tmp_path / "style.safetensors", "style1")
+        drawn = latents_of(pipe, "ddim", {"style1": 1.0})
+        torch.testing.assert_close(drawn, latents_of(merged, "ddim"), rtol=1e-3, atol=1e-4)
     save_file(state | {f"{key}.dora_scale": torch.ones(4, 1)}, tmp_path / "dora.safetensors")
     with pytest.raises(UnusableInput, match="DoRA"):
         pipelines.load_lora(pipe, tmp_path / "dora.safetensors", "style2")
 
 
-def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras):
+def test_peft_folder_of_a_checkpoint_loads_as_peft_loads_it(teacher, loras, tmp_path):
     folder, _ = loras
     pipe, by_peft = load(teacher), load(teacher)
     pipelines.load_lora(pipe, folder / "lcm" / "unet" / "adapter_model.safetensors")
     by_peft.unet = PeftModel.from_pretrained(by_peft.unet, folder / "lcm" / "unet")
+    shutil.copytree(folder / "lcm" / "unet", tmp_path / "both")
+    shutil.copy(folder / "style" / sd15.WEIGHTS_NAME, tmp_path / "both")
+    other = load(teacher)
+    for number, (name, rank) in enumerate((("", 2), ("adapter_model.safetensors", 3), (sd15.WEIGHTS_NAME, 2))):
+        pipelines.load_lora(other, tmp_path / "both" / name, f"lcm{number}")
+        by_trainer = sd15.read_lora(tmp_path / "both" / name)
+        assert other.unet.peft_config[f"lcm{number}"].r == rank == len(next(iter(by_trainer.values())).down)
     ours = latents_of(pipe, "lcm-lora")
     pipelines.set_sampler(by_peft, "lcm-without-lora", {})
     theirs = torch.stack(pipelines.draw(by_peft, PROMPTS, 2, 1.0, [0, 1], output_type="latent")[0])
@@ -289,6 +299,16 @@ def test_a_lora_that_is_not_finite_and_ctrl_c_end_with_one_line(teacher, loras, 
     save_file(weights | {first: torch.full_like(weights[first], float("nan"))}, tmp_path / "nan.safetensors")
     with pytest.raises(UnusableInput, match="not finite"):
         pipelines.load_lora(load(teacher), str(tmp_path / "nan.safetensors"))
+    loaded = sd15.read_lora(loras[0] / "lcm")
+    state = {
+        f"unet.{name}.lora_{part}.weight": m
+        for name, one in loaded.items()
+        for part, m in zip("AB", one[:2], strict=True)
+    }
+    del state[next(name for name in state if "lora_B" in name)]
+    save_file(state, tmp_path / "half.safetensors")
+    with pytest.raises(UnusableInput, match=f"{len(state)} of {len(state) + 1} UNet tensors fit"):
+        pipelines.load_lora(load(teacher), str(tmp_path / "half.safetensors"))
 
     def interrupted(_args):
         raise KeyboardInterrupt

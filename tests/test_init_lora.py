@@ -104,6 +104,34 @@ def test_the_alpha_of_each_layer_counts(script, teacher, tmp_path):
     torch.testing.assert_close(output(unet), output(trained), rtol=1e-4, atol=1e-4)
 
 
+@one_family
+def test_a_config_beside_counts_for_pefts_file_alone(script, teacher, tmp_path):
+    trained = with_lora(script, teacher, 4, 4, random=True)
+    path = write(script, trained, "diffusers", tmp_path, 4)
+    save_file(load_file(path), path)  # without a header, as many are
+    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA"}  # of another LoRA
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    for name, strength in (("style.safetensors", 1), (script.WEIGHTS_NAME, 1), ("adapter_model.safetensors", 2)):
+        loras = script.read_lora(path.rename(tmp_path / name))
+        path = tmp_path / name
+        assert {one.alpha / len(one.down) for one in loras.values()} == {strength}, name
+
+
+@one_family
+def test_the_original_block_names_tell_the_layers_of_a_block(script, tmp_path):
+    for layers, several in ((1, ("3_1_a 5_1_a", "2_0_op 3_1_a", "4_0_op")), (2, ("6_0_op", "4_1_a 8_1_a", "8_1_a"))):
+        for blocks in several:
+            state = {}
+            for name in blocks.split():
+                key = f"lora_unet_input_blocks_{name}".replace("_a", "_transformer_blocks_0_attn1_to_q")
+                shape = (1, 1) if "op" in name else ()
+                state |= {f"{key}.lora_down.weight": torch.ones(2, 4, *shape)}
+                state |= {f"{key}.lora_up.weight": torch.ones(4, 2, *shape), f"{key}.alpha": torch.tensor(1.0)}
+            save_file(state, tmp_path / "a.safetensors")
+            found = script.read_lora(tmp_path / "a.safetensors").keys()
+            assert found == script.read_lora(tmp_path / "a.safetensors", layers).keys(), blocks
+
+
 @pytest.mark.parametrize("keys", ["diffusers", "peft"])
 def test_rank_patterns_alpha_patterns_and_rslora_count(script, teacher, keys, tmp_path):
     trained = DiffusionPipeline.from_pretrained(teacher).unet
@@ -143,6 +171,8 @@ def test_what_does_not_fit_is_named(script, teacher, tmp_path):
         ({name: value for name, value in good.items() if "up.weight" not in name}, "LoRA of a UNet"),
         ({"conv_in.weight": torch.zeros(1)}, "conv_in.weight"),
         (good | {key: torch.full_like(good[key], float("nan"))}, "not finite"),
+        (good | {key: good[key][:0], key.replace("down", "up"): torch.zeros(4, 0)}, "LoRA of a UNet"),
+        ({name: value.to(torch.float8_e4m3fn) for name, value in good.items()}, None),
         ({}, "LoRA of a UNet"),
         (b"", script.WEIGHTS_NAME),
         (None, script.WEIGHTS_NAME),
@@ -150,6 +180,9 @@ def test_what_does_not_fit_is_named(script, teacher, tmp_path):
         path.unlink(missing_ok=True)
         if content is not None:
             path.write_bytes(content) if isinstance(content, bytes) else save_file(content, path)
+        if named is None:
+            script.load_init_lora(unet, path)
+            continue
         with pytest.raises(script.UnusableInput, match=named) as error:
             script.load_init_lora(unet, path)
         assert "\n" not in str(error.value)

@@ -132,6 +132,19 @@ def test_every_spelling_of_a_caption_file(tool, tmp_path):
         assert list(captions(out).values()) == ["sea"], name
 
 
+def test_an_empty_caption_gives_way_to_the_next(tool, tmp_path, capsys):
+    folder = write_pictures(tmp_path / "in", 5)
+    (folder / "metadata.csv").write_text("file_name,text\n000.png,\n001.png,two\n")
+    for number in (2, 3):
+        (folder / f"00{number}.txt").write_text(" \n")
+    (folder / "002.json").write_text('{"caption": "of the json"}')
+    (folder / "003.json").write_text('{"width": 64}')
+    (folder / "004.txt").write_bytes(b"caf\xe9")
+    expected = {"000.png": "sea 0", "001.png": "two", "002.png": "of the json"}
+    assert captions(make(tool, tmp_path, folder)[1]) == expected
+    assert "empty caption: 1, caption is not UTF-8: 1" in capsys.readouterr().out
+
+
 def test_the_asked_caption_extension_comes_first(tool, tmp_path):
     folder = write_pictures(tmp_path / "in", 1)
     (folder / "000.caption").write_text("hill")
@@ -206,6 +219,8 @@ def test_odd_tables_keep_every_row(tool, tmp_path):
         ("pandas.tsv", 'file_name\ttext\n000.png\t"a ""big"" cat"\n001.png\t"dog\n"\n', ['a "big" cat', "dog"]),
         ("null.jsonl", '{"file_name": null}\n{"file_name": "001.png", "text": "b"}\n', "b"),
         ("types.jsonl", "\n".join(map(json.dumps, [*rows, long])), "abcd"),
+        ("long.csv", f"file_name,text,data\n000.png,a,{'x' * 200_000}\n", "a"),
+        ("empty.jsonl", '{"file_name": "000.png", "captions": ["", "a"]}\n', "a"),
     ):
         (folder / name).write_text(text, encoding="utf-8")
         _, out = make(tool, tmp_path, folder / name, out=f"out {name}")
@@ -214,6 +229,12 @@ def test_odd_tables_keep_every_row(tool, tmp_path):
     (folder / "metadata.csv").write_text("file_name,text\n000.png,one\n000.png,two\n001.png,three\n")
     _, out = make(tool, tmp_path, folder, out="several")
     assert [sample["txt"].decode() for sample in read_all(out)] == ["one", "two", "three"]
+    write_table(folder / "null.parquet", [{"file_name": name, "text": "sea"} for name in (None, "000.png", None)])
+    assert list(captions(make(tool, tmp_path, folder / "null.parquet", out="null")[1])) == ["000.png"]
+    kinds = pyarrow.schema({"file_name": pyarrow.string(), "image": pyarrow.large_binary(), "text": pyarrow.string()})
+    row = {"file_name": "of another machine.png", "image": picture_bytes(1), "text": "sea"}  # as polars writes it
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row], kinds), folder / "large.parquet")
+    assert read_all(make(tool, tmp_path, folder / "large.parquet", out="large")[1])[0]["png"] == picture_bytes(1)
     data = [{"bytes": picture_bytes(i), "path": None} for i in range(4)]
     features = {
         "hash": datasets.Value("binary"),
@@ -391,6 +412,15 @@ def test_a_row_of_the_hub_reads_no_file_of_this_machine(tool, tmp_path, hub, cap
     _, out = make(tool, tmp_path, "me/sea")
     assert list(captions(out).values()) == ["sea"]
     assert "row without a picture of this data set: 3" in capsys.readouterr().out
+    rows[1]["image"]["path"] = "/"  # of this machine, where a row that cannot be read costs itself alone
+    rows[2]["image"]["path"] = "odd://127.0.0.1:9/x.png"
+    datasets.Dataset.from_list(
+        [*rows, {"image": {"bytes": None, "path": "https://127.0.0.1:9/y"}, "text": "x"}]
+    ).to_parquet(tmp_path / "local.parquet")
+    _, out = make(tool, tmp_path, tmp_path / "local.parquet", out="local")
+    assert (
+        len(read_all(out)) == 2 and "Is a directory: 1, file cannot be read: 1, row without" in capsys.readouterr().out
+    )
 
 
 def test_a_data_set_that_cannot_be_had_is_named(tool, tmp_path, hub):

@@ -4,10 +4,9 @@
     bash scripts/demo/make_teacher.sh sd15
     bash scripts/demo/make_teacher.sh sdxl
 
-run this file in two processes; the second takes judge and VAE from the first one's result. Each stage leaves
-its result in --work_dir and is skipped when that is there.
-Output: a complete `StableDiffusionPipeline` or `StableDiffusionXLPipeline` in float16, and with a new judge
-that judge.
+run this file in two processes; the second takes judge and VAE from the first one's result. Each stage leaves its
+result in --work_dir and is skipped when that is there. Output: a complete `StableDiffusionPipeline` or
+`StableDiffusionXLPipeline` in float16, and with a new judge that judge.
 """
 
 import argparse
@@ -62,8 +61,7 @@ def to_pixels(pictures):
 def fit(accelerator, name, model, batch_loss, updates, lr, num_samples, batch_size=64):
     """Train `model` with AdamW and return it with its averaged weights (EMA).
 
-    `batch_loss(model, indices)` gives the loss of samples [B]. The rate is constant, with a warm-up and a
-    decay to zero over the last quarter.
+    `batch_loss(model, indices)` gives the loss of samples [B]. The rate decays to zero over the last quarter.
     """
     set_seed(accelerator.process_index)
     ema = EMAModel(model.parameters(), decay=0.999, use_ema_warmup=True, power=0.75)

@@ -6,6 +6,13 @@ import os
 import sys
 
 
+def write_whole(path, text):
+    """Write a file whole or not at all; several processes may write the same one at a time."""
+    scratch = path.with_name(f".writing-{os.getpid()}-{path.name}")
+    scratch.write_text(text, encoding="utf-8")
+    os.replace(scratch, path)
+
+
 def without_traceback(kind, error, trace):
     if kind is PermissionError:  # of any path, which pathlib raises below a folder that may not be entered
         print(f"error: {error.filename}: {error.strerror}; give this user the right, or name another", file=sys.stderr)

@@ -27,6 +27,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
+csv.field_size_limit(2**31 - 1)  # pandas, which reads the table, has none
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
 
@@ -106,7 +107,7 @@ def read_rows(path, args):
         # Undecoded: Pillow would open pictures of every format, and start Ghostscript for EPS.
         data = data.decode(False) if data.features else data
         kinds = data.features or dict.fromkeys(itertools.chain.from_iterable(itertools.islice(data, 10_000)))
-        known = [name for name in PICTURE_COLUMNS if re.match(r"Image\(|Value\('bin|{'bytes'", repr(kinds.get(name)))]
+        known = [name for name in PICTURE_COLUMNS if re.match(r"Image|Value\('\w*bin|{'bytes'", repr(kinds.get(name)))]
         known += [name for name, kind in kinds.items() if isinstance(kind, datasets.Image)]  # `conditioning_image`
         picture = pick_column(kinds, args.image_column, [*known, *PICTURE_COLUMNS], "--image_column", where)
         caption = pick_column(kinds, args.caption_column, CAPTION_COLUMNS, "--caption_column", where)
@@ -115,8 +116,8 @@ def read_rows(path, args):
             cells = [(row.get(name), kinds[name]) for name in (picture, caption)]
             cell, texts = (json.loads(c) if c and isinstance(kind, datasets.Json) else c for c, kind in cells)
             texts = texts if isinstance(texts, list) else [names.get(str(texts), texts)]
-            yield cell, next((text for text in texts if isinstance(text, str)), None)
-    except LOAD_ERRORS as error:
+            yield cell, max((text for text in texts if isinstance(text, str)), key=sd15.is_filled, default=None)
+    except (*LOAD_ERRORS, csv.Error) as error:
         why = " ".join(str(error).split())[:240] or type(error).__name__
         raise UnusableInput(f"{where}: cannot be read ({why}); mend it, or check name, network and access") from error
 
@@ -131,11 +132,14 @@ def pick_column(columns, asked, known, flag, where):
 
 def open_rows(path, args):
     """Return the source of a table or data set: a list where cells are paths, else a stream."""
-    rows = read_rows(path, args)
-    first = next(rows, None)
-    if first is None:
+    head, rows = [], read_rows(path, args)
+    for row in rows:
+        head.append(row)
+        if row[0] is not None:  # it tells what the cells are
+            break
+    if not head:
         raise UnusableInput(f"{path or args.dataset_name}: has no rows; give a table of pictures")
-    rows = itertools.chain([first], rows)
+    rows, first = itertools.chain(head, rows), head[-1]
     if isinstance(first[0], str) or (first[0] is None and path and path.suffix.lower() in (".csv", ".tsv", ".jsonl")):
         if path is None or path.is_dir():
             what = f"its pictures are addresses or paths, such as {sd15.masked(first[0])[:60]!r}"
@@ -157,7 +161,8 @@ def cell_entry(number, cell, caption, is_remote):
     """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
     place = cell if isinstance(cell, dict) else {"bytes": cell if isinstance(cell, bytes) else None}
     path = place.get("path") or ""
-    is_wrong = place.get("bytes") is None and (not path or bool(HUB_FILE.fullmatch(path)) != is_remote)
+    is_elsewhere = bool(HUB_FILE.fullmatch(path)) != is_remote or path.startswith(("http://", "https://"))
+    is_wrong = place.get("bytes") is None and (not path or is_elsewhere)
     name = sd15.masked(f"row {number} {path.rpartition('/')[2]}".strip())
     return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
 
@@ -196,8 +201,10 @@ def list_folder(folder, args):
     for path, caption in [(p, each) for p in sorted(pictures | captions.keys()) for each in captions.get(p, [None])]:
         fault = None
         beside = (texts.get((stem, suffix)) for suffix in suffixes for stem in (path.with_suffix(""), path))
-        if caption is None and (text := next(filter(None, beside), None)):
-            caption, fault = read_caption(text)
+        for text in filter(None, beside):
+            if not sd15.is_filled(caption or ""):
+                found, fault = read_caption(text)
+                caption = caption if found is None else found
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
     return list_source(entries, sorted(unread))
 
@@ -235,7 +242,8 @@ def read_places(entries):
             yield entry, None if entry.fault else read_place(entry.place)
         except LOAD_ERRORS as error:  # ValueError: of a path with a null byte
             # A network that fails would leave out every picture after this one.
-            if isinstance(entry.place, dict) and not isinstance(error, FileNotFoundError):
+            address = isinstance(entry.place, dict) and entry.place["path"]
+            if address and HUB_FILE.fullmatch(address) and not isinstance(error, FileNotFoundError):
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
             yield entry, sd15.SkippedSample(getattr(error, "strerror", None) or "file cannot be read")
 

@@ -151,14 +151,17 @@ def load_lora(pipe, lora, name="lcm"):
     # diffusers logs what it raises, and only warns of keys without a place; of the Hub, that it takes one of several.
     logs.set_verbosity(logs.CRITICAL if source.exists() else logs.WARNING)
     try:
-        if all((source / file).exists() for file in PEFT_FILES):
+        path = sd15.lora_file(source)
+        is_peft = all((source / file).exists() for file in PEFT_FILES)
+        if is_peft and (path.name == PEFT_FILES[1] or Path(lora).is_file()):  # else the folder's LoRA is another file
             found = add_peft_adapter(pipe.unet, source, name)
         else:
-            if any(key.endswith("dora_scale") for key in sd15.weight_names(sd15.lora_file(source))):
+            if any(key.endswith("dora_scale") for key in sd15.weight_names(path)):
                 raise ValueError("it is a DoRA, whose scales diffusers leaves out")
             weights, alphas = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
             found = sum(key.startswith("unet.") and weight.ndim > 1 for key, weight in weights.items())
-            is_uneven = len(set((alphas or {}).values())) > 1
+            layers = sum(key.endswith((".lora.down.weight", ".lora_A.weight")) for key in weights)
+            is_uneven = len(set((alphas or {}).values())) > 1 or 0 < len(alphas or {}) < layers
             pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(source), adapter_name=name)
     except LOAD_ERRORS as error:
         why = textwrap.shorten(str(error), 240)
@@ -167,10 +170,11 @@ def load_lora(pipe, lora, name="lcm"):
     finally:
         logs.set_verbosity_error()
     fitted = get_peft_model_state_dict(pipe.unet, adapter_name=name) if found else {}
+    loaded, expected = sum(not tensor.is_meta for tensor in fitted.values()), max(found, len(fitted))
+    if not found or loaded < expected:  # on "meta" is the half that a layer lacks
+        raise UnusableInput(f"LoRA {lora}: {loaded} of {expected} UNet tensors fit; give one made for this model")
     if not all(tensor.isfinite().all() for tensor in fitted.values()):
         raise UnusableInput(f"LoRA {lora}: holds weights that are not finite; take an earlier checkpoint")
-    if not found or len(fitted) < found:
-        raise UnusableInput(f"LoRA {lora}: {len(fitted)} of {found} UNet tensors fit; give one made for this model")
     # New layers come in training mode, where a LoRA trained with dropout would still drop.
     pipe.unet.eval()
 

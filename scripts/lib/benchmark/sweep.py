@@ -12,7 +12,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
 
-from lib.benchmark.table import gpu_table, write_whole
+from lib import write_whole
+from lib.benchmark.table import gpu_table
 
 REAL_MODELS = ("sd15", "sdxl", "ssd1b")
 DEMO_MODELS = {"sd15": "demo", "sdxl": "demo-sdxl"}  # which --tiny measures in place of the real ones
@@ -131,9 +132,6 @@ class Sweep:
         self.report["machine"] = {name: figures[name] for name in ("device", "torch", "cuda")}
         return {name: figures[name] for name in PRINTED}
 
-    def write(self):
-        write_whole(self.args.json, json.dumps(self.report, indent=1))
-
 
 def measure_all(args):
     """Measure the list of cases until the time is over; the next process imports while one measures."""
@@ -163,7 +161,7 @@ def measure_all(args):
                 sweep.plain[str(one)] = known
             else:
                 sweep.report["rows"].append(row)
-            sweep.write()
+            write_whole(args.json, json.dumps(sweep.report, indent=1))
             speed = known.get("failed") or f"{known['samples_per_second']:.2f} samples/s"
             print(f"{model} {batch} {precision} {' '.join(options)}, {recipe}: {speed}", file=sys.stderr)
         if sweep.seconds_left() <= 0:
@@ -171,6 +169,6 @@ def measure_all(args):
     worker.kill()
     worker.communicate()
     sweep.estimates.shutdown(cancel_futures=sweep.seconds_left() <= 0)
-    sweep.write()
+    write_whole(args.json, json.dumps(sweep.report, indent=1))
     print(gpu_table(sweep.report))
     return 0 if sweep.report["rows"] else 1

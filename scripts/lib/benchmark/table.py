@@ -2,10 +2,11 @@
 """Tables of `benchmark.py train --all`, and their places in README.md and docs/performance.md."""
 
 import json
-import os
 import re
 import sys
 from pathlib import Path
+
+from lib import write_whole
 
 ROOT = Path(__file__).resolve().parents[3]
 PLACE = re.compile(r"(<!-- gpu table: (short|full) -->\n).*?(<!-- end of gpu table -->)", re.DOTALL)
@@ -19,9 +20,7 @@ TITLES_OF_MODELS = {"sd15": "SD 1.5", "sdxl": "SDXL"}
 
 def figure_text(figures, name, digits):
     """Return one figure of a measurement as text: a dash where it was not made, or why it failed."""
-    if not figures:
-        return "–"
-    return figures.get("failed") or f"{figures[name]:.{digits}f}"
+    return (figures or {"failed": "–"}).get("failed") or f"{figures[name]:.{digits}f}"
 
 
 def ratio(row, name):
@@ -65,12 +64,6 @@ def gpu_table(report, is_short=False):
             rows.append([*settings(row), *(text(row) for _, _, text in columns)])
         seen.add(size)
     return markdown(report, ["model", "pictures", "precision", "flags", *(title for title, *_ in columns)], rows)
-
-
-def write_whole(path, text):
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)
 
 
 def write_tables(figures, root=ROOT):

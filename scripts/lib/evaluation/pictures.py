@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pictures of an evaluation: which rows there are, drawing what is missing, reading what is kept.
 
-A picture is a PNG whose text chunk "record" holds its settings and its cost, so that a picture of other
-settings is noticed. Blocks of `--batch_size` pictures are drawn together, always the same ones, so that
-neither an interruption nor the number of processes changes a picture.
+A picture is a PNG whose text chunk "record" holds its settings and its cost. Blocks of `--batch_size` pictures are
+always drawn together, so that neither an interruption nor the number of processes changes a picture.
 """
 
 import hashlib

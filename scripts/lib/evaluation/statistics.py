@@ -3,8 +3,7 @@
 
 A mean gets the percentile bootstrap. The Fréchet distance must not: a resample repeats pictures, which adds
 as much as drawing fewer of them does (with 192 pictures and 64 features more than the distance itself), so
-the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures.
-The interval does not hold the bias, which is less for a row whose pictures vary less: read the spread beside it.
+the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures, without the bias.
 """
 
 import torch
@@ -25,9 +24,8 @@ def centred(features):
 def frechet_distance(a, b):
     """Return the Fréchet distance of Gaussians fitted to features a [..., D] and b [..., D].
 
-    arXiv:1706.08500, eq. 6: |mean_a - mean_b|^2 + trace(C_a) + trace(C_b) - 2 trace((C_a C_b)^(1/2)). With
-    C = R^T R the last trace is the sum of the singular values of R_a R_b^T: no root of a nearly singular
-    matrix is taken.
+    arXiv:1706.08500, eq. 6: |mean_a - mean_b|^2 + trace(C_a) + trace(C_b) - 2 trace((C_a C_b)^(1/2)). With C = R^T R
+    the last trace is the sum of the singular values of R_a R_b^T: no root of a nearly singular matrix is taken.
     """
     a, b = a.flatten(0, -2), b.flatten(0, -2)
     (mean_a, root_a), (mean_b, root_b) = centred(a.double()), centred(b.double())
@@ -39,9 +37,8 @@ def frechet_distance(a, b):
 def jackknife(distance, a, b):
     """Return {value, low, high} of a distance of two sets: the delete-a-group jackknife, 95%.
 
-    The sets hold pictures, or prompts with several pictures each. Items i of sets of the same length are in
-    the same group, so pictures of one prompt stay together. Without 2 items in each group there is no
-    interval: low and high are None.
+    Items i of sets of the same length are in the same group, so pictures of one prompt stay together. Without 2 items
+    in each group low and high are None.
     """
     groups = [torch.randperm(len(x), generator=torch.Generator().manual_seed(0)) % GROUPS for x in (a, b)]
     value = distance(a, b)
