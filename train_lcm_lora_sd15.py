@@ -875,7 +875,7 @@ def read_shard(shard, skipped, attempts=READ_ATTEMPTS, cache=None):
     """Yield a shard's samples, undecoded: {"__key__", "__url__", suffix: bytes, or the path of a folder's picture}.
 
     A broken shard is read again, up to `attempts` times in which no sample is new, then counted in `skipped` and
-    left; so is one that was cached in another way than `cache`, the head of the first, tells.
+    left. Where `cache` is the head of the first shard of a cache, shards cached in another way are counted and left.
     """
     done, failures, name = 0, 0, masked(str(shard))
     while failures < attempts:
@@ -1025,7 +1025,9 @@ def open_shard(shard):
         with open(shard, "rb") as stream:
             yield stream
         return
-    limits = f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"  # of a server that stalls
+    limits = (
+        f"--connect-timeout {STALL_S} --speed-limit 1000 --speed-time {STALL_S}"  # curl gives up a server that stalls
+    )
     quoted = shlex.quote(shard) if os.name == "posix" else f'"{shard}"'  # the quotes of cmd.exe
     curl = f"curl --fail --silent --show-error --location {limits} {quoted}"
     command = shard.removeprefix("pipe:") if shard.startswith("pipe:") else curl
@@ -1118,7 +1120,8 @@ def metadata_of(sample):
     """Return a json's "caption", "side" in px and fields of METADATA_KEYS: floats, None for what is no number."""
     try:
         fields = json.loads(sample.get("json", b"{}")).items()  # of a name in two spellings the filled one counts
-        record = {name.lower(): value for name, value in sorted(fields, key=lambda item: item[1] not in (None, ""))}
+        fields = sorted(fields, key=lambda item: item[1] not in (None, []) and bool(str(item[1]).strip()))
+        record = {name.lower(): value for name, value in fields}
     except (ValueError, AttributeError, RecursionError) as error:
         raise SkippedSample("json cannot be read") from error
     found = {}
@@ -1446,6 +1449,7 @@ def check_cache(cache, args):
 def differences(old, new):
     """Return "NAME was OLD, is NEW; ..." for what differs between two dicts."""
     names = [name for name in sorted(old.keys() | new.keys()) if old.get(name) != new.get(name)]
+    names = [name for name in names if not str(new.get(name)).startswith(f"{old.get(name)}, ")]  # 0.2.0: no middle
     return "; ".join(f"{name} was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
 
 
@@ -1463,19 +1467,21 @@ def cache_identity(args):
 
 
 def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
-    """Return a checksum of a model file or of parts of a folder: of sizes, and at most 65 MiB of each file."""
+    """Return checksums of a model file or of parts of a folder: of sizes and ends, and of 64 MiB between them."""
     parts = [path for name in names for path in model.glob(name)] or [model]
     paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
     places = ((path, path.relative_to(model).parts) for path in sorted(paths) if path.is_file())
-    files, checksum = [path for path, parts in places if not any(part[0] == "." for part in parts)], 0
+    files, ends, middle = [path for path, parts in places if not any(part[0] == "." for part in parts)], 0, 0
     for path in files:
         size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
-        checksum = zlib.crc32(f"{name} {size}".encode(), checksum)
-        with path.open("rb") as file:  # all over it: a LoRA that is merged in changes neither its head nor its end
-            for place in (*range(0, size, max(2**20, size // 64)), max(0, size - 2**20)):
+        with path.open("rb") as file:
+            head = file.read(2**20)
+            for place in range(2**20, size, max(2**20, size // 64)):  # where a LoRA that is merged in changes it
                 file.seek(place)
-                checksum = zlib.crc32(file.read(2**20), checksum)
-    return f"crc32 {checksum:08x} of {len(files)} files"
+                middle = zlib.crc32(file.read(2**20), middle)
+            file.seek(max(0, size - 2**20))
+            ends = zlib.crc32(f"{name} {size}".encode() + head + file.read(), ends)
+    return f"crc32 {ends:08x} of {len(files)} files, {middle:08x} of their middle"
 
 
 def data_checksum(shards):
@@ -1924,12 +1930,13 @@ def parse_lora(path, layers_per_block):
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
     beside, state = [each.with_name("adapter_config.json") for each in (path, path.resolve())], load_file(path)
-    is_peft = any(name.startswith("base_model.") for name in state)
-    if not text and (is_peft or path.name == "adapter_model.safetensors"):  # another file's is another LoRA's
+    is_peft = any(re.match(r"(unet\.)?base_model\.", name) for name in state)
+    if not text and (is_peft or path.name == "adapter_model.safetensors"):  # beside another file it is another LoRA's
         text = next((each.read_text("utf-8") for each in beside if each.is_file()), None)
-        if is_peft and not text:
-            raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
-    config = {name.removeprefix("unet."): value for name, value in json.loads(text or "{}").items()}
+    config = json.loads(text or "{}").items()
+    config = {name.removeprefix("unet."): value for name, value in config if value is not None}
+    if not config and any(name.startswith("base_model.") for name in state):
+        raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
     # In the original names blocks are counted through, downsamplers too: one after each block's layers.
     blocks = re.findall(r"\blora_unet_input_blocks_(\d+)_\d_(op)?", " ".join(state))
     fits = (n for n in (2, 1, *range(3, 10)) if all((int(i) % (n + 1) == 0) == bool(op) for i, op in blocks))
@@ -1947,7 +1954,7 @@ def parse_lora(path, layers_per_block):
         loras[module] = Lora(down, up, float(alphas.get(f"{key}.alpha", alphas.get(f"{name}.alpha", alpha))))
         is_number = up.is_floating_point() and down.is_floating_point()
         if not (is_number and up.shape[1:2] == down.shape[:1] != (0,) and module.startswith(UNET_PARTS)):
-            misfits.append(module)  # or of a text encoder
+            misfits.append(module)  # half a layer, or one of a text encoder
     return loras, [*state, *misfits], number
 
 
@@ -2727,16 +2734,19 @@ class Log:
         if not self.rows:
             return
         names = self.rows[-1][4]  # the first updates of a matching run have fewer
-        values = [[loss, norm, *(more.get(name, loss * 0) for name in names)] for _, loss, norm, _, more in self.rows]
+        skipped = torch.tensor(float(sum(self.job.state.skipped.values())))
+        values = [
+            [loss, norm, skipped, *(more.get(n, loss * 0) for n in names)] for _, loss, norm, _, more in self.rows
+        ]
         values = torch.stack([torch.stack([value.to(row[0]) for value in row]) for row in values])
         values = self.accelerator.reduce(values, "mean").tolist()  # waits for the device and the other processes
         samples = len(self.rows) * samples_per_update(self.job.args, self.accelerator)
         speed, lines, error = samples / (time.monotonic() - self.started), [], None
-        for (step, _, _, lr, more), (loss, norm, *watched) in zip(self.rows, values, strict=True):
+        for (step, _, _, lr, more), (loss, norm, skipped, *watched) in zip(self.rows, values, strict=True):
             line = {"step": step, "loss": loss, "lr": lr, "grad_norm": norm, "samples_per_second": speed}
             line |= dict(zip(names, watched, strict=True)) if more else {}
-            if skipped := sum(self.job.state.skipped.values()):  # of this process
-                line["skipped_samples"] = skipped
+            if skipped:  # a sum over the processes, which was made a mean
+                line["skipped_samples"] = round(skipped * self.accelerator.num_processes)
             if torch.cuda.is_available():
                 line["peak_memory_gib"] = torch.cuda.max_memory_allocated() / 2**30
             if error := self.fault(line):

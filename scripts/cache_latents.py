@@ -12,7 +12,7 @@ Beside the flags below it takes the training scripts' flags of the groups `teach
 Input: what a training script takes. Output: a shard for each with a usable sample, 00000.tar on, of KEY.txt, KEY.json,
 KEY.safetensors: in float16 the moments of the VAE's posterior (a latent is drawn from them anew at each use) and
 text embeddings; of SDXL also time ids. The first sample, `_cache`, describes how they were made; a training run
-with other settings is refused. Processes share the shards; a second run makes those that are missing or broke off.
+with other settings is refused. Processes share the shards; a second run makes missing ones. Broken ones: exit code 2.
 """
 
 import io
@@ -196,7 +196,7 @@ def missing_shards(trainer, folder, head, shards, args):
     for shard, target in targets:
         made = read_json(target.with_name(f"{target.stem}_stats.json")) if target.exists() else {}
         if changed := trainer.differences(made.get("filters", filters), filters):
-            raise trainer.UnusableInput(f"{target}: was made by other filters ({changed}); choose another folder")
+            raise trainer.UnusableInput(f"{target}: was made with other filters ({changed}); choose another folder")
         source = made.get("source")
         is_comparable = source and trainer.is_remote(source) == trainer.is_remote(shard)
         if is_comparable and source != source_of(trainer, shard):

@@ -221,7 +221,16 @@ def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, 
         data[place] = value
         file.write_bytes(data)
         seen.add(script.fingerprint(file))
-    assert len(seen) == 4
+    with file.open("r+b") as large:
+        large.truncate(200 * 2**20)
+        seen.add(script.fingerprint(file))
+        large.seek(50 * 2**20)
+        large.write(b"\1" * 2**23)  # more than lies between two places that are read
+    assert len(seen) == 5 and script.fingerprint(file) not in seen
+    name, whole = "files of the teacher", script.fingerprint(file)
+    before = {name: whole.partition(",")[0]}  # version 0.2.0's
+    assert not script.differences(before, {name: whole}) and script.differences({name: whole[:-20]}, {name: whole})
+    assert script.differences({name: "crc32 0 of 1 files"}, {name: whole}) and script.differences({}, {name: whole})
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     assert audit(script, cached, other)[0]
@@ -353,7 +362,7 @@ def test_a_cache_is_of_the_shards_that_it_was_begun_with(cache, shards, tmp_path
     before = contents(tmp_path / "out")
     (tmp_path / "out" / "00001.tar").unlink()
     said = cache(shards, tmp_path / "out", 2, max_watermark=0.5)
-    assert "00000.tar: was made by other filters (max_watermark was None, is 0.5)" in said[-1]
+    assert "00000.tar: was made with other filters (max_watermark was None, is 0.5)" in said[-1]
     cache(shards, tmp_path / "out")
     (tmp_path / "moved" / first.name).unlink()
     said = cache(tmp_path / "moved", tmp_path / "out", 2)

@@ -655,7 +655,7 @@ def test_filters(script, name):
         assert outcome(script, {key: bad}, **{flag: limit}) == f"filtered by {name}"
         assert outcome(script, {key: fine}, **{flag: limit})["caption"] == "sea"
         assert outcome(script, {key: bad})["caption"] == "sea", "no filter without its flag"
-    for none in (None, ""):  # of one name in two spellings the filled one counts
+    for none in (None, "", " ", []):  # of one name in two spellings the filled one counts
         pairs = [(keys[0].lower(), bad), (keys[0].upper(), none)]
         for record in (dict(pairs), dict(reversed(pairs))):
             assert outcome(script, record, **{flag: limit}) == f"filtered by {name}"

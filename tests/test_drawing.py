@@ -95,16 +95,16 @@ def test_style_and_lcm_lora_equal_weights_merged_by_hand(teacher, loras):
 @one_family
 def test_a_kohya_file_with_alphas_that_differ_is_drawn_as_it_says(teacher, loras, tmp_path):
     _, weights = loras
-    for is_partial in (False, True):  # some layers without one, which is then their rank
+    for some, part in ((False, ""), (True, ""), (True, "attn")):  # some layers without one, which is then their rank
         pipe, merged, state = load(teacher), load(teacher), {}
         trainer = pipelines.sdxl if hasattr(pipe, "text_encoder_2") else pipelines.sd15
-        for number, down in enumerate(name for name in weights["style"] if name.endswith("lora_A.weight")):
+        for number, down in enumerate(name for name in weights["style"] if part in name and "lora_A" in name):
             module, up = down.removesuffix(".lora_A.weight"), down.replace("lora_A", "lora_B")
             key, rank = trainer.kohya_name(module, pipe.unet.config.layers_per_block), 1 + number % 2
             a, b = weights["style"][down][:rank], weights["style"][up][:, :rank]
-            alpha = rank * (0.5 + number % 3) if not is_partial else (rank, 1.5)[number % 2]
+            alpha = rank * (0.5 + number % 3) if not some else (rank, 1.5)[number % 2]
             state |= {f"{key}.lora_down.weight": a.contiguous(), f"{key}.lora_up.weight": b.contiguous()}
-            if number % 2 or not is_partial:
+            if number % 2 or not some:
                 state[f"{key}.alpha"] = torch.tensor(alpha)
             merge(merged.unet, [(alpha / rank, {down: a, up: b})])
         save_file(state, tmp_path / "style.safetensors")

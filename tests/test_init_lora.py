@@ -109,12 +109,18 @@ def test_a_config_beside_counts_for_pefts_file_alone(script, teacher, tmp_path):
     trained = with_lora(script, teacher, 4, 4, random=True)
     path = write(script, trained, "diffusers", tmp_path, 4)
     save_file(load_file(path), path)  # without a header, as many are
-    config = {"r": 4, "lora_alpha": 8, "peft_type": "LORA"}  # of another LoRA
+    config = {"r": 4, "lora_alpha": 8, "alpha_pattern": None}  # of another LoRA
     (tmp_path / "adapter_config.json").write_text(json.dumps(config))
     for name, strength in (("style.safetensors", 1), (script.WEIGHTS_NAME, 1), ("adapter_model.safetensors", 2)):
         loras = script.read_lora(path.rename(tmp_path / name))
         path = tmp_path / name
         assert {one.alpha / len(one.down) for one in loras.values()} == {strength}, name
+    state = {name.replace("unet.", "unet.base_model.model."): value for name, value in load_file(path).items()}
+    save_file(state, tmp_path / script.WEIGHTS_NAME)  # as diffusers' LCM scripts write them: the config is theirs
+    for text, strength in ((json.dumps(config), 2), ('{"lora_alpha": null}', 1)):
+        (tmp_path / "adapter_config.json").write_text(text)
+        loras = script.read_lora(tmp_path / script.WEIGHTS_NAME)
+        assert {one.alpha / len(one.down) for one in loras.values()} == {strength}
 
 
 @one_family

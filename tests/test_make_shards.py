@@ -140,6 +140,8 @@ def test_an_empty_caption_gives_way_to_the_next(tool, tmp_path, capsys):
     (folder / "002.json").write_text('{"caption": "of the json"}')
     (folder / "003.json").write_text('{"width": 64}')
     (folder / "004.txt").write_bytes(b"caf\xe9")
+    (folder / "004.json").write_text('{"width": 64}')  # no caption, and no other fault
+    (folder / "003.caption").write_bytes(b"caf\xe9")
     expected = {"000.png": "sea 0", "001.png": "two", "002.png": "of the json"}
     assert captions(make(tool, tmp_path, folder)[1]) == expected
     assert "empty caption: 1, caption is not UTF-8: 1" in capsys.readouterr().out
@@ -248,11 +250,15 @@ def test_odd_tables_keep_every_row(tool, tmp_path, capsys):
     found = [(sample["png"], sample["txt"]) for sample in read_all(out)]
     assert found == [(picture_bytes(2), b"dog"), (picture_bytes(3), b"cat")]
     # A row that cannot be read costs itself alone.
-    paths = ["/", "odd://127.0.0.1:9/x.png", "https://127.0.0.1:9/x.png", str(folder / "000.png")]
+    paths = ["/", f"zip://0.png::{folder}", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
     write_table(folder / "local.parquet", [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths])
     assert read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])[0]["png"] == picture_bytes(0)
     said = capsys.readouterr().out
-    assert "Is a directory: 1" in said and "file cannot be read: 1" in said and "row without a picture" in said
+    assert (
+        "Is a directory: 1" in said
+        and "file cannot be read: 1" in said
+        and "row without a picture of this data set: 2" in said
+    )
 
 
 def test_the_delimiter_of_a_csv_is_found(tool, tmp_path):

@@ -733,11 +733,13 @@ def test_each_tracker_gets_pictures_in_the_form_that_it_takes(script, name, coun
 )
 def test_an_update_that_ruins_the_lora_stops_the_run(script, args, tmp_path, loss, grad_norm, scaler):
     log = log_of(script, args, tmp_path, scaler)
+    log.job.state.skipped.update({"no caption": 3, "no picture": 4})
+    log.accelerator.num_processes, log.accelerator.reduce = 2, lambda values, _mean: values - 0.5 * (values == 7)
     log.add(1, torch.tensor(0.5), torch.tensor(2.0), 1e-3)
     log.add(2, torch.tensor(float(loss)), torch.tensor(float(grad_norm)), 1e-3)
     with pytest.raises(script.NonFiniteLoss, match="update 2"):
         log.flush()
-    assert [line["step"] for line in read_log(tmp_path)] == [1]
+    assert [(line["step"], line["skipped_samples"]) for line in read_log(tmp_path)] == [(1, 13)]  # 7 and 6
 
 
 def test_updates_that_the_fp16_scaler_skips_stop_the_run_only_when_its_scale_collapses(script, args, tmp_path):

@@ -27,6 +27,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
+LOCAL_FILE = re.compile(r"(?s)(zip://[^:]*::|file:)?(?!\w+://).+")
 csv.field_size_limit(2**31 - 1)  # pandas, which reads the table, has none
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
@@ -133,7 +134,7 @@ def pick_column(columns, asked, known, flag, where):
 def open_rows(path, args):
     """Return the source of a table or data set: a list where cells are paths, else a stream."""
     head, rows = [], read_rows(path, args)
-    for row in rows:
+    for row in itertools.islice(rows, 10_000):
         head.append(row)
         if row[0] is not None:  # it tells what the cells are
             break
@@ -161,8 +162,7 @@ def cell_entry(number, cell, caption, is_remote):
     """Return the entry of a data set's row; one of the Hub may name its own files, and none of this machine."""
     place = cell if isinstance(cell, dict) else {"bytes": cell if isinstance(cell, bytes) else None}
     path = place.get("path") or ""
-    is_elsewhere = bool(HUB_FILE.fullmatch(path)) != is_remote or path.startswith(("http://", "https://"))
-    is_wrong = place.get("bytes") is None and (not path or is_elsewhere)
+    is_wrong = place.get("bytes") is None and not (HUB_FILE if is_remote else LOCAL_FILE).fullmatch(path)
     name = sd15.masked(f"row {number} {path.rpartition('/')[2]}".strip())
     return Entry(name, caption, place, "row without a picture of this data set" if is_wrong else None)
 
@@ -199,12 +199,11 @@ def list_folder(folder, args):
             unread.append((relative_name(path, folder), why_unread(suffix)))
     entries = []
     for path, caption in [(p, each) for p in sorted(pictures | captions.keys()) for each in captions.get(p, [None])]:
-        fault = None
         beside = (texts.get((stem, suffix)) for suffix in suffixes for stem in (path.with_suffix(""), path))
-        for text in filter(None, beside):
-            if not sd15.is_filled(caption or ""):
-                found, fault = read_caption(text)
-                caption = caption if found is None else found
+        found = [(caption, None)] * (caption is not None)
+        ours, rest = itertools.tee(itertools.chain(found, map(read_caption, filter(None, beside))))
+        first = next(ours, (None, None))
+        caption, fault = next((one for one in rest if sd15.is_filled(one[0] or "")), first)
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
     return list_source(entries, sorted(unread))
 

@@ -160,7 +160,7 @@ def load_lora(pipe, lora, name="lcm"):
                 raise ValueError("it is a DoRA, whose scales diffusers leaves out")
             weights, alphas = pipe.lora_state_dict(str(source), unet_config=pipe.unet.config)
             found = sum(key.startswith("unet.") and weight.ndim > 1 for key, weight in weights.items())
-            layers = sum(key.endswith((".lora.down.weight", ".lora_A.weight")) for key in weights)
+            layers = sum(key.endswith(("down.weight", "lora_A.weight")) for key in weights)
             is_uneven = len(set((alphas or {}).values())) > 1 or 0 < len(alphas or {}) < layers
             pipe.load_lora_weights(fold_alphas(weights, alphas) if is_uneven else str(source), adapter_name=name)
     except LOAD_ERRORS as error:

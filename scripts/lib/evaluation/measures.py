@@ -106,7 +106,7 @@ def load_yardstick(args, names):
     if name not in names:
         raise UnusableInput(f"--yardstick {args.yardstick}: holds features of {name}; give --features of it")
     for key, value in drawn_by(args).items():
-        if known.get(key, value) != value and value != "None":
+        if sd15.differences({key: known.get(key, value)}, {key: value}) and value != "None":
             raise UnusableInput(f"--yardstick {args.yardstick}: is of another {key}; --draw_yardstick makes one")
     return {name: features[: len(args.prompts)][: args.num_images]}
 

@@ -3,7 +3,8 @@
 
 A mean gets the percentile bootstrap. The Fréchet distance must not: a resample repeats pictures, which adds
 as much as drawing fewer of them does (with 192 pictures and 64 features more than the distance itself), so
-the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures, without the bias.
+the bootstrap's interval lies above the estimate. It gets the jackknife over groups of pictures.
+That interval does not hold the bias: read the spread beside it.
 """
 
 import torch
