@@ -250,7 +250,7 @@ def test_odd_tables_keep_every_row(tool, tmp_path, capsys):
     found = [(sample["png"], sample["txt"]) for sample in read_all(out)]
     assert found == [(picture_bytes(2), b"dog"), (picture_bytes(3), b"cat")]
     # A row that cannot be read costs itself alone.
-    paths = ["/", f"zip://0.png::{folder}", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
+    paths = ["/", f"zip://0.png::{folder}/000.png", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
     write_table(folder / "local.parquet", [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths])
     assert read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])[0]["png"] == picture_bytes(0)
     said = capsys.readouterr().out

@@ -10,6 +10,7 @@ import json
 import os
 import random
 import re
+import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -202,8 +203,7 @@ def list_folder(folder, args):
         beside = (texts.get((stem, suffix)) for suffix in suffixes for stem in (path.with_suffix(""), path))
         found = [(caption, None)] * (caption is not None)
         ours, rest = itertools.tee(itertools.chain(found, map(read_caption, filter(None, beside))))
-        first = next(ours, (None, None))
-        caption, fault = next((one for one in rest if sd15.is_filled(one[0] or "")), first)
+        caption, fault = next((one for one in rest if sd15.is_filled(one[0] or "")), next(ours, (None, None)))
         entries.append(Entry(relative_name(path, folder), caption, path, fault))
     return list_source(entries, sorted(unread))
 
@@ -239,7 +239,7 @@ def read_places(entries):
     for entry in entries:
         try:
             yield entry, None if entry.fault else read_place(entry.place)
-        except LOAD_ERRORS as error:  # ValueError: of a path with a null byte
+        except (*LOAD_ERRORS, zipfile.BadZipFile) as error:  # ValueError: of a path with a null byte
             # A network that fails would leave out every picture after this one.
             address = isinstance(entry.place, dict) and entry.place["path"]
             if address and HUB_FILE.fullmatch(address) and not isinstance(error, FileNotFoundError):
