@@ -230,7 +230,8 @@ def test_another_text_encoder_or_vae_is_refused_and_another_unet_is_not(script, 
     name, whole = "files of the teacher", script.fingerprint(file)
     before = {name: whole.partition(",")[0]}  # version 0.2.0's
     assert not script.differences(before, {name: whole}) and script.differences({name: whole[:-20]}, {name: whole})
-    assert script.differences({name: "crc32 0 of 1 files"}, {name: whole}) and script.differences({}, {name: whole})
+    for old, new in (("crc32 0 of 1 files", whole), (None, whole), ("to_q", "to_q, to_k"), (1, 2), (None, 0)):
+        assert script.differences({name: old}, {name: new}), (old, new)
     other = tmp_path / "other"
     shutil.copytree(teacher, other)
     assert audit(script, cached, other)[0]

@@ -28,7 +28,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
-LOCAL_FILE = re.compile(r"(?s)(zip://[^:]*::|file:)?(?!\w+://).+")
+LOCAL_FILE = re.compile(r"(?s)(zip://[^:]*::|file:)?(?!\w\w+://).+")
 csv.field_size_limit(2**31 - 1)  # pandas, which reads the table, has none
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
