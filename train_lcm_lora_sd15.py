@@ -3414,12 +3414,12 @@ def saved_line(state):
 
 
 def kill_children():
-    """End loader processes and the commands that they read from; wandb's service ends by itself."""
+    """End loader processes and the commands that they read from; wandb's and Python's services end by themselves."""
     if hasattr(signal, "SIGCHLD"):
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, OSError):  # it has ended
-            if "wandb" in child.name():
+            if "wandb" in child.name() or "multiprocessing.resource_tracker" in " ".join(child.cmdline()):
                 continue
             if os.name == "posix" and os.getpgid(child.pid) == child.pid:  # a command's group, which no fork escapes
                 os.killpg(child.pid, signal.SIGKILL)
