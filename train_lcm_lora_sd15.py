@@ -1469,9 +1469,8 @@ def cache_identity(args):
 def fingerprint(model, names=("vae*", "text_encoder*", "tokenizer*")):
     """Return checksums of a model file or of parts of a folder: of sizes and ends, and of 64 MiB between them."""
     parts = [path for name in names for path in model.glob(name)] or [model]
-    paths = chain(*([part] if part.is_file() else part.rglob("*") for part in parts))
-    places = ((path, path.relative_to(model).parts) for path in sorted(paths) if path.is_file())
-    files, ends, middle = [path for path, parts in places if not any(part[0] == "." for part in parts)], 0, 0
+    paths = chain(*([part] if part.is_file() else files_below(part, None) for part in parts))
+    files, ends, middle = sorted(path for path in paths if path.is_file()), 0, 0
     for path in files:
         size, name = path.stat().st_size, "" if path == model else path.relative_to(model).as_posix()
         with path.open("rb") as file:
@@ -1929,14 +1928,16 @@ def parse_lora(path, layers_per_block):
     """Return ({UNet module: Lora}, names of what is no part of one, number of matrices) of a file."""
     with safe_open(path, framework="pt") as file:
         text = (file.metadata() or {}).get("lora_adapter_metadata")  # diffusers'; PEFT has a file beside
-    beside, state = [each.with_name("adapter_config.json") for each in (path, path.resolve())], load_file(path)
+    state, config = load_file(path), json.loads(text or "{}")
     is_peft = any(re.match(r"(unet\.)?base_model\.", name) for name in state)
-    if not text and (is_peft or path.name == "adapter_model.safetensors"):  # beside another file it is another LoRA's
-        text = next((each.read_text("utf-8") for each in beside if each.is_file()), None)
-    config = json.loads(text or "{}").items()
-    config = {name.removeprefix("unet."): value for name, value in config if value is not None}
-    if not config and any(name.startswith("base_model.") for name in state):
-        raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it")
+    if not config and (is_peft or path.name == "adapter_model.safetensors"):
+        # Beside another file it is another LoRA's; diffusers' LCM scripts write it one folder above.
+        folders = path.parent, path.resolve().parent, path.resolve().parent.parent
+        beside = [each for folder in folders if (each := folder / "adapter_config.json").is_file()]
+        config = json.loads(beside[0].read_text("utf-8")) if beside else {}
+    config = {name.removeprefix("unet."): value for name, value in config.items() if value is not None}
+    if "lora_alpha" not in config and any(name.startswith("base_model.") for name in state):
+        raise ValueError("PEFT's adapter_config.json, which has the alpha, is not beside it or lacks it")
     # In the original names blocks are counted through, downsamplers too: one after each block's layers.
     blocks = re.findall(r"\blora_unet_input_blocks_(\d+)_\d_(op)?", " ".join(state))
     fits = (n for n in (2, 1, *range(3, 10)) if all((int(i) % (n + 1) == 0) == bool(op) for i, op in blocks))

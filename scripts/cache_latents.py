@@ -168,12 +168,8 @@ def cache_shard(trainer, pipe, head, shard, target, args, own, skipped, bar):
     found = dict(skipped - before)
     if not done or any(cause.startswith("shard ") for cause in found):  # it broke off
         return scratch.unlink()
-    stats = {
-        "samples": done,
-        "source": source,
-        "filters": {name: getattr(args, name) for name in FILTERS},
-        "skipped": found,
-    }
+    stats = {"samples": done, "source": source, "filters": {name: getattr(args, name) for name in FILTERS}}
+    stats["skipped"] = found
     trainer.write_atomically(target.with_name(f"{target.stem}_stats.json"), json.dumps(stats, indent=1))
     os.replace(scratch, target)
 
@@ -188,8 +184,10 @@ def source_of(trainer, shard):
 
 
 def missing_shards(trainer, folder, head, shards, args):
-    """Return (shard, path of its cached form) where there is none yet; raises UnusableInput for other shards."""
-    if any(trainer.check_shard(path) != head["json"] for path in sorted(folder.glob("[!.]*.tar"))):
+    """Return the head's json, and (shard, path of its cached form) where there is none yet; raises UnusableInput."""
+    found = {trainer.check_shard(path) for path in folder.glob("[!.]*.tar")} or {head["json"]}
+    (first, *others), now = found, json.loads(head["json"])
+    if others or not first or trainer.differences(json.loads(first), now):  # 0.2.0's checksums count, and stay
         raise trainer.UnusableInput(f"--output_dir {folder}: holds other shards; remove them or choose another folder")
     targets = [(shard, folder / f"{number:05d}.tar") for number, shard in enumerate(shards)]
     filters = {name: getattr(args, name) for name in FILTERS}
@@ -202,7 +200,7 @@ def missing_shards(trainer, folder, head, shards, args):
         if is_comparable and source != source_of(trainer, shard):
             remedy = f"this command would make it of {trainer.masked(str(shard))}; remove it or choose another folder"
             raise trainer.UnusableInput(f"{target}: was made of {source}; {remedy}")
-    return [(shard, target) for shard, target in targets if not target.exists()]
+    return first, [(shard, target) for shard, target in targets if not target.exists()]
 
 
 @torch.no_grad()
@@ -215,7 +213,7 @@ def main(own):
     pipe = trainer.load_teacher(args, DTYPES[accelerator.mixed_precision], accelerator.device, unet=None)
     head = make_head(trainer, pipe, args, own.num_views)
     # What is missing is shared, not all shards: so no process of a resumed run waits for one that has more left.
-    missing = trainer.agree(accelerator, missing_shards, trainer, own.output_dir, head, shards, args)
+    head["json"], missing = trainer.agree(accelerator, missing_shards, trainer, own.output_dir, head, shards, args)
     skipped = trainer.Skipped()
     with tqdm(unit="picture", desc="encoding", disable=not accelerator.is_main_process) as bar:
         for shard, target in missing[accelerator.process_index :: accelerator.num_processes]:

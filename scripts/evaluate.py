@@ -195,12 +195,11 @@ def write_report(args, results, gallery, rows):
 
 
 def report_settings(args, accelerator):
-    device = accelerator.device
     return {
         "teacher": Path(args.pretrained_teacher_model).name, "LoRAs": ", ".join(Path(p).name for p in args.lora),
         "pictures a row": args.num_images, "prompts": len(args.prompts), "teacher's steps": args.teacher_steps,
-        "seed": args.seed, "precision": args.mixed_precision or ("fp16" if device.type == "cuda" else "no"),
-        "batch size": args.batch_size, "device": device_name(device), "processes": accelerator.num_processes,
+        "seed": args.seed, "precision": args.mixed_precision, "batch size": args.batch_size,
+        "device": device_name(accelerator.device), "processes": accelerator.num_processes,
         "yardstick": args.yardstick and str(args.yardstick),
     }  # fmt: skip
 
@@ -211,6 +210,7 @@ def main(args):
     if args.reference:
         m.check_real(args.reference, accelerator)
     args.teacher_revision = family_of(args).check_teacher(args)
+    args.mixed_precision = args.mixed_precision or ("fp16" if accelerator.device.type == "cuda" else "no")
     gallery = Gallery(args, accelerator.process_index, accelerator.num_processes, args.gap)
     if args.draw_yardstick:
         rows = [teacher_row(args, "yardstick", args.seed + len(args.prompts))]

@@ -20,7 +20,7 @@ Output: <row>-<steps>steps/<prompt>-<image>.png, grid.png (first image of the fi
 import json
 import sys
 import textwrap
-from dataclasses import dataclass
+from collections import namedtuple
 from itertools import product
 from pathlib import Path
 
@@ -40,7 +40,7 @@ def parse_args(argv=None):
     add = parser.add_argument_group("pictures to start from").add_argument
     add("--image", type=cli.a_file, metavar="FILE", help="picture that image-to-image changes, or inpainting keeps")
     add("--mask", type=cli.a_file, metavar="FILE", help="inpainting: white is drawn anew, black stays")
-    text = "share of the noise that --image gets, 0 to 1; that share of the steps is done (default: 0.8)"
+    text = "share of the noise that --image gets, 0 to 1; that share of steps is done (default: 0.8, with --mask 1)"
     add("--strength", type=cli.within(float, 1e-6, 1), metavar="S", help=text)
     add("--control_image", type=cli.a_file, metavar="FILE", help="what --controlnet reads: edges, depth, a pose")
     scale = cli.within(float, -100, 100)
@@ -114,15 +114,7 @@ from lib.trainers import UnusableInput, exit_code
 from PIL import Image
 from tqdm import tqdm
 
-
-@dataclass
-class SampleRow:
-    name: str
-    label: str
-    sampler: str
-    guidance: float
-    steps: list
-    weights: dict
+SampleRow = namedtuple("SampleRow", "name label sampler guidance steps weights")
 
 
 def sample_rows(args):

@@ -309,6 +309,9 @@ def test_a_lora_that_is_not_finite_and_ctrl_c_end_with_one_line(teacher, loras, 
     save_file(state, tmp_path / "half.safetensors")
     with pytest.raises(UnusableInput, match=f"{len(state)} of {len(state) + 1} UNet tensors fit"):
         pipelines.load_lora(load(teacher), str(tmp_path / "half.safetensors"))
+    (pipe := load(teacher)).unet.conv_out.bias.data[0] = float("nan")  # as half precision that overflows would give
+    with pytest.raises(UnusableInput, match="2 steps holds numbers that are not finite"):
+        pipelines.draw(pipe, ["sea"], 2, 1.0, [0])
 
     def interrupted(_args):
         raise KeyboardInterrupt

@@ -293,6 +293,8 @@ def test_two_processes_draw_what_one_draws(evaluate, evaluated, teacher, judges,
 
 
 def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, judges, tmp_path, capsys):
+    from lib.evaluation.pictures import Gallery, list_rows
+
     folder, _ = evaluated
     shutil.copytree(folder / "pictures", tmp_path / "pictures")
     shutil.copytree(teacher, tmp_path / "other")
@@ -301,6 +303,14 @@ def test_pictures_of_other_settings_are_refused(evaluate, evaluated, teacher, ju
     assert run(evaluate, changed) == 2
     message = capsys.readouterr().err
     assert "resolution, seed, teacher;" in message and "delete" in message and message.count("\n") == 1
+    with pytest.raises(UnusableInput, match="drawn with another"):  # process 1 draws nothing, but process 0 ends
+        Gallery(args := evaluate.parse_args([*changed, "--batch_size", "99"]), 1, 2).missing(list_rows(args))
+    for name in ("pretrained_vae_model_name_or_path", "teacher_config"):
+        setattr(args, name, str(tmp_path / "other"))
+        before = Gallery(args).common[name]
+        with (tmp_path / "other" / "model_index.json").open("a") as file:
+            file.write(" ")
+        assert Gallery(args).common[name] != before
     (picture := next(tmp_path.glob("pictures/teacher/*.png"))).unlink()
     os.mkfifo(picture)
     signal.alarm(60)  # ends what waits at it
@@ -334,6 +344,16 @@ def test_a_trained_on_lora_gets_its_own_pictures(lora, tmp_path, monkeypatch):
     shutil.copytree(two[0], tmp_path / "copy", copy_function=shutil.copyfile)
     os.utime(tmp_path / "copy" / "config.json", ns=(1, 1))
     assert fingerprint(two[0]) == fingerprint(tmp_path / "copy")
+    # Of a folder with two LoRAs what is loaded counts; of a model's folder all that it holds, behind links too.
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        (tmp_path / "lora" / name).write_text("{}")
+        assert fingerprint(tmp_path / "lora") == fingerprint(weights)
+    assert fingerprint(tmp_path / "lora" / name) != fingerprint(weights)
+    (two[0] / "pytorch_lora_weights.safetensors").write_text("x")
+    (two[0] / "unet").symlink_to(tmp_path / "copy")
+    before = fingerprint(two[0], lambda model: [model])
+    (tmp_path / "copy" / "a.safetensors").write_text("z")
+    assert fingerprint(two[0], lambda model: [model]) != before
 
 
 def test_noise_of_the_yardstick_is_other_noise(evaluate, teacher, judges, lora, tmp_path):
@@ -437,14 +457,21 @@ def tiny_models(teacher, tmp_path_factory):
 
 
 @pytest.mark.parametrize(("name", "width"), [("clip", 8), ("dinov2", 16)])
-def test_features_of_transformers_models(tiny_models, name, width):
+def test_features_of_transformers_models(tiny_models, name, width, tmp_path):
     from lib.evaluation.feature_models import describe_model, load_features
+    from lib.evaluation.measures import Measures
 
     pictures = torch.randint(0, 255, (5, 20, 24, 3), dtype=torch.uint8)
     features = load_features(str(tiny_models / name), "cpu")(pictures)
     assert features.shape == (5, width) and features.dtype == torch.float64
     torch.testing.assert_close(load_features(f"{name}={tiny_models / name}", "cpu")(pictures), features)
     assert features.std(0).min() > 0 and describe_model(str(tiny_models / name)) == name
+    for broken, text in (("broken", "{"), ("broken.py", "def load(:"), ("other.py", "x = 1")):
+        (tmp_path / broken).mkdir() if broken == "broken" else (tmp_path / broken).write_text(text)
+        if broken == "broken":
+            (tmp_path / broken / "config.json").write_text(text)
+        with pytest.raises(UnusableInput, match="does not load"):
+            Measures(argparse.Namespace(features=[str(tmp_path / broken)], clip_model="none"), "cpu")
 
 
 def test_clip_score(tiny_models):
@@ -692,14 +719,16 @@ def test_an_sdxl_teacher_is_judged_too(evaluate, teachers, judges, tmp_path):
     assert run(evaluate, line) == 0 and (tmp_path / "report.html").exists()
 
 
-def check_that_a_yardstick_of_another_size_is_refused(evaluate, line, kept, results, capsys):
-    """Drawn at another size than the model's own, which is the default."""
+def check_that_a_yardstick_of_another_kind_is_refused(evaluate, line, kept, results, capsys):
+    """Drawn at another size than the model's own, which is the default, or by other models of the same names."""
     assert results["settings"]["timed on"].endswith(" at a time"), "seconds of several machines would be told"
     other = kept.with_name("other.safetensors")
-    with safe_open(kept, "pt") as file:
-        save_file({"features": file.get_tensor("features")}, other, metadata=file.metadata() | {"resolution": "99"})
-    assert run(evaluate, [*line, "--yardstick", str(other)]) == 2
-    assert "is of another resolution" in capsys.readouterr().err.splitlines()[-1]
+    for key in ("resolution", "feature model", "VAE", "prediction type", "rest of the teacher"):
+        with safe_open(kept, "pt") as file:
+            assert key in file.metadata()
+            save_file({"features": file.get_tensor("features")}, other, metadata=file.metadata() | {key: "99"})
+        assert run(evaluate, [*line, "--yardstick", str(other)]) == 2
+        assert f"is of another {key}" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, judges, lora, tmp_path, capsys):
@@ -737,7 +766,7 @@ def test_a_yardstick_measures_as_its_pictures_do(evaluate, teacher, teachers, ju
         assert run(evaluate, [*line, "--output_dir", str(tmp_path / flag), f"--{flag}", str(value)]) == 2
         named = {"pretrained_teacher_model": "of another teacher"}.get(flag, flag)
         assert named in capsys.readouterr().err.splitlines()[-1]
-    check_that_a_yardstick_of_another_size_is_refused(evaluate, line, kept, results, capsys)
+    check_that_a_yardstick_of_another_kind_is_refused(evaluate, line, kept, results, capsys)
     before = kept.read_bytes()
     for more, named in ((["--draw_yardstick", "2"], "exists"), (["--seed", "3"], "pictures of --seed 3")):
         with pytest.raises(SystemExit):

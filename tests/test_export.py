@@ -681,6 +681,7 @@ def test_unusable_input_is_named(tool, trained, tmp_path):
     path, out = tmp_path / "in.safetensors", tmp_path / "out.safetensors"
     good = load_file(trained[-1] / SOURCES["kohya"])
     first = next(name for name in good if name.endswith(".alpha"))
+    (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA", "lora_alpha": null}')
     for content, named in (
         (good | {"lora_te_text.lora_down.weight": torch.zeros(1)}, "lora_te_text"),
         ({name: value for name, value in good.items() if not name.endswith("up.weight")}, "LoRA of a UNet"),

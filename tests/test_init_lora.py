@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 
 import pytest
 import torch
@@ -117,9 +118,13 @@ def test_a_config_beside_counts_for_pefts_file_alone(script, teacher, tmp_path):
         assert {one.alpha / len(one.down) for one in loras.values()} == {strength}, name
     state = {name.replace("unet.", "unet.base_model.model."): value for name, value in load_file(path).items()}
     save_file(state, tmp_path / script.WEIGHTS_NAME)  # as diffusers' LCM scripts write them: the config is theirs
+    (tmp_path / "unet_lora").mkdir()
     for text, strength in ((json.dumps(config), 2), ('{"lora_alpha": null}', 1)):
         (tmp_path / "adapter_config.json").write_text(text)
         loras = script.read_lora(tmp_path / script.WEIGHTS_NAME)
+        assert {one.alpha / len(one.down) for one in loras.values()} == {strength}
+        path = shutil.copy(tmp_path / script.WEIGHTS_NAME, tmp_path / "unet_lora")  # and there it is one folder above
+        loras = script.read_lora(path)
         assert {one.alpha / len(one.down) for one in loras.values()} == {strength}
 
 

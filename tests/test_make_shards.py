@@ -12,6 +12,7 @@ import sys
 import tarfile
 import threading
 import time
+import zipfile
 from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -251,13 +252,24 @@ def test_odd_tables_keep_every_row(tool, tmp_path, capsys):
     assert found == [(picture_bytes(2), b"dog"), (picture_bytes(3), b"cat")]
     # A row that cannot be read costs itself alone.
     paths = ["/", f"zip://0.png::{folder}/000.png", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("at 12:30.png", "bad.png"):
+            file.writestr(name, picture_bytes(3) + bytes(100))
+    data = bytearray((folder / "a.zip").read_bytes())
+    place = data.rindex(b"PK\3\4") + 30 + len("bad.png")
+    data[place : place + 2] = b"\xff\xff"  # no block of deflate
+    (folder / "a.zip").write_bytes(data)
+    paths += [f"zip://{name}::{folder}/a.zip" for name in ("at 12:30.png", "bad.png")]
+    paths += [f"file://{folder}/000.png", "simplecache::https://127.0.0.1:9/x.png", "git+ssh://127.0.0.1/x.png"]
+    paths += ["zip://a.png::https://127.0.0.1:9/x.zip", "zip://a::b::https://127.0.0.1:9/x.zip"]
     write_table(folder / "local.parquet", [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths])
-    assert read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])[0]["png"] == picture_bytes(0)
+    first, second, third = read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])
+    assert first["png"] == third["png"] == picture_bytes(0) and second["png"].startswith(picture_bytes(3))
     said = capsys.readouterr().out
     assert (
         "Is a directory: 1" in said
-        and "file cannot be read: 1" in said
-        and "row without a picture of this data set: 2" in said
+        and "file cannot be read: 2" in said
+        and "row without a picture of this data set: 6" in said
     )
 
 

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import re
-import zipfile
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,7 @@ CAPTION_COLUMNS = ("text", "caption", "prompt", "txt", "captions")
 PICTURE_COLUMNS = ("file_name", "image", "image_path", "path", "filename", "file", "jpg", "png", "webp", "jpeg")
 SHUFFLE_BUFFER = 1000  # samples of a streamed data set that are shuffled among
 HUB_FILE = re.compile(r"(zip://[^:]*::)?hf://datasets/[^:]*")
-LOCAL_FILE = re.compile(r"(?s)(zip://[^:]*::|file:)?(?!\w\w+://).+")
+LOCAL_FILE = re.compile(r"(?s)((zip|tar|gzip)://((?!::).)*::)?((file|local):)?(?!\w[\w+.-]+://)((?!::).)+")
 csv.field_size_limit(2**31 - 1)  # pandas, which reads the table, has none
 datasets.logging.set_verbosity(datasets.logging.CRITICAL)
 datasets.disable_progress_bars()
@@ -239,10 +238,10 @@ def read_places(entries):
     for entry in entries:
         try:
             yield entry, None if entry.fault else read_place(entry.place)
-        except (*LOAD_ERRORS, zipfile.BadZipFile) as error:  # ValueError: of a path with a null byte
+        except Exception as error:  # of a zip for one: zlib.error, BadZipFile, of a method that is unknown
             # A network that fails would leave out every picture after this one.
-            address = isinstance(entry.place, dict) and entry.place["path"]
-            if address and HUB_FILE.fullmatch(address) and not isinstance(error, FileNotFoundError):
+            is_of_network = isinstance(error, LOAD_ERRORS) and not isinstance(error, FileNotFoundError)
+            if is_of_network and isinstance(entry.place, dict) and HUB_FILE.fullmatch(entry.place["path"] or ""):
                 raise UnusableInput(f"{entry.name}: cannot be read ({error}); run again to go on") from error
             yield entry, sd15.SkippedSample(getattr(error, "strerror", None) or "file cannot be read")
 

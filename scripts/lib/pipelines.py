@@ -11,6 +11,7 @@ import os
 import pickle
 import textwrap
 import time
+import warnings
 from pathlib import Path
 
 import diffusers
@@ -145,15 +146,22 @@ def start_offload(pipe, args, device):
         pipe.enable_model_cpu_offload(device=device)
 
 
+def lora_files(lora):
+    """Return the files of a LoRA that `load_lora` reads: one, or PEFT's two."""
+    source = local_lora(lora)
+    path, pair = sd15.lora_file(source), [source / name for name in PEFT_FILES]
+    is_pefts = all(map(Path.exists, pair)) and (path.name == PEFT_FILES[1] or Path(lora).is_file())
+    return pair if is_pefts else [path]
+
+
 def load_lora(pipe, lora, name="lcm"):
     """Load a LoRA (file, folder, PEFT folder or Hub id) as adapter `name`; refuse one that does not fit."""
     logs, source = diffusers.utils.logging, local_lora(lora)
     # diffusers logs what it raises, and only warns of keys without a place; of the Hub, that it takes one of several.
     logs.set_verbosity(logs.CRITICAL if source.exists() else logs.WARNING)
     try:
-        path = sd15.lora_file(source)
-        is_peft = all((source / file).exists() for file in PEFT_FILES)
-        if is_peft and (path.name == PEFT_FILES[1] or Path(lora).is_file()):  # else the folder's LoRA is another file
+        path, *adapter = lora_files(lora)
+        if adapter:
             found = add_peft_adapter(pipe.unet, source, name)
         else:
             if any(key.endswith("dora_scale") for key in sd15.weight_names(path)):
@@ -266,7 +274,12 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
         synchronize(pipe.device)
         started = time.perf_counter()
         try:
-            result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
+            with warnings.catch_warnings():
+                warnings.filterwarnings("error", "invalid value encountered in cast")  # would be black
+                result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
+        except RuntimeWarning as error:
+            remedy = "give --mixed_precision no, or a LoRA of an earlier checkpoint"
+            raise UnusableInput(f"a picture of {steps} steps holds numbers that are not finite; {remedy}") from error
         except RuntimeError as error:
             if not sd15.OUT_OF_MEMORY.search(str(error)):
                 raise

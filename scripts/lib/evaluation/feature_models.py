@@ -7,35 +7,25 @@
 A Python file given by path stands in for any of them: it defines `load(device)`, which returns the callable.
 """
 
-import importlib.util
 import json
+import runpy
 import sys
 import textwrap
 from pathlib import Path
 
 import torch
 
-from lib.pipelines import LOAD_ERRORS
 from lib.trainers import UnusableInput
 
 HUB_MODELS = {"clip": "openai/clip-vit-large-patch14", "dinov2": "facebook/dinov2-base"}
 INSTALL = "pip install -r scripts/requirements-eval.txt"
 
 
-def load_python(path, device):
-    spec = importlib.util.spec_from_file_location(f"judge_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if not hasattr(module, "load"):
-        raise UnusableInput(f"{path}: defines no load(device); see scripts/lib/evaluation/feature_models.py")
-    return module.load(device)
-
-
 def load_judge(flag, source, device, kind, remedy):
     """Return the model of a flag: a .py file's, on `device`, or `kind()`; refuse one that does not load."""
     try:
-        return load_python(source, device) if source.endswith(".py") else kind()
-    except LOAD_ERRORS as error:
+        return runpy.run_path(source)["load"](device) if source.endswith(".py") else kind()
+    except Exception as error:
         why = textwrap.shorten(str(error), 200)
         raise UnusableInput(f"{flag} {source} does not load; {remedy} ({why})") from error
 
@@ -81,12 +71,10 @@ class OnDevice:
 class InceptionFeatures(OnDevice):
     def __init__(self, weights):
         try:
-            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+            from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3 as Inception
         except ImportError as error:
-            raise UnusableInput(f"torch_fidelity is missing ({error}): {INSTALL}") from error
-        self.model = FeatureExtractorInceptionV3(
-            "inception-v3-compat", ["2048"], feature_extractor_weights_path=weights
-        ).eval()
+            raise ImportError(f"{INSTALL}: {error}") from error
+        self.model = Inception("inception-v3-compat", ["2048"], feature_extractor_weights_path=weights).eval()
 
     @torch.no_grad()
     def __call__(self, pictures):

@@ -43,7 +43,8 @@ class Measures:
     """The models that judge, loaded once: on the CPU while pictures are drawn, then moved to the device."""
 
     def __init__(self, args, device):
-        self.features = {describe_model(spec): load_features(spec, device) for spec in args.features}
+        models = [load_features(spec, device) for spec in args.features]
+        self.features = dict(zip(map(describe_model, args.features), models, strict=True))
         if len(self.features) < len(args.features):
             raise UnusableInput(f"--features {' '.join(args.features)}: two have the same name; rename one")
         self.clip_score = None if args.clip_model == "none" else load_clip_score(args.clip_model, device)
@@ -105,17 +106,22 @@ def load_yardstick(args, names):
         raise UnusableInput(f"--yardstick {args.yardstick}: cannot be read ({error})") from error
     if name not in names:
         raise UnusableInput(f"--yardstick {args.yardstick}: holds features of {name}; give --features of it")
-    for key, value in drawn_by(args).items():
-        if sd15.differences({key: known.get(key, value)}, {key: value}) and value != "None":
+    judge = next(spec for spec in args.features if describe_model(spec) == name)
+    for key, value in drawn_by(args, judge).items():
+        if sd15.differences({key: known.get(key, value)}, {key: value}):
             raise UnusableInput(f"--yardstick {args.yardstick}: is of another {key}; --draw_yardstick makes one")
     return {name: features[: len(args.prompts)][: args.num_images]}
 
 
-def drawn_by(args):
-    """Return what a yardstick's header tells of its teacher: its UNet's checksum or its name, and the side in px."""
-    model = Path(args.pretrained_teacher_model)
-    teacher = sd15.fingerprint(model, ("unet*",)) if model.exists() else f"{model} {args.teacher_revision}"
-    return {"teacher": teacher, "resolution": str(args.resolution)}
+def drawn_by(args, judge):
+    """Return what a yardstick's header tells of its pictures: the names of models, or checksums of local ones."""
+    model, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
+    found = {"teacher": f"{model} {args.teacher_revision}", "VAE": str(vae)}
+    local = {"rest of the teacher": model, "VAE": vae, "feature model": judge.rpartition("=")[2]}
+    found |= {key: sd15.fingerprint(Path(place)) for key, place in local.items() if place and Path(place).exists()}
+    found |= {"teacher": sd15.fingerprint(Path(model), ("unet*",))} if Path(model).exists() else {}
+    found["prediction type"] = str(args.prediction_type)
+    return found | ({"resolution": str(args.resolution)} if args.resolution else {})
 
 
 def save_yardstick(args, features, side):
@@ -124,7 +130,7 @@ def save_yardstick(args, features, side):
     by_prompt = values.unflatten(0, (-1, len(args.prompts))).transpose(0, 1).half().contiguous()
     settings = {"prompts": json.dumps(args.prompts), "features": name, "teacher_steps": str(args.teacher_steps)}
     settings |= {"guidance_scale": f"{args.guidance_scale[0]:g}", "seed": str(args.seed)}
-    settings |= drawn_by(args) | {"resolution": str(side)}
+    settings |= drawn_by(args, args.features[0]) | {"resolution": str(side)}
     sd15.write_atomically(args.yardstick, save({"features": by_prompt}, settings))
     print(f"{args.yardstick}: {tuple(by_prompt.shape)}, features of {name}")
 

@@ -10,7 +10,7 @@ import json
 import os
 import re
 from dataclasses import dataclass
-from itertools import islice, product
+from itertools import chain, islice, product
 from pathlib import Path
 
 import diffusers
@@ -19,8 +19,8 @@ import torch
 from PIL import Image, ImageOps, PngImagePlugin
 from tqdm import tqdm
 
-from lib.cli import LORA_FILE, LORA_SAMPLERS, TITLES, local_lora
-from lib.pipelines import MAX_PICTURE_PX, device_name, draw, refuse_folder, set_sampler
+from lib.cli import LORA_SAMPLERS, TITLES
+from lib.pipelines import MAX_PICTURE_PX, device_name, draw, lora_files, refuse_folder, set_sampler
 from lib.trainers import UnusableInput, sd15
 
 REFERENCE_SEED = 2**31  # beyond the rows' seeds; torch's CPU generator tells seeds apart by 32 bits
@@ -40,14 +40,15 @@ class Row:
     first_seed: int = 0
 
 
-def fingerprint(source, find=local_lora):
+def fingerprint(source, find=lora_files):
     """Return 8 hex digits of a Hub id, or of what the files of a LoRA or local model hold."""
-    path = Path(find(source))  # a LoRA of the Hub may be pushed anew
-    digest = hashlib.sha256(b"" if path.exists() else str(source).encode())
-    inside = path.glob(LORA_FILE if (path / LORA_FILE).exists() else "**/*")
-    for file in filter(Path.is_file, [path] if path.is_file() else sorted(inside)):
-        with file.open("rb") as data:
-            digest.update(file.name.encode() + hashlib.file_digest(data, "sha256").digest())
+    paths, digest = find(source), hashlib.sha256()  # a LoRA of the Hub may be pushed anew
+    for path in chain(*(sorted(sd15.files_below(path, refuse_folder)) if path.is_dir() else [path] for path in paths)):
+        if not path.is_file():
+            digest.update(str(source).encode())
+            continue
+        with path.open("rb") as data:
+            digest.update(path.name.encode() + hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:8]
 
 
@@ -80,11 +81,14 @@ class Gallery:
     def __init__(self, args, rank=0, processes=1, gap=0):
         self.folder, self.prompts, self.count = args.output_dir / "pictures", args.prompts, args.num_images
         self.resolution, self.gap, size = args.resolution, gap, args.batch_size
-        self.blocks = [range(self.count)[i : i + size] for i in range(rank * size, self.count, processes * size)]
-        flags = "teacher_revision variant mixed_precision prediction_type resolution pretrained_vae_model_name_or_path"
+        self.all_blocks = [range(self.count)[i : i + size] for i in range(0, self.count, size)]
+        self.blocks = self.all_blocks[rank::processes]
+        flags = "teacher_revision variant mixed_precision prediction_type resolution"
         self.common = {flag: getattr(args, flag) for flag in flags.split()}
         self.common |= {"diffusers": diffusers.__version__, "torch": torch.__version__}
-        self.common["teacher"] = fingerprint(args.pretrained_teacher_model, Path)
+        models = {flag: getattr(args, flag) for flag in ("pretrained_vae_model_name_or_path", "teacher_config")}
+        models["teacher"] = args.pretrained_teacher_model
+        self.common |= {flag: model and fingerprint(model, lambda it: [Path(it)]) for flag, model in models.items()}
 
     def path(self, row, index):
         return self.folder / row.folder / f"{index:05d}.png"
@@ -120,13 +124,13 @@ class Gallery:
         return record
 
     def missing(self, rows):
-        """Return the blocks that this process is to draw, {row: [block]}; refuse pictures as `record` does."""
-        found = {}
-        for row, block in product(rows, self.blocks):
+        """Return the blocks that this process is to draw, {row: [block]}; refuse any picture as `record` does."""
+        found, mine = {}, {*self.blocks}
+        for row, block in product(rows, self.all_blocks):  # each process, so that all of them refuse
             kept = [index for index in block if self.path(row, index).exists()]
             for index in kept:
                 self.record(row, index)
-            if len(kept) < len(block):
+            if len(kept) < len(block) and block in mine:
                 found.setdefault(row, []).append(block)
         return found
 
