@@ -2711,6 +2711,14 @@ def is_of_run(folder, args):
     return folder.resolve().parent == Path(args.output_dir).resolve()
 
 
+def describe_resume(args, folder, step):
+    line = f"resuming from {folder}" + "; --init_lora was read when the run began" * bool(args.init_lora)
+    later = [path.name for path in list_checkpoints(args.output_dir) if int(path.name[11:]) > step]
+    if later and is_of_run(folder, args) and args.resume_from_checkpoint != "latest":
+        line += f"\nnote: 'latest' would go on from {later[-1]}: remove {', '.join(later)}"
+    return line
+
+
 def read_args(folder):
     """Return the flags of the last run in a folder, as `open_output` wrote them."""
     with suppress(OSError, ValueError, TypeError):
@@ -3657,7 +3665,7 @@ def main(args, state):
             if args.push_to_hub and not args.dry_run:
                 agree(accelerator, publish, args)
             return
-        say(f"resuming from {folder}" + "; --init_lora was read when the run began" * bool(args.init_lora))
+        say(describe_resume(args, folder, manifest["global_step"]))
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.init_lora and not manifest:

@@ -329,6 +329,9 @@ def test_a_finished_run_started_again_ends_at_once(again, unbroken, tmp_path):
     assert said[-1].startswith("this run is finished: ") and str(tmp_path / "out" / WEIGHTS) in said[-1]
     assert said[-1].endswith(f"--init_lora {tmp_path / 'out' / 'checkpoint-6'}"), "its schedule has ended"
     assert not any("loading the models" in line for line in said) and contents(tmp_path / "out") == before
+    said = again(resume_from_checkpoint="checkpoint-4")
+    assert any("note: 'latest' would go on from checkpoint-6: remove" in line for line in said)
+    assert_same(tmp_path / "out", unbroken)
 
 
 def test_a_run_stopped_before_its_first_update_does_not_hold_its_folder(script, teacher, shards, tmp_path):

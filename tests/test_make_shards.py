@@ -211,6 +211,29 @@ def test_a_table_of_files_in_its_own_order(tool, tmp_path, kind):
     assert sources == ["002.png", "000.png", "001.png", "000.png"], "no path of this machine"
 
 
+def check_that_a_row_that_cannot_be_read_costs_itself(tool, tmp_path, folder, capsys):
+    paths = ["/", f"zip://0.png::{folder}/000.png", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
+    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
+        for name in ("at 12:30.png", "bad.png"):
+            file.writestr(name, picture_bytes(3) + bytes(100))
+    data = bytearray((folder / "a.zip").read_bytes())
+    place = data.rindex(b"PK\3\4") + 30 + len("bad.png")
+    data[place : place + 2] = b"\xff\xff"  # no block of deflate
+    (folder / "a.zip").write_bytes(data)
+    paths += [f"zip://{name}::{folder}/a.zip" for name in ("at 12:30.png", "bad.png")]
+    paths += [f"file://{folder}/000.png", "simplecache::https://127.0.0.1:9/x.png", "git+ssh://127.0.0.1/x.png"]
+    paths += ["zip://a.png::https://127.0.0.1:9/x.zip", "zip://a::b::https://127.0.0.1:9/x.zip"]
+    write_table(folder / "local.parquet", [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths])
+    first, second, third = read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])
+    assert first["png"] == third["png"] == picture_bytes(0) and second["png"].startswith(picture_bytes(3))
+    said = capsys.readouterr().out
+    assert (
+        "Is a directory: 1" in said
+        and "file cannot be read: 2" in said
+        and "row without a picture of this data set: 6" in said
+    )
+
+
 def test_odd_tables_keep_every_row(tool, tmp_path, capsys):
     folder = write_pictures(tmp_path / "in", 4, text=False)
     long = {"file_name": "003.png", "text": "d", "score": 5.5, "note": "x" * 100}
@@ -250,27 +273,7 @@ def test_odd_tables_keep_every_row(tool, tmp_path, capsys):
     _, out = make(tool, tmp_path, tmp_path / "saved", out="two", caption_column="label")
     found = [(sample["png"], sample["txt"]) for sample in read_all(out)]
     assert found == [(picture_bytes(2), b"dog"), (picture_bytes(3), b"cat")]
-    # A row that cannot be read costs itself alone.
-    paths = ["/", f"zip://0.png::{folder}/000.png", "https://127.0.0.1:9/x.png", "S3://a/x.png", f"{folder}/000.png"]
-    with zipfile.ZipFile(folder / "a.zip", "w", zipfile.ZIP_DEFLATED) as file:
-        for name in ("at 12:30.png", "bad.png"):
-            file.writestr(name, picture_bytes(3) + bytes(100))
-    data = bytearray((folder / "a.zip").read_bytes())
-    place = data.rindex(b"PK\3\4") + 30 + len("bad.png")
-    data[place : place + 2] = b"\xff\xff"  # no block of deflate
-    (folder / "a.zip").write_bytes(data)
-    paths += [f"zip://{name}::{folder}/a.zip" for name in ("at 12:30.png", "bad.png")]
-    paths += [f"file://{folder}/000.png", "simplecache::https://127.0.0.1:9/x.png", "git+ssh://127.0.0.1/x.png"]
-    paths += ["zip://a.png::https://127.0.0.1:9/x.zip", "zip://a::b::https://127.0.0.1:9/x.zip"]
-    write_table(folder / "local.parquet", [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths])
-    first, second, third = read_all(make(tool, tmp_path, folder / "local.parquet", out="local")[1])
-    assert first["png"] == third["png"] == picture_bytes(0) and second["png"].startswith(picture_bytes(3))
-    said = capsys.readouterr().out
-    assert (
-        "Is a directory: 1" in said
-        and "file cannot be read: 2" in said
-        and "row without a picture of this data set: 6" in said
-    )
+    check_that_a_row_that_cannot_be_read_costs_itself(tool, tmp_path, folder, capsys)
 
 
 def test_the_delimiter_of_a_csv_is_found(tool, tmp_path):
