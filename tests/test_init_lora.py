@@ -207,14 +207,17 @@ def test_a_run_starts_from_the_lora(script, teacher, shards, tmp_path):
     (cached / "refs").mkdir()
     (cached / "refs" / "main").write_text("0123")
     path = write(script, trained, "kohya", cached / "snapshots" / "0123", 8)
-    options = {"max_train_steps": 1, "learning_rate": 1e-12, "cache_dir": tmp_path / "cache"}
+    options = {"max_train_steps": 1, "learning_rate": 1e-12, "cache_dir": tmp_path / "cache", "validation_steps": 9}
     finish(script, flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options), tmp_path / "said")
     started = load_file(tmp_path / "run" / script.WEIGHTS_NAME)
     for name, value in load_file(path).items():
         torch.testing.assert_close(started[name], value.half(), rtol=1e-3, atol=1e-4)
+    first, last = ((tmp_path / "run" / "validation" / f"step-000000{n}.png").read_bytes() for n in (0, 1))
+    assert first == last, "the first is what the run starts from, and a rate of 1e-12 changes nothing"
     path.unlink()  # its checkpoint is all that a resumed run needs
     line = flags(teacher, shards, tmp_path / "run", init_lora="owner/released", **options | {"max_train_steps": 2})
     assert any("resuming from" in text for text in finish(script, line, tmp_path / "said"))
+    assert len(list((tmp_path / "run" / "validation").glob("*.png"))) == 3
     for name, reason in (tmp_path / "none", "no such file or folder"), ("owner/none", "Hub id.*network"):
         line = flags(teacher, shards, tmp_path / "other", init_lora=name, **options)
         said = finish(script, line, tmp_path / f"said {reason}", expected=2)
