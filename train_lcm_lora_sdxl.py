@@ -358,7 +358,7 @@ def add_output_args(parser):
     add("--checkpointing_steps", type=COUNT, default=500, help="updates between checkpoints")
     add("--checkpoints_total_limit", type=COUNT, help="checkpoints kept; older ones are removed")
     add("--validation_steps", type=VALIDATION_INTERVAL, default=200,
-        help="updates between validation pictures, of --init_lora before the first, too; 0: at the end alone; -1: never")
+        help="updates between validation pictures; with --init_lora also before the first; 0: at the end; -1: never")
     add("--validation_prompts", nargs="+", type=TEXT, metavar="PROMPT",
         help="prompts to draw; default: four captions of the data, or neutral ones with --push_to_hub")
     add("--logging_steps", type=COUNT, default=10,
