@@ -1292,7 +1292,7 @@ def are_whole(tensors, names):
 
 
 class ShardStream(torch.utils.data.IterableDataset):
-    """Endless batches of training samples, each sample once an epoch over all processes and workers.
+    """Endless batches of training samples, each once in every consumer's pass over its part, which is an epoch.
 
     The stream is divided among `consumers` = processes x workers. An epoch's shards, in an order drawn from
     (seed, epoch), lie end to end, and consumer c reads the c-th of as many equal parts. Four shards and three
@@ -1302,6 +1302,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         consumers  |  a   a   a    a |  b   b    b   b |  c    c   c   c |   each gets 4 of them
 
     A shard that two consumers share is read by both, sample by sample in turns; so one shard serves any number.
+    A consumer whose part holds fewer samples begins its next epoch earlier.
     """
 
     def __init__(self, shards, args, consumers, first_consumer, workers, tokenizers=(), cache=None):
@@ -1320,7 +1321,7 @@ class ShardStream(torch.utils.data.IterableDataset):
         for shard, of_shard in groupby(parts, lambda part: order[part // parts_per_shard]):
             mine = {part % parts_per_shard for part in of_shard}
             for number, sample in enumerate(read_shard(self.shards[shard], skipped, cache=self.cache)):
-                if number % parts_per_shard in mine:
+                if (number + epoch) % parts_per_shard in mine:  # in turn: of few samples some parts are larger
                     if self.args.objective == "matching":  # pictures would fill the buffer, and nothing reads them
                         sample = {name: value for name, value in sample.items() if name not in IMAGE_SUFFIXES}
                     yield sample
@@ -1344,6 +1345,7 @@ class ShardStream(torch.utils.data.IterableDataset):
                 if start:
                     next(islice(shuffled, start - 1, None), None)  # to where the checkpoint was,
                     skipped.clear()  # whose counts hold what is read once more
+                number = start
                 for number, raw in enumerate(shuffled, start + 1):
                     try:
                         batch.append(prepare_sample(raw, self.args, epoch, self.cache is not None))
@@ -1355,9 +1357,9 @@ class ShardStream(torch.utils.data.IterableDataset):
                         yield self.collate(batch) | {"position": (consumer, epoch, number), "skipped": dict(skipped)}
                         skipped.clear()
                         batch = []
-                if empty == limit:
+                if empty == limit or (len(self.shards) == 1 and not epoch and not number and not skipped):
                     causes = describe(skipped) or "fewer samples than processes x loader workers; use fewer of them"
-                    found = f"gave a loader process no usable sample in {limit} epochs"
+                    found = f"gave a loader process no usable sample in {empty} epoch{'s' * (empty > 1)}"
                     raise UnusableInput(f"--train_shards_path_or_url {found}: {causes}")
             except UnusableInput as error:  # as data, because an exception loses its type between processes
                 yield {"error": str(error)}
@@ -3654,7 +3656,7 @@ def main(args, state):
     samples, report, cache = agree(accelerator, audit, shards, args)
     folder, manifest = agree(accelerator, find_checkpoint, args, say)
     workers = agree(accelerator, count_workers, args, accelerator, manifest)
-    max_train_steps = count_updates(args, accelerator)
+    max_train_steps = agree(accelerator, count_updates, args, accelerator)
     settings = agree(accelerator, settings_of, args, accelerator, max_train_steps, shards, workers)
     say(agree(accelerator, describe_data, shards, report, args, accelerator, workers))  # it reads files beside shards
     if manifest:
@@ -3736,6 +3738,8 @@ def run(args):
             place = error.errno == errno.EACCES and error.filename or f"--output_dir {args.output_dir}"
             remedy = "give this user the right" if error.errno == errno.EACCES else "make room"
             code, printed = 2, f"error: {place}: {error.strerror}; {remedy}, then give the command again"
+        elif isinstance(error, RuntimeError) and re.search(r"gloo.*Connection (closed|reset) by peer", str(error)):
+            printed = "error: another process has ended; its own lines say why"
         elif isinstance(error, RuntimeError) and re.search("^DataLoader worker|unable to allocate shared", str(error)):
             remedy = "use fewer --dataloader_num_workers or less --shuffle_buffer_samples, in a container --ipc=host"
             printed = f"error: a loader process failed; memory or /dev/shm may be short: {remedy}"

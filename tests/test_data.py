@@ -107,6 +107,9 @@ def test_each_sample_is_read_once_an_epoch(script, layouts, count, kind):
         assert len(read) == total and set(read.values()) == {1} and not skipped
         sizes = [len(part) for part in parts]
         assert kind == "unequal" or max(sizes) - min(sizes) <= 2, f"unequal parts {sizes}"
+        epochs = range(count == 1 and stream.consumers)
+        seen = {sample["__key__"] for each in epochs for sample in stream.raw_samples(each, 0, skipped)}
+        assert len(seen) == total * (count == 1), "the parts of one shard go round, because some are larger"
 
 
 def test_a_real_loader_reads_each_sample_once_an_epoch(script, layouts):

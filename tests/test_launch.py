@@ -312,7 +312,8 @@ def test_a_failing_process_ends_the_job_with_its_traceback(script, teacher, shar
     run = Run(script, flags(teacher, shards, tmp_path / "out", **TWO), tmp_path / "said", processes=2, hook=fail)
     assert all(run.wait()) and time.monotonic() - began < 60
     said = run.said.read_text()
-    assert "Traceback" in said and "RuntimeError: planted on one process" in said
+    assert said.count("Traceback") == 1 and "RuntimeError: planted on one process" in said
+    assert "error: another process has ended; its own lines say why" in said
 
 
 @pytest.mark.parametrize("rank", [0, 1])
