@@ -1984,7 +1984,7 @@ def parse_lora(path, layers_per_block):
     is_peft = any(re.match(r"(unet\.)?base_model\.", name) for name in state)
     if not config and (is_peft or path.name == "adapter_model.safetensors"):
         # Beside another file it is another LoRA's; diffusers' LCM scripts write it one folder above.
-        folders = path.parent, path.resolve().parent, path.resolve().parent.parent
+        folders = [path.parent, path.resolve().parent, *[path.absolute().parents[1]] * (path.name == WEIGHTS_NAME)]
         beside = [each for folder in folders if (each := folder / "adapter_config.json").is_file()]
         config = json.loads(beside[0].read_text("utf-8")) if beside else {}
     config = {name.removeprefix("unet."): value for name, value in config.items() if value is not None}
@@ -3480,11 +3480,12 @@ def kill_children():
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # PyTorch's handler raises when a loader process dies
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.Error, OSError):  # it has ended
-            if "wandb" in child.name() or "multiprocessing.resource_tracker" in " ".join(child.cmdline()):
+            if "wandb" in child.name():
                 continue
             if os.name == "posix" and os.getpgid(child.pid) == child.pid:  # a command's group, which no fork escapes
                 os.killpg(child.pid, signal.SIGKILL)
-            child.kill()
+            if "multiprocessing.resource_tracker" not in " ".join(child.cmdline()):
+                child.kill()
 
 
 def train(job, loader, save):

@@ -196,7 +196,7 @@ def draw_all(pipe, args, rows, extra):
         draw(pipe, args.prompts[:1], min(row.steps), row.guidance, [args.seed], **given)  # not timed
         for steps, (index, prompt), image in tqdm(jobs, row.label.replace("\n", ", "), unit="picture"):
             seed, path = args.seed + image, Path(f"{row.name}-{steps}steps", f"{index}-{image}.png")
-            (picture,), seconds = draw(pipe, [prompt], steps, row.guidance, [seed], **given)
+            (picture,), seconds = draw(pipe, [prompt], steps, row.guidance, [seed], is_strict=True, **given)
             (args.output_dir / path).parent.mkdir(parents=True, exist_ok=True)
             picture.save(args.output_dir / path)
             record = {"sampler": row.sampler, "steps": steps, "guidance": row.guidance, "prompt": prompt}

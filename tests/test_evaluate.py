@@ -723,7 +723,7 @@ def check_that_a_yardstick_of_another_kind_is_refused(evaluate, line, kept, resu
     """Drawn at another size than the model's own, which is the default, or by other models of the same names."""
     assert results["settings"]["timed on"].endswith(" at a time"), "seconds of several machines would be told"
     other = kept.with_name("other.safetensors")
-    for key in ("resolution", "feature model", "VAE", "prediction type", "rest of the teacher"):
+    for key in ("resolution", "feature model", "VAE", "prediction type", "rest of the teacher", "teacher_config"):
         with safe_open(kept, "pt") as file:
             assert key in file.metadata()
             save_file({"features": file.get_tensor("features")}, other, metadata=file.metadata() | {key: "99"})

@@ -150,8 +150,7 @@ def lora_files(lora):
     """Return the files of a LoRA that `load_lora` reads: one, or PEFT's two."""
     source = local_lora(lora)
     path, pair = sd15.lora_file(source), [source / name for name in PEFT_FILES]
-    is_pefts = all(map(Path.exists, pair)) and (path.name == PEFT_FILES[1] or Path(lora).is_file())
-    return pair if is_pefts else [path]
+    return pair if all(map(Path.exists, pair)) and (path.name == PEFT_FILES[1] or Path(lora).is_file()) else [path]
 
 
 def load_lora(pipe, lora, name="lcm"):
@@ -253,17 +252,17 @@ def synchronize(device):
         torch.accelerator.synchronize(device)
 
 
-def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, output_type="pil", **extra):
+def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution=None, is_strict=False, **extra):
     """Return (list of images, seconds per picture in text encoder, UNet and VAE); seeds: one per prompt.
 
-    `extra` goes to the pipeline: image, mask_image, strength, control_image and so on. A batch that does
-    not fit into the GPU's memory is drawn in halves, and the batches after it too.
+    `extra` goes to the pipeline: image, mask_image, strength, control_image and so on. A batch that does not fit into
+    the GPU's memory is drawn in halves, and the batches after it too. NaN is black, or refused where `is_strict`.
     """
     # Noise is drawn on the CPU, so that a seed gives the same noise on every device.
     generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
     negative_prompts = None if negative_prompt is None else [negative_prompt] * len(prompts)
     texts = {"prompt": list(prompts), "negative_prompt": negative_prompts}
-    images = {"generator": generators, "output_type": output_type, **extra}
+    images = {"generator": generators, **extra}
     if resolution:
         images |= {"height": resolution, "width": resolution}
     # SDXL's own VAE overflows in float16: diffusers itself decodes with it in float32, if it is in float16 before.
@@ -275,11 +274,11 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
         started = time.perf_counter()
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("error", "invalid value encountered in cast")  # would be black
+                warnings.filterwarnings("error" if is_strict else "ignore", "invalid value encountered in cast")
                 result = pipe(num_inference_steps=steps, guidance_scale=guidance, **texts, **images).images
         except RuntimeWarning as error:
-            remedy = "give --mixed_precision no, or a LoRA of an earlier checkpoint"
-            raise UnusableInput(f"a picture of {steps} steps holds numbers that are not finite; {remedy}") from error
+            cause = f"pictures of {steps} steps, guidance {guidance:g}: not finite"
+            raise UnusableInput(f"{cause}; give --mixed_precision no, or another LoRA") from error
         except RuntimeError as error:
             if not sd15.OUT_OF_MEMORY.search(str(error)):
                 raise
@@ -293,7 +292,7 @@ def draw(pipe, prompts, steps, guidance, seeds, negative_prompt=None, resolution
         # Outside the handler: the exception holds the tensors of the failed attempt.
         pipe.maybe_free_model_hooks()  # the failed attempt has left the UNet on the GPU
         size = pipe.batch_that_fits = len(prompts) // 2
-    options = (negative_prompt, resolution, output_type)
+    options = (negative_prompt, resolution, is_strict)
     first, seconds = draw(pipe, prompts[:size], steps, guidance, seeds[:size], *options, **extra)
     rest, more = draw(pipe, prompts[size:], steps, guidance, seeds[size:], *options, **extra)
     return first + rest, (len(first) * seconds + len(rest) * more) / len(prompts)

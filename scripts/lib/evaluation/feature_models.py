@@ -26,7 +26,7 @@ def load_judge(flag, source, device, kind, remedy):
     try:
         return runpy.run_path(source)["load"](device) if source.endswith(".py") else kind()
     except Exception as error:
-        why = textwrap.shorten(str(error), 200)
+        why = textwrap.shorten(f"{type(error).__name__}: {error}", 200)
         raise UnusableInput(f"{flag} {source} does not load; {remedy} ({why})") from error
 
 

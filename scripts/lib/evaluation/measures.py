@@ -11,7 +11,7 @@ from accelerate.utils import gather_object
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from lib.evaluation.feature_models import describe_model, load_clip_score, load_features
+from lib.evaluation.feature_models import HUB_MODELS, describe_model, load_clip_score, load_features
 from lib.evaluation.pictures import read_real, real_pictures
 from lib.evaluation.statistics import bootstrap_mean, frechet_distance, jackknife, pairwise_distances, spread
 from lib.trainers import UnusableInput, sd15
@@ -115,12 +115,14 @@ def load_yardstick(args, names):
 
 def drawn_by(args, judge):
     """Return what a yardstick's header tells of its pictures: the names of models, or checksums of local ones."""
-    model, vae = args.pretrained_teacher_model, args.pretrained_vae_model_name_or_path
-    found = {"teacher": f"{model} {args.teacher_revision}", "VAE": str(vae)}
-    local = {"rest of the teacher": model, "VAE": vae, "feature model": judge.rpartition("=")[2]}
-    found |= {key: sd15.fingerprint(Path(place)) for key, place in local.items() if place and Path(place).exists()}
-    found |= {"teacher": sd15.fingerprint(Path(model), ("unet*",))} if Path(model).exists() else {}
-    found["prediction type"] = str(args.prediction_type)
+    model, rest = args.pretrained_teacher_model, ("vae*", "text_encoder*", "tokenizer*", "scheduler*")
+    teacher = sd15.fingerprint(Path(model), ("unet*",)) if Path(model).exists() else f"{model} {args.teacher_revision}"
+    found, judge = {"teacher": teacher, "prediction type": str(args.prediction_type)}, judge.rpartition("=")[2]
+    places = {"VAE": args.pretrained_vae_model_name_or_path, "teacher_config": args.teacher_config}
+    places |= {"rest of the teacher": model, "feature model": HUB_MODELS.get(judge, judge)}
+    for key, path in places.items():
+        is_local = path and Path(path).exists()
+        found[key] = sd15.fingerprint(Path(path), rest * (path == model)) if is_local else str(path)
     return found | ({"resolution": str(args.resolution)} if args.resolution else {})
 
 

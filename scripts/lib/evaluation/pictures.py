@@ -42,11 +42,10 @@ class Row:
 
 def fingerprint(source, find=lora_files):
     """Return 8 hex digits of a Hub id, or of what the files of a LoRA or local model hold."""
-    paths, digest = find(source), hashlib.sha256()  # a LoRA of the Hub may be pushed anew
-    for path in chain(*(sorted(sd15.files_below(path, refuse_folder)) if path.is_dir() else [path] for path in paths)):
-        if not path.is_file():
-            digest.update(str(source).encode())
-            continue
+    places = find(source)  # a LoRA of the Hub may be pushed anew
+    digest = hashlib.sha256(b"" if places[0].exists() else str(source).encode())
+    files = chain(*(sorted(sd15.files_below(path, refuse_folder)) if path.is_dir() else [path] for path in places))
+    for path in filter(Path.is_file, files):
         with path.open("rb") as data:
             digest.update(path.name.encode() + hashlib.file_digest(data, "sha256").digest())
     return digest.hexdigest()[:8]
@@ -147,7 +146,7 @@ class Gallery:
                 draw(pipe, [self.prompt(index) for index in blocks[0]], 1, row.guidance, list(blocks[0]), **given)
             for block in blocks:
                 texts, seeds = [self.prompt(i) for i in block], [self.seed(row, i) for i in block]
-                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, **given)
+                pictures, seconds = draw(pipe, texts, row.steps, row.guidance, seeds, is_strict=True, **given)
                 took = {"seconds": seconds, "evaluations": row.steps * (1 + pipe.do_classifier_free_guidance)}
                 took["place"] = f"{device_name(pipe.device)}, {len(block)} at a time"
                 for index, picture in zip(block, pictures, strict=True):
