@@ -2665,7 +2665,8 @@ def is_of_run(folder, args):
 
 def describe_resume(args, folder, step):
     line = f"resuming from {folder}" + "; --init_lora was read when the run began" * bool(args.init_lora)
-    later = [path.name for path in list_checkpoints(args.output_dir) if int(path.name[11:]) > step]
+    whole = filter(lambda path: read_manifest(path)[0], list_checkpoints(args.output_dir))
+    later = [path.name for path in whole if int(path.name[11:]) > step]
     if later and is_of_run(folder, args) and args.resume_from_checkpoint != "latest":
         line += f"\nnote: 'latest' would go on from {later[-1]}: remove {', '.join(later)}"
     return line
@@ -3620,7 +3621,7 @@ def main(args, state):
             if args.push_to_hub and not args.dry_run:
                 agree(accelerator, publish, args)
             return
-        say(describe_resume(args, folder, manifest["global_step"]))
+        say(agree(accelerator, describe_resume, args, folder, manifest["global_step"]))
     elif args.resume_from_checkpoint == "latest":
         say(f"no complete checkpoint in {args.output_dir}: starting from update 0")
     if args.init_lora and not manifest:
@@ -3690,7 +3691,8 @@ def run(args):
             remedy = "give this user the right" if error.errno == errno.EACCES else "make room"
             code, printed = 2, f"error: {place}: {error.strerror}; {remedy}, then give the command again"
         elif isinstance(error, RuntimeError) and re.search(r"gloo.*Connection (closed|reset) by peer", str(error)):
-            printed = "error: another process has ended; its own lines say why"
+            cause = "another process has ended or is out of reach; its own lines say why, unless it was killed"
+            printed = f"error: {cause} ({one_line(error)[:160]})"
         elif isinstance(error, RuntimeError) and re.search("^DataLoader worker|unable to allocate shared", str(error)):
             remedy = "use fewer --dataloader_num_workers or less --shuffle_buffer_samples, in a container --ipc=host"
             printed = f"error: a loader process failed; memory or /dev/shm may be short: {remedy}"

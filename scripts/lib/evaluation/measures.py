@@ -121,8 +121,8 @@ def drawn_by(args, judge):
     places = {"VAE": args.pretrained_vae_model_name_or_path, "teacher_config": args.teacher_config}
     places |= {"rest of the teacher": model, "feature model": HUB_MODELS.get(judge, judge)}
     for key, path in places.items():
-        is_local = path and Path(path).exists()
-        found[key] = sd15.fingerprint(Path(path), rest * (path == model)) if is_local else str(path)
+        parts = rest if key in ("VAE", "rest of the teacher") else ()
+        found[key] = sd15.fingerprint(Path(path), parts) if path and Path(path).exists() else str(path)
     return found | ({"resolution": str(args.resolution)} if args.resolution else {})
 
 
