@@ -2402,7 +2402,7 @@ def update_matching(job, batches):
     In the first updates the fake alone learns, and loss and norm are its own.
     """
     args, fake, positions = job.args, job.fake, {}
-    losses, drawn, fake_losses, fake_norms = [], [], [], []
+    losses, drawn, watched, fake_losses, fake_norms = [], [], [], [], []
     is_trained = job.state.global_step >= args.fake_warmup_steps
     for micro_step in range(args.gradient_accumulation_steps):
         inputs = matching_inputs(job, next_batch(job, batches, positions), micro_step)
@@ -2414,6 +2414,7 @@ def update_matching(job, batches):
             if is_trained:
                 loss = student_loss(job, x, conditioning, uncond, draws)
                 losses.append(loss.detach())
+                watched.append(fake.watched)
                 grad_norm = descend(job, job.optimizer, loss)
     for number in range(args.fake_updates):
         for x, conditioning, tau, eps in drawn:
@@ -2426,6 +2427,7 @@ def update_matching(job, batches):
         fake_norms.append(fake_norm)  # `descend` returns one at the last micro step alone
     if is_trained:
         job.lr_schedule.step()
+        fake.watched = {name: torch.stack([each[name] for each in watched]).mean() for name in watched[0]}
         fake.watched["fake_loss"] = torch.stack(fake_losses).mean()
         fake.watched["fake_grad_norm"] = torch.stack(fake_norms).max()
     fake.lr_schedule.step()
@@ -2958,7 +2960,7 @@ def write_card(job, drawn):
         kind, load = type(job.pipe).__name__, 'from_single_file("THE-TEACHER"'
         if args.teacher_config:
             load += f', config="{"ITS-CONFIG" if Path(args.teacher_config).exists() else args.teacher_config}"'
-    scheduler, _, eta = sampler_of(args)
+    scheduler = sampler_of(args)[0]
     title, sampler = usage_of(args)
     description = f"""# {title}
 
@@ -2973,11 +2975,11 @@ pipe = {kind}.{load}, torch_dtype=torch.float16)
 pipe.to("cuda")  # on a CPU: torch.float32 above, and not this line
 pipe.scheduler = {scheduler.__name__}.from_config(pipe.scheduler.config{changed_options(job)})
 pipe.load_lora_weights("{job.state.repository or args.hub_model_id or NO_REPOSITORY}", adapter_name="lcm")
-picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{f", eta={eta:g}" * bool(eta)}).images[0]
+picture = pipe({prompt}, num_inference_steps=4, guidance_scale=1.0{call_options(args)}).images[0]
 ```
 
 Use 2 to 8 steps and guidance 1 to 2; a negative prompt acts only above 1. ComfyUI, A1111 and Forge load the same
-file, with CFG 1 to 2. Sampler: {sampler}. Pictures: 4 steps, guidance 1.
+file, with CFG 1 to 2. Sampler: {sampler}. Pictures: {"4 steps, guidance 1" if drawn else "none"}.
 The LoRA inherits the teacher's limits and biases.
 
 | training | value |
@@ -2990,6 +2992,12 @@ The LoRA inherits the teacher's limits and biases.
     card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{description}")
     tags = "text-to-image diffusers diffusers-training lora lcm-lora template:sd-lora".split()
     write_atomically(folder / "README.md", str(populate_model_card(card, [*tags, *CARD_TAGS])))
+
+
+def call_options(args):
+    """Return what else the card's call gives: eta, and the side in px where it is not the family's."""
+    eta, side = sampler_of(args)[2], args.resolution
+    return f", width={side}, height={side}" * (side != DEFAULT_RESOLUTION_PX) + f", eta={eta:g}" * bool(eta)
 
 
 def changed_options(job):
@@ -3007,11 +3015,13 @@ def changed_options(job):
 def training_table(job, drawn):
     """Return the rows of the card's table, without what is private, such as the data's place."""
     flags = "teacher_revision objective resolution train_batch_size gradient_accumulation_steps".split()
-    flags += "max_train_steps learning_rate lr_scheduler lr_warmup_steps use_8bit_adam lora_rank lora_alpha".split()
-    flags += "lora_dropout w_min w_max num_ddim_timesteps seed".split() + READ_BY[job.args.objective]
+    flags += "max_train_steps learning_rate scale_lr lr_scheduler lr_warmup_steps use_8bit_adam lora_rank".split()
+    flags += "lora_alpha lora_dropout w_min w_max num_ddim_timesteps seed".split() + READ_BY[job.args.objective]
     values = {flag: getattr(job.args, flag) for flag in flags}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
     values["processes"] = job.accelerator.num_processes
+    if job.args.init_lora:
+        values["init_lora"] = "a local LoRA" if Path(job.args.init_lora).exists() else job.args.init_lora
     if differences := differences_to_teacher(job, drawn):
         compared = f"the teacher's {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
         values[f"mean difference of the pictures from {compared}"] = in_words(differences)
@@ -3240,7 +3250,9 @@ def describe_data(shards, report, args, accelerator, workers):
 def describe_models(job, samples):
     config, schedule, tokenizer = job.pipe.scheduler.config, job.schedule, job.pipe.tokenizer
     betas = "zero terminal SNR" if schedule.alphas[-1] < 1e-3 else f"{config.beta_start} to {config.beta_end}"
-    teacher = f"{job.teacher_unet.num_parameters():,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
+    packed = ((p, getattr(p, "quant_state", None)) for p in job.teacher_unet.parameters())  # 4-bit weights
+    number = sum(math.prod(state.shape) if state else p.numel() for p, state in packed)
+    teacher = f"{number:,} parameters, {schedule.prediction_type}, {config.beta_schedule}"
     trainable = job.student_unet.num_parameters(only_trainable=True)
     lines = [f"teacher: {teacher} {betas}; LoRA: {trainable:,} trainable parameters"]
     if (kind := type(job.pipe.scheduler).__name__) in ("LCMScheduler", "TCDScheduler"):

@@ -280,7 +280,12 @@ def test_card_of_a_hub_teacher(script, args):
     assert (
         "| loss_type | huber |" in text and "| max_train_steps | 7 |" in text and "| mixed_precision | bf16 |" in text
     )
-    assert "difference" not in text and "| processes | 1 |" in text
+    assert "difference" not in text and "| processes | 1 |" in text and "init_lora" not in text
+    assert "guidance_scale=1.0, width=32, height=32).images[0]" in text and "Pictures: 4 steps" in text
+    for source, told in (("owner/lora", "owner/lora"), (args.output_dir, "a local LoRA")):
+        args.init_lora, args.resolution = source, script.DEFAULT_RESOLUTION_PX
+        text = write_card(script, args)[1]
+        assert f"| init_lora | {told} |" in text and "guidance_scale=1.0).images[0]" in text
     args.phases, compared = 2, "the pictures from the teacher's 50 steps, guidance 7.5"
     assert f"| mean difference of {compared} | 1.0, 1.0 of 255 at 1, 4 steps |" in write_card(script, args)[1]
     args.phases = 1
@@ -292,8 +297,8 @@ def test_card_of_a_hub_teacher(script, args):
 def test_card_without_pictures_has_no_gallery_of_them(script, args):
     front, text = write_card(script, args, drawn=False)
     assert not front.get("widget") and not list(script.Path(args.output_dir).glob("image_*"))
-    assert "difference" not in text
-    assert "Sampler: LCM. P" in text and "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
+    assert "difference" not in text and "Sampler: LCM. Pictures: none." in text
+    assert "draws in 2 to 8 steps." in text and "num_inference_steps=4," in text
     assert "\n# LCM-LoRA\n" in text
     args.phases = 2
     _, text = write_card(script, args, drawn=False)

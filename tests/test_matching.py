@@ -284,7 +284,7 @@ def lora_of(unet):
     return {name: value.clone() for name, value in unet.state_dict().items() if "lora_" in name}
 
 
-def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
+def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job, monkeypatch):
     batches, job = job.batches, job.job
     base = {name: value.clone() for name, value in job.teacher_unet.state_dict().items()}
     unets = job.student_unet, job.fake.unet
@@ -314,6 +314,11 @@ def test_an_update_changes_the_fake_then_both_and_never_the_base(script, job):
     assert all(torch.equal(value, base[name]) for name, value in job.teacher_unet.state_dict().items())
     assert all(parameter.grad is None for unet in unets for parameter in unet.parameters())
     assert job.fake.watched.keys() == {"fake_loss", "fake_grad_norm", "fake_norm_ratio", "fake_cosine", "x_std"}
+    job.args.gradient_accumulation_steps, student_loss, seen = 2, script.student_loss, []
+    monkeypatch.setattr(script, "student_loss", lambda *a: (student_loss(*a), seen.append(job.fake.watched))[0])
+    script.update(job, batches)
+    stds = [each["x_std"].item() for each in seen]
+    assert stds[0] != stds[1] and job.fake.watched["x_std"].item() == pytest.approx(sum(stds) / 2)
 
 
 @one_family
