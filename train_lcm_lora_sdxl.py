@@ -3070,8 +3070,9 @@ def training_table(job, drawn):
     values = {flag: getattr(job.args, flag) for flag in flags}
     values |= {"max_train_steps": job.max_train_steps, "mixed_precision": job.accelerator.mixed_precision}
     values["processes"] = job.accelerator.num_processes
-    if job.args.init_lora:
-        values["init_lora"] = "a local LoRA" if Path(job.args.init_lora).exists() else job.args.init_lora
+    if job.args.init_lora:  # a file that is gone since the run began must not be taken for a Hub id
+        is_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(?<!\.safetensors)", job.args.init_lora)
+        values["init_lora"] = job.args.init_lora if is_id and not Path(job.args.init_lora).exists() else "a local LoRA"
     if differences := differences_to_teacher(job, drawn):
         compared = f"the teacher's {TEACHER_STEPS} steps, guidance {teacher_guidance(job.args):g}"
         values[f"mean difference of the pictures from {compared}"] = in_words(differences)

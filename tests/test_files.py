@@ -282,7 +282,13 @@ def test_card_of_a_hub_teacher(script, args):
     )
     assert "difference" not in text and "| processes | 1 |" in text and "init_lora" not in text
     assert "guidance_scale=1.0, width=32, height=32).images[0]" in text and "Pictures: 4 steps" in text
-    for source, told in (("owner/lora", "owner/lora"), (args.output_dir, "a local LoRA")):
+    gone = "a local LoRA"
+    for source, told in (
+        ("owner/lora", "owner/lora"),
+        (args.output_dir, gone),
+        ("/me/x", gone),
+        ("me/x.safetensors", gone),
+    ):
         args.init_lora, args.resolution = source, script.DEFAULT_RESOLUTION_PX
         text = write_card(script, args)[1]
         assert f"| init_lora | {told} |" in text and "guidance_scale=1.0).images[0]" in text
